@@ -1,0 +1,1 @@
+"""tarflow_export"""

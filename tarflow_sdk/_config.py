@@ -1,0 +1,153 @@
+"""`FlowConfig`: everything about a TarFlow model that its weights do not say, as JSON-only fields.
+
+Axis letters used in this package: `B` images, `N` patches, `D` patch size in values (C * p * p), `W` width,
+`C` image channels, `H` heads, `E` head dimension, `L` layers per block, `K` flow blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from tarflow_sdk._errors import ConfigError
+
+SCHEMA_VERSION = 1
+"""Version of the JSON that `FlowConfig.to_json` writes."""
+
+MLP_EXPANSION = 4
+"""Hidden width of the MLP over the width of the model, fixed by the architecture."""
+
+NoiseKind = Literal["gaussian", "uniform"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FlowConfig:
+    """Shape and training noise of a TarFlow model.
+
+    A model is named `{patch_size}-{width}-{blocks}-{layers}-{noise_std}` in the literature, e.g. `4-128-4-4-0.10`.
+
+    `noise_std` is sigma of the Gaussian noise added in training, in model units ([-1, 1] images); it is None for
+    models trained with uniform dequantisation (`noise="uniform"`) and for models whose sigma is unknown.
+    `classes` is 0 for unconditional models. `nvp=False` models learn shifts only (a = 0) and a prior variance.
+
+    Raises:
+        ConfigError: on a field out of range or a contradiction between two fields.
+
+    Source: Zhai et al. 2024, "Normalizing Flows are Capable Generative Models", section 2 and appendix A.
+
+    >>> FlowConfig(image_size=28, image_channels=1, patch_size=4, width=128, blocks=4, layers=4).patches
+    49
+    """
+
+    image_size: int
+    image_channels: int
+    patch_size: int
+    width: int
+    blocks: int
+    layers: int
+    head_dim: int = 64
+    classes: int = 0
+    nvp: bool = True
+    noise: NoiseKind = "gaussian"
+    noise_std: float | None = None
+    labels: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "image_channels", "patch_size", "width", "blocks", "layers", "head_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.classes, int) or isinstance(self.classes, bool) or self.classes < 0:
+            raise ConfigError(f"classes must be an integer >= 0, got {self.classes!r}")
+        if self.image_size % self.patch_size:
+            raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.head_dim:
+            raise ConfigError(
+                f"width {self.width} is not a multiple of head_dim {self.head_dim}",
+                hint="the head dimension is not stored in original checkpoints: pass --head-dim",
+            )
+        if self.patches < 2:
+            raise ConfigError(f"patch_size {self.patch_size} leaves one patch of a {self.image_size} pixel image")
+        if self.noise not in ("gaussian", "uniform"):
+            raise ConfigError(f"noise must be 'gaussian' or 'uniform', got {self.noise!r}")
+        if self.noise_std is not None:
+            if self.noise == "uniform":
+                raise ConfigError("noise_std has no meaning for a model trained with uniform noise")
+            if not 0.0 < self.noise_std < 10.0:
+                raise ConfigError(f"noise_std must be in (0, 10), got {self.noise_std!r}")
+        if self.labels is not None and len(self.labels) != self.classes:
+            raise ConfigError(f"{len(self.labels)} label names for {self.classes} classes")
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            raise ConfigError("label names are not unique")
+
+    @property
+    def patches(self) -> int:
+        """N, the number of patches (the paper's T)."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """D = C * p * p, the number of values in a patch."""
+        return self.image_channels * self.patch_size**2
+
+    @property
+    def dims(self) -> int:
+        """N * D, the number of values in an image."""
+        return self.patches * self.patch_values
+
+    @property
+    def heads(self) -> int:
+        """H = W / E."""
+        return self.width // self.head_dim
+
+    @property
+    def name(self) -> str:
+        """The literature's name, `{patch_size}-{width}-{blocks}-{layers}-{noise}`."""
+        noise = "uniform" if self.noise == "uniform" else f"{self.noise_std or 0:.2f}"
+        return f"{self.patch_size}-{self.width}-{self.blocks}-{self.layers}-{noise}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields with a schema version, JSON values only."""
+        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self), "labels": list(self.labels) if self.labels else None}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> FlowConfig:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: on a newer schema version, an unknown field or a missing one.
+        """
+        fields = dict(data)
+        version = fields.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise ConfigError(f"model configuration has schema_version {version!r}, this version reads {SCHEMA_VERSION}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ConfigError(f"model configuration has unknown fields: {', '.join(unknown)}")
+        if fields.get("labels") is not None:
+            fields["labels"] = tuple(fields["labels"])
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ConfigError(f"model configuration is incomplete: {error}") from error
+
+    def to_file(self, path: str | Path) -> None:
+        """Write the configuration as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> FlowConfig:
+        """Read what `to_file` wrote.
+
+        Raises:
+            ConfigError: when the file is no JSON object or its fields do not fit.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot read a model configuration: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: expected a JSON object, got {type(data).__name__}")
+        return cls.from_json(data)

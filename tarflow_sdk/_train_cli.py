@@ -1,0 +1,155 @@
+"""`tarflow-train`: train a model from a folder, an `.npz` file or the built-in digits."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Argument(help="A folder of images (one folder per class), an .npz file, or mnist5k.")],
+    log_dir: Annotated[Path, typer.Option("--log-dir", "-o", help="Folder for state, curve, samples and the model.")] = Path("runs/tarflow"),
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels; needed for a folder.")] = None,
+    image_channels: Annotated[int | None, typer.Option(help="1 or 3 for a folder; else read from the data.")] = None,
+    patch_size: Annotated[int, typer.Option(help="Side of a patch in pixels.")] = 4,
+    width: Annotated[int, typer.Option(help="Channels of the transformers.")] = 128,
+    blocks: Annotated[int, typer.Option(help="Flow blocks.")] = 4,
+    layers: Annotated[int, typer.Option(help="Transformer layers per block.")] = 4,
+    head_dim: Annotated[int, typer.Option(help="Channels per attention head.")] = 64,
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="Ignore the labels of the data.")] = False,
+    no_nvp: Annotated[bool, typer.Option("--no-nvp", help="Volume preserving: learn shifts and a prior variance only.")] = False,
+    noise_std: Annotated[float | None, typer.Option(help="Sigma of the Gaussian training noise, model units. [default: 0.1]")] = None,
+    uniform_noise: Annotated[bool, typer.Option("--uniform-noise", help="Uniform dequantisation, for likelihood.")] = False,
+    holdout: Annotated[Path | None, typer.Option(help="Text file of image numbers to validate on, not to train on.")] = None,
+    augment: Annotated[str, typer.Option(help="none, flip or digits.")] = "none",
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Images per step, all processes together.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    weight_decay: Annotated[float, typer.Option(help="AdamW weight decay.")] = 1e-4,
+    label_dropout: Annotated[float, typer.Option(help="Probability of training an image with the null class.")] = 0.1,
+    ema_decay: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = 0.999,
+    clip_norm: Annotated[float, typer.Option(help="Gradient norm to clip at.")] = 1.0,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where the hardware has it.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 0,
+    evaluate_every: Annotated[int, typer.Option(help="Epochs between evaluations.")] = 5,
+    save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 500,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --log-dir.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+) -> None:
+    """Train a TarFlow model; `tarflow-export LOG_DIR/model.safetensors` makes it a bundle."""
+    import torch
+
+    from tarflow_sdk._config import FlowConfig
+    from tarflow_sdk._data import load_images, load_indices
+    from tarflow_sdk._errors import TarFlowError
+    from tarflow_sdk._model import TarFlow
+    from tarflow_sdk._train import TrainConfig, Trainer
+
+    try:
+        if uniform_noise and noise_std is not None:
+            raise TarFlowError("--uniform-noise and --noise-std contradict each other")
+        images = load_images(data, image_size=image_size, image_channels=image_channels)
+        config = FlowConfig(
+            image_size=images.pixels.shape[-1],
+            image_channels=images.pixels.shape[1],
+            patch_size=patch_size,
+            width=width,
+            blocks=blocks,
+            layers=layers,
+            head_dim=head_dim,
+            classes=0 if unconditional else len(images.names),
+            labels=images.names if images.names and not unconditional else None,
+            nvp=not no_nvp,
+            noise="uniform" if uniform_noise else "gaussian",
+            noise_std=None if uniform_noise else 0.1 if noise_std is None else noise_std,
+        )
+        device = _device(device)
+        settings = TrainConfig(
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            label_dropout=label_dropout,
+            ema_decay=ema_decay,
+            clip_norm=clip_norm,
+            augment=augment,
+            precision=_precision(precision, device, uniform_noise),  # type: ignore[arg-type]
+            seed=seed,
+            evaluate_every=evaluate_every,
+            save_every=save_every,
+        )
+        validation = None
+        if holdout is not None:
+            held = load_indices(holdout, len(images))
+            kept = torch.ones(len(images), dtype=torch.bool)
+            kept[held] = False
+            validation, images = images.take(held), images.take(kept.nonzero().flatten())
+        torch.manual_seed(seed)
+        trainer = Trainer(TarFlow(config), settings, images, validation, log_dir, device=device)
+        if trainer.state_path.exists():
+            if not resume:
+                raise TarFlowError(f"{log_dir} already holds a run", hint="add --resume, or give another --log-dir")
+            trainer.resume()
+        elif resume:
+            raise TarFlowError(f"{log_dir} holds no run to resume", hint="start it without --resume")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _run(trainer)
+    except TarFlowError as error:
+        typer.echo(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""), err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; the state is in {log_dir}, continue with --resume", err=True)
+        raise typer.Exit(130) from None
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if "RANK" in os.environ and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
+        if name == "cuda":
+            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return name
+
+
+def _precision(name: str, device: str, uniform_noise: bool) -> str:
+    """`auto` is bfloat16 where it is fast, but float32 for likelihood runs."""
+    import torch
+
+    if name != "auto":
+        return name
+    if uniform_noise:
+        return "float32"
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported() else "float32"
+
+
+def _run(trainer: Any) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=trainer.rank != 0 or not console.is_terminal) as bar:
+        task = bar.add_task("train", total=trainer.steps, completed=trainer.step)
+
+        def on_step(progress: Any) -> None:
+            bar.update(task, completed=progress.step, description=f"epoch {progress.epoch + 1} loss {progress.loss:.4f}")
+
+        for row in trainer.run(on_step):
+            typer.echo("  ".join(f"{name} {value:.5g}" for name, value in row.items()))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
