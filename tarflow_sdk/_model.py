@@ -146,10 +146,12 @@ class TarFlow(nn.Module):
     """K flow blocks and a diagonal Gaussian prior with variance `var` [N, D] (ones for nvp models).
 
     `forward` is the flow of the original code: it ends before the prior's scaling. `encode` in `_likelihood.py`
-    divides by sqrt(var), so that its latents are standard normal for both kinds of model.
+    divides by sqrt(var), so that its latents are standard normal for both kinds of model. `assumptions` says in words
+    what `load_checkpoint` had to assume about the configuration.
     """
 
     var: Tensor
+    assumptions: tuple[str, ...] = ()
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()

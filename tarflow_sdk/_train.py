@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tarflow_sdk._checkpoint import save_safetensors
+from tarflow_sdk._checkpoint import replacing, save_checkpoint
 from tarflow_sdk._config import FlowConfig
 from tarflow_sdk._data import AUGMENTATIONS, Images
 from tarflow_sdk._errors import TarFlowError
@@ -161,10 +161,9 @@ class Trainer:
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        partial = self.state_path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.state_path)
-        save_safetensors(self.averaged, self.folder / "model.safetensors")
+        with replacing(self.state_path) as partial:
+            torch.save(state, partial)
+        save_checkpoint(self.averaged, self.folder / "model.safetensors")
 
     def resume(self) -> None:
         """Continue from `state.pt`.
@@ -300,12 +299,10 @@ class Trainer:
         if path.exists():
             with path.open(newline="") as file:
                 rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
-        partial = path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
+        with replacing(path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(row))
             writer.writeheader()
             writer.writerows([*rows, row])
-        partial.replace(path)
 
     def _save_samples(self, epoch: int) -> None:
         from PIL import Image

@@ -1,0 +1,41 @@
+# make demo   environment, export of the shipped checkpoint, sampling on the CPU, demo.png
+# make test   environment, all tests
+# make lint   ruff and mypy
+#
+# PYTHON chooses the interpreter, TORCH the PyTorch requirement (a CPU build is enough).
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN = $(VENV)/bin
+CHECKPOINT = examples/01_train_mnist/mnist_model_4_128_4_4_0.10.safetensors
+PYTEST_OPTIONS ?=
+
+.PHONY: demo test lint format clean
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/tarflow-export $(CHECKPOINT) -o mnist.tarflow --overwrite
+	$(BIN)/tarflow-infer mnist.tarflow -n 100 --labels all --guidance 2 --seed 0 --captions -o demo.png --overwrite
+	@echo "look at demo.png"
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) mnist.tarflow demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis

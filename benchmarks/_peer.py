@@ -1,0 +1,65 @@
+"""`Peer`: one sampler in a process of its own that stays alive and is called in turn; `serve`: the loop inside it.
+
+Only the call itself is timed, by the peer's own clock; start, import, loading and warm-up stay outside. Arrays travel
+as `.npy` files, commands and answers as JSON lines.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Peer:
+    """A worker process started as `python SCRIPT --serve NAME ARGUMENTS`."""
+
+    def __init__(self, name: str, script: str, *arguments: str) -> None:
+        self.name = name
+        command = [sys.executable, script, "--serve", name, *arguments]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.ready: dict[str, Any] = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} stopped with exit code {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def call(self, **request: Any) -> float:
+        """Run one request and return its seconds."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return float(self._answer()["seconds"])
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def serve(work: Callable[..., np.ndarray], **ready: Any) -> None:
+    """Answer requests on standard input with `work(**request)` until it is closed.
+
+    `request["save"]`, when given, is where the result of the call is written, after the clock has stopped.
+    """
+    print(json.dumps(ready), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        save = request.pop("save", None)
+        started = time.perf_counter()
+        result = work(**request)
+        seconds = time.perf_counter() - started
+        if save is not None:
+            np.save(Path(save), result)
+        print(json.dumps({"seconds": seconds}), flush=True)
