@@ -137,7 +137,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise CheckpointError(f"{path}: cannot write: {error}", hint="check the folder, its permissions and space") from error
+        raise CheckpointError(
+            f"{path}: cannot write: {error}", hint="check the folder, its permissions and space"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -186,7 +188,7 @@ def _read_torch(path: Path) -> object:
             warnings.simplefilter("ignore")  # on foreign archives PyTorch warns before it raises
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if code := re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+(?: [\w.]+)?)", str(error)):
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
                 f"{path}: contains Python code ({code[1]}); refused",
                 hint="save the state dict alone: torch.save(model.state_dict(), ...)",

@@ -55,31 +55,45 @@ class FlowConfig:
     labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "image_channels", "patch_size", "width", "blocks", "layers", "head_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        if not isinstance(self.classes, int) or isinstance(self.classes, bool) or self.classes < 0:
-            raise ConfigError(f"classes must be an integer >= 0, got {self.classes!r}")
+        for name in ("image_size", "image_channels", "patch_size", "width", "blocks", "layers", "head_dim", "classes"):
+            value, least = getattr(self, name), 0 if name == "classes" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
+        if not isinstance(self.nvp, bool):
+            raise ConfigError(f"nvp must be true or false, got {self.nvp!r}")
+        self._check_grid()
+        self._check_noise()
+        self._check_labels()
+
+    def _check_grid(self) -> None:
         if self.image_size % self.patch_size:
             raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.head_dim:
             raise ConfigError(
                 f"width {self.width} is not a multiple of head_dim {self.head_dim}",
-                hint="the head dimension is not stored in original checkpoints: pass --head-dim",
+                hint="the head dimension is not stored in original checkpoints: give --head-dim",
             )
         if self.patches < 2:
             raise ConfigError(f"patch_size {self.patch_size} leaves one patch of a {self.image_size} pixel image")
+
+    def _check_noise(self) -> None:
         if self.noise not in ("gaussian", "uniform"):
             raise ConfigError(f"noise must be 'gaussian' or 'uniform', got {self.noise!r}")
-        if self.noise_std is not None:
-            if self.noise == "uniform":
-                raise ConfigError("noise_std has no meaning for a model trained with uniform noise")
-            if not 0.0 < self.noise_std < 10.0:
-                raise ConfigError(f"noise_std must be in (0, 10), got {self.noise_std!r}")
-        if self.labels is not None and len(self.labels) != self.classes:
+        if self.noise_std is None:
+            return
+        if self.noise == "uniform":
+            raise ConfigError("noise_std has no meaning for a model trained with uniform noise")
+        if not isinstance(self.noise_std, (int, float)) or not 0.0 < self.noise_std < 10.0:
+            raise ConfigError(f"noise_std must be a number in (0, 10), got {self.noise_std!r}")
+
+    def _check_labels(self) -> None:
+        if self.labels is None:
+            return
+        if not isinstance(self.labels, tuple) or not all(isinstance(name, str) and name for name in self.labels):
+            raise ConfigError(f"label names must be a tuple of non-empty strings, got {self.labels!r}")
+        if len(self.labels) != self.classes or not self.labels:
             raise ConfigError(f"{len(self.labels)} label names for {self.classes} classes")
-        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+        if len(set(self.labels)) != len(self.labels):
             raise ConfigError("label names are not unique")
 
     @property
@@ -110,7 +124,11 @@ class FlowConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The fields with a schema version, JSON values only."""
-        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self), "labels": list(self.labels) if self.labels else None}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **dataclasses.asdict(self),
+            "labels": list(self.labels) if self.labels else None,
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> FlowConfig:
@@ -122,11 +140,13 @@ class FlowConfig:
         fields = dict(data)
         version = fields.pop("schema_version", None)
         if version != SCHEMA_VERSION:
-            raise ConfigError(f"model configuration has schema_version {version!r}, this version reads {SCHEMA_VERSION}")
+            raise ConfigError(
+                f"model configuration has schema_version {version!r}, this version reads {SCHEMA_VERSION}"
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise ConfigError(f"model configuration has unknown fields: {', '.join(unknown)}")
-        if fields.get("labels") is not None:
+        if isinstance(fields.get("labels"), list):
             fields["labels"] = tuple(fields["labels"])
         try:
             return cls(**fields)

@@ -30,7 +30,9 @@ class Images:
 
     def __post_init__(self) -> None:
         if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4:
-            raise DataError(f"pixels must be uint8 [n, C, height, width], got {self.pixels.dtype} {list(self.pixels.shape)}")
+            raise DataError(
+                f"pixels must be uint8 [n, C, height, width], got {self.pixels.dtype} {list(self.pixels.shape)}"
+            )
         if self.pixels.shape[2] != self.pixels.shape[3]:
             raise DataError(f"images must be square, got {self.pixels.shape[2]} x {self.pixels.shape[3]}")
         if len(self.pixels) == 0:
@@ -74,7 +76,9 @@ def load_images(source: str, *, image_size: int | None = None, image_channels: i
     if image_size is not None and images.pixels.shape[-1] != image_size:
         raise DataError(f"{source}: images are {images.pixels.shape[-1]} pixels wide, --image-size says {image_size}")
     if image_channels is not None and images.pixels.shape[1] != image_channels:
-        raise DataError(f"{source}: images have {images.pixels.shape[1]} channels, --image-channels says {image_channels}")
+        raise DataError(
+            f"{source}: images have {images.pixels.shape[1]} channels, --image-channels says {image_channels}"
+        )
     return images
 
 
@@ -101,7 +105,9 @@ def _npz(path: Path) -> Images:
         raise DataError(f"{path}: no array `images`, found {', '.join(data) or 'none'}")
     pixels = data["images"]
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
-        raise DataError(f"{path}: images must be uint8 [n, height, width(, C)], got {pixels.dtype} {list(pixels.shape)}")
+        raise DataError(
+            f"{path}: images must be uint8 [n, height, width(, C)], got {pixels.dtype} {list(pixels.shape)}"
+        )
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
     if "labels" not in data:
         return Images(pixels=torch.from_numpy(np.ascontiguousarray(pixels)))
@@ -145,7 +151,11 @@ def _picture(file: Path, size: int, mode: str) -> np.ndarray:
         raise DataError(f"{file}: cannot read an image: {error}") from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.resize((size, size), Image.Resampling.BOX if side >= 2 * size else Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    picture = picture.resize(
+        (size, size),
+        Image.Resampling.BOX if side >= 2 * size else Image.Resampling.BICUBIC,
+        (left, top, left + side, top + side),
+    )
     pixels = np.asarray(picture)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()
 

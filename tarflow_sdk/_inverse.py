@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tarflow_sdk._errors import TarFlowError
-from tarflow_sdk._model import NULL_LABEL, AttentionBlock, FlowBlock, TarFlow
+from tarflow_sdk._model import NULL_LABEL, AttentionBlock, FlowBlock, TarFlow, check_labels
 
 Guide = Literal["a", "b", "ab", ""]
 
@@ -30,6 +30,9 @@ class Guidance:
         TarFlowError: on a negative weight, a temperature <= 0 or an unknown `guide`.
 
     Source: Zhai et al. 2024, section 2.6 and equation 9.
+
+    >>> Guidance(weight=2.0, anneal=True).active
+    True
     """
 
     weight: float = 0.0
@@ -51,7 +54,12 @@ class Guidance:
         return self.weight > 0.0 and self.guide != ""
 
     def weights(self, patches: int) -> Tensor:
-        """g for a and for b at each step, float64 [2, N]; column i is used by the step that yields patch i + 1."""
+        """The weights g_i for a and for b, float64 [2, N]; column i is used by the step that yields patch i + 1.
+
+        >>> Guidance(weight=3.0, guide="b", anneal=True).weights(4)
+        tensor([[0., 0., 0., 0.],
+                [1., 2., 3., 4.]], dtype=torch.float64)
+        """
         g = torch.full((patches,), self.weight, dtype=torch.float64)
         if self.anneal:
             g = g * torch.arange(1, patches + 1) / (patches - 1)
@@ -77,7 +85,13 @@ def empty_caches(block: FlowBlock, rows: int, patches: int, like: Tensor) -> lis
 
 
 def step(
-    block: FlowBlock, x: Tensor, position: int, class_rows: Tensor | None, temperature: Tensor, caches: list[Cache]
+    block: FlowBlock,
+    x: Tensor,
+    position: int,
+    *,
+    class_rows: Tensor | None,
+    temperature: Tensor,
+    caches: list[Cache],
 ) -> tuple[Tensor, Tensor, list[Cache]]:
     """One patch through one block: (a, b) for the patch after `position`.
 
@@ -93,19 +107,31 @@ def step(
         assert isinstance(layer, AttentionBlock)
         q, k, v = layer.attention.project(h)
         index = torch.tensor([position], device=x.device)
-        cache = Cache(cache.key.index_copy(2, index, k), cache.value.index_copy(2, index, v))
-        keys, values = cache.key[:, :, : position + 1], cache.value[:, :, : position + 1]
+        keys, values = cache.key.index_copy(2, index, k), cache.value.index_copy(2, index, v)
+        written.append(Cache(keys, values))
         q = q / temperature.to(q.dtype).view(-1, 1, 1, 1)
-        h = h + layer.attention.merge(F.scaled_dot_product_attention(q, keys, values))
+        seen = slice(position + 1)
+        h = h + layer.attention.merge(F.scaled_dot_product_attention(q, keys[:, :, seen], values[:, :, seen]))
         h = h + layer.mlp(h)
-        written.append(cache)
     a, b = block.scale_and_shift(h)
     return a, b, written
 
 
 @torch.no_grad()
-def inverse_block(block: FlowBlock, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None) -> Tensor:
-    """Invert one block: x_0 = z_0, then x_{i+1} = z_{i+1} * exp(a_i) + b_i for i = 0 .. N-2, z and x [B, N, D]."""
+def inverse_block(
+    block: FlowBlock, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None
+) -> Tensor:
+    """Invert one block: x_0 = z_0, then x_{i+1} = z_{i+1} * exp(a_i) + b_i for i = 0 .. N-2.
+
+    Noise z [B, N, D] -> patches x [B, N, D], both in image order; labels int64 [B], -1 the null class.
+
+    >>> from tarflow_sdk.testing import random_model, tiny_config
+    >>> block = random_model(tiny_config()).flow_blocks[1]
+    >>> x = torch.randn(2, 4, 16)
+    >>> z, _ = block(x)
+    >>> torch.allclose(inverse_block(block, z), x, atol=1e-5)
+    True
+    """
     guidance = guidance or Guidance()
     z = block.in_order(z)
     batch, patches, _ = z.shape
@@ -120,7 +146,8 @@ def inverse_block(block: FlowBlock, z: Tensor, labels: Tensor | None = None, gui
     caches = empty_caches(block, rows, patches, z)
     x = [z[:, :1]]
     for i in range(patches - 1):
-        a, b, caches = step(block, x[-1].repeat(branches, 1, 1), i, class_rows, temperature, caches)
+        rows_of_x = x[-1].repeat(branches, 1, 1)
+        a, b, caches = step(block, rows_of_x, i, class_rows=class_rows, temperature=temperature, caches=caches)
         if guidance.active:
             a = a[:batch] + weights[0, i] * (a[:batch] - a[batch:])
             b = b[:batch] + weights[1, i] * (b[:batch] - b[batch:])
@@ -132,9 +159,21 @@ def inverse_block(block: FlowBlock, z: Tensor, labels: Tensor | None = None, gui
 def decode(model: TarFlow, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None) -> Tensor:
     """Standard normal latents z [B, N, D] -> images [B, C, height, width], without denoising.
 
-    Labels are int64 [B], -1 the null class; None is the null class for every image. Inverse of `encode` when
-    unguided.
+    Labels are int64 [B], -1 the null class; None is the null class for every image. The images are in [-1, 1] but for
+    the training noise, and not clipped. Unguided it is the inverse of `encode`.
+
+    Raises:
+        TarFlowError: on latents of another shape or labels that the model does not have.
+
+    >>> from tarflow_sdk.testing import random_model, tiny_config
+    >>> model = random_model(tiny_config())
+    >>> decode(model, torch.randn(2, 4, 16), torch.tensor([0, -1]), Guidance(weight=1.5)).shape
+    torch.Size([2, 1, 8, 8])
     """
+    expected = (model.config.patches, model.config.patch_values)
+    if z.ndim != 3 or z.shape[1:] != expected:
+        raise TarFlowError(f"latents must be [B, {expected[0]}, {expected[1]}], got {list(z.shape)}")
+    check_labels(model.config, labels, len(z))
     x = z * model.var.sqrt()
     for block in reversed(model.flow_blocks):
         x = inverse_block(block, x, labels, guidance)

@@ -11,41 +11,83 @@ import torch
 from torch import Tensor
 
 from tarflow_sdk._errors import TarFlowError
-from tarflow_sdk._model import TarFlow
+from tarflow_sdk._model import TarFlow, check_labels
 
 PIXEL_SCALE_BITS = 7.0
-"""Bits/dim between images in [-1, 1] and in [0, 256): log2(128)."""
+"""Bits/dim between images in [-1, 1) and in [0, 256): log2(128)."""
 
 
 def encode(model: TarFlow, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Images [B, C, height, width] -> (u [B, N, D] standard normal under the model, log|det du/dx| [B], nats)."""
+    """Images to latents and log|det|: u = z / sqrt(var), log|det du/dx| = sum of the blocks' - 0.5 * sum(log var).
+
+    Images [B, C, height, width] in [-1, 1], labels int64 [B] with -1 the null class, or None for the null class of every
+    image -> (u [B, N, D], standard normal under the model, log|det| [B], nats).
+
+    Raises:
+        TarFlowError: on images of another shape or labels that the model does not have.
+
+    >>> from tarflow_sdk.testing import random_model, tiny_config
+    >>> u, log_det = encode(random_model(tiny_config()), torch.zeros(2, 1, 8, 8), torch.tensor([0, -1]))
+    >>> u.shape, log_det.shape
+    (torch.Size([2, 4, 16]), torch.Size([2]))
+    """
+    config = model.config
+    expected = (config.image_channels, config.image_size, config.image_size)
+    if images.ndim != 4 or images.shape[1:] != expected:
+        raise TarFlowError(f"images must be [B, {', '.join(map(str, expected))}], got {list(images.shape)}")
+    check_labels(config, labels, len(images))
     z, log_det = model(images, labels)
     return z / model.var.sqrt(), log_det - 0.5 * model.var.log().sum()
 
 
 def log_prob(model: TarFlow, images: Tensor, labels: Tensor | None = None) -> Tensor:
-    """log q(images | labels) [B], nats. No dequantisation noise is added."""
+    """Log-density log q(images | labels) = sum over dims of log N(u; 0, 1) + log|det|, [B], nats.
+
+    No dequantisation noise is added.
+
+    Source: Zhai et al. 2024, equation 1.
+
+    >>> from tarflow_sdk.testing import random_model, tiny_config
+    >>> log_prob(random_model(tiny_config()), torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2])
+    """
     u, log_det = encode(model, images, labels)
     log_normal = -0.5 * u.square().sum(dim=(1, 2)) - 0.5 * math.log(2 * math.pi) * model.config.dims
     return log_normal + log_det
 
 
 def bits_per_dim(model: TarFlow, images: Tensor, labels: Tensor | None = None) -> Tensor:
-    """-log q / (dims ln 2) + 7 [B]: bits per value of the image on its 0..255 scale. The caller dequantises."""
+    """Bits per value of the image on its [0, 256) scale, -log q / (dims ln 2) + 7, [B].
+
+    The caller dequantises: x = (pixel + uniform) / 128 - 1, whose levels are 1/128 wide, hence the 7 = log2(128).
+
+    >>> from tarflow_sdk.testing import random_model, tiny_config
+    >>> bits_per_dim(random_model(tiny_config()), torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2])
+    """
     return -log_prob(model, images, labels) / (model.config.dims * math.log(2)) + PIXEL_SCALE_BITS
 
 
 def denoise(
-    model: TarFlow, images: Tensor, labels: Tensor | None = None, *, noise_std: float | None = None, strength: float = 1.0
+    model: TarFlow,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    noise_std: float | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
-    """x + strength * sigma^2 * grad_x log q(x): Tweedie's formula with the flow as the noisy density.
+    """Take out the training noise, x + strength * sigma^2 * grad_x log q(x | label): Tweedie's formula.
 
-    sigma is `noise_std`, or else the model's own. [B, C, height, width] -> the same shape.
+    The flow is the density of noisy images. sigma is `noise_std`, or else the model's own. [B, C, height, width] -> the same shape.
 
     Raises:
         TarFlowError: when neither is known.
 
     Source: Zhai et al. 2024, section 2.5.
+
+    >>> from tarflow_sdk.testing import random_model, tiny_config
+    >>> denoise(random_model(tiny_config()), torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 1, 8, 8])
     """
     sigma = model.config.noise_std if noise_std is None else noise_std
     if sigma is None:
@@ -62,6 +104,10 @@ def classify(model: TarFlow, images: Tensor) -> Tensor:
 
     Raises:
         TarFlowError: for a model without classes.
+
+    >>> from tarflow_sdk.testing import random_model, tiny_config
+    >>> classify(random_model(tiny_config()), torch.zeros(2, 1, 8, 8)).exp().sum(dim=1).round(decimals=4)
+    tensor([1., 1.])
     """
     classes = model.config.classes
     if not classes:

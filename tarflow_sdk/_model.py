@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tarflow_sdk._config import MLP_EXPANSION, FlowConfig
+from tarflow_sdk._errors import TarFlowError
 
 NULL_LABEL = -1
 """The label that stands for the null class: the mean of all class rows."""
@@ -23,11 +24,12 @@ NULL_LABEL = -1
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation over W in at least float32, whatever the dtype of its input."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if input.dtype in (torch.float32, torch.float64):
-            return super().forward(input)
+    def forward(self, h: Tensor) -> Tensor:
+        """[B, S, W] -> [B, S, W]."""
+        if h.dtype in (torch.float32, torch.float64):
+            return super().forward(h)
         weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
+        return F.layer_norm(h.float(), self.normalized_shape, weight, bias, self.eps).to(h.dtype)
 
 
 class Attention(nn.Module):
@@ -68,7 +70,9 @@ class MLP(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = LayerNorm(width)
-        self.main = nn.Sequential(nn.Linear(width, MLP_EXPANSION * width), nn.GELU(), nn.Linear(MLP_EXPANSION * width, width))
+        self.main = nn.Sequential(
+            nn.Linear(width, MLP_EXPANSION * width), nn.GELU(), nn.Linear(MLP_EXPANSION * width, width)
+        )
 
     def forward(self, h: Tensor) -> Tensor:
         """[B, S, W] -> [B, S, W]."""
@@ -94,6 +98,8 @@ class FlowBlock(nn.Module):
 
     z_i = (x_i - b_i) * exp(-a_i) with (a_i, b_i) a function of the patches before i in the block's order
     (first to last for even blocks, last to first for odd ones) and (a_0, b_0) = 0.
+
+    Source: Zhai et al. 2024, equations 4 to 6.
     """
 
     def __init__(self, config: FlowConfig, *, is_reversed: bool) -> None:
@@ -142,12 +148,33 @@ class FlowBlock(nn.Module):
         return self.in_order((x - b) * torch.exp(-a)), -a.sum(dim=(1, 2))
 
 
+def check_labels(config: FlowConfig, labels: Tensor | None, batch: int) -> None:
+    """Refuse labels that are not integers [B] in -1 .. classes - 1.
+
+    Raises:
+        TarFlowError: on labels of another shape, dtype or range.
+    """
+    if labels is None:
+        return
+    if labels.shape != (batch,) or labels.dtype != torch.int64:
+        name = str(labels.dtype).removeprefix("torch.")
+        raise TarFlowError(f"labels must be int64 [{batch}], one for each image, got {name} {list(labels.shape)}")
+    if batch and not -1 <= int(labels.min()) <= int(labels.max()) < config.classes:
+        classes = f"in 0..{config.classes - 1}, or -1 for the null class" if config.classes else "-1: it has no classes"
+        raise TarFlowError(f"labels of this model must be {classes}; got {int(labels.min())}..{int(labels.max())}")
+
+
 class TarFlow(nn.Module):
     """K flow blocks and a diagonal Gaussian prior with variance `var` [N, D] (ones for nvp models).
 
     `forward` is the flow of the original code: it ends before the prior's scaling. `encode` in `_likelihood.py`
     divides by sqrt(var), so that its latents are standard normal for both kinds of model. `assumptions` says in words
-    what `load_checkpoint` had to assume about the configuration.
+    what `load_checkpoint` had to assume about the configuration. A new model is the identity but for shifts: train it.
+
+    >>> from tarflow_sdk.testing import random_model, tiny_config
+    >>> z, log_det = random_model(tiny_config())(torch.zeros(2, 1, 8, 8), torch.tensor([0, -1]))
+    >>> z.shape, log_det.shape
+    (torch.Size([2, 4, 16]), torch.Size([2]))
     """
 
     var: Tensor

@@ -111,7 +111,14 @@ class Trainer:
     """
 
     def __init__(
-        self, model: TarFlow, train: TrainConfig, images: Images, validation: Images | None, folder: Path, *, device: str = "cpu"
+        self,
+        model: TarFlow,
+        train: TrainConfig,
+        images: Images,
+        validation: Images | None,
+        folder: Path,
+        *,
+        device: str = "cpu",
     ) -> None:
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if train.batch_size % self.world:
@@ -146,7 +153,11 @@ class Trainer:
 
     def settings(self) -> dict[str, Any]:
         """What must be the same when a run is resumed."""
-        return {"model": self.config.to_json(), "train": dataclasses.asdict(self.train_config), "images": len(self.images)}
+        return {
+            "model": self.config.to_json(),
+            "train": dataclasses.asdict(self.train_config),
+            "images": len(self.images),
+        }
 
     def save(self) -> None:
         """Write `state.pt` and `model.safetensors`, each atomically; only the first process writes."""
@@ -310,7 +321,9 @@ class Trainer:
         classes, columns = self.config.classes, 8
         rows = min(classes, 10) or 4
         generator = generator_for(self.train_config.seed, 2)
-        z = torch.randn(rows * columns, self.config.patches, self.config.patch_values, generator=generator).to(self.device)
+        z = torch.randn(rows * columns, self.config.patches, self.config.patch_values, generator=generator).to(
+            self.device
+        )
         labels = torch.arange(rows, device=self.device).repeat_interleave(columns) if classes else None
         images = decode(self.averaged, z, labels, Guidance(weight=1.0 if classes else 0.0))
         if self.config.noise_std is not None:

@@ -15,7 +15,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def train(
     data: Annotated[str, typer.Argument(help="A folder of images (one folder per class), an .npz file, or mnist5k.")],
-    log_dir: Annotated[Path, typer.Option("--log-dir", "-o", help="Folder for state, curve, samples and the model.")] = Path("runs/tarflow"),
+    log_dir: Annotated[
+        Path, typer.Option("--log-dir", "-o", help="Folder for state, curve, samples and the model.")
+    ] = Path("runs/tarflow"),
     image_size: Annotated[int | None, typer.Option(help="Side in pixels; needed for a folder.")] = None,
     image_channels: Annotated[int | None, typer.Option(help="1 or 3 for a folder; else read from the data.")] = None,
     patch_size: Annotated[int, typer.Option(help="Side of a patch in pixels.")] = 4,
@@ -24,10 +26,18 @@ def train(
     layers: Annotated[int, typer.Option(help="Transformer layers per block.")] = 4,
     head_dim: Annotated[int, typer.Option(help="Channels per attention head.")] = 64,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Ignore the labels of the data.")] = False,
-    no_nvp: Annotated[bool, typer.Option("--no-nvp", help="Volume preserving: learn shifts and a prior variance only.")] = False,
-    noise_std: Annotated[float | None, typer.Option(help="Sigma of the Gaussian training noise, model units. [default: 0.1]")] = None,
-    uniform_noise: Annotated[bool, typer.Option("--uniform-noise", help="Uniform dequantisation, for likelihood.")] = False,
-    holdout: Annotated[Path | None, typer.Option(help="Text file of image numbers to validate on, not to train on.")] = None,
+    no_nvp: Annotated[
+        bool, typer.Option("--no-nvp", help="Volume preserving: learn shifts and a prior variance only.")
+    ] = False,
+    noise_std: Annotated[
+        float | None, typer.Option(help="Sigma of the Gaussian training noise, model units. [default: 0.1]")
+    ] = None,
+    uniform_noise: Annotated[
+        bool, typer.Option("--uniform-noise", help="Uniform dequantisation, for likelihood.")
+    ] = False,
+    holdout: Annotated[
+        Path | None, typer.Option(help="Text file of image numbers to validate on, not to train on.")
+    ] = None,
     augment: Annotated[str, typer.Option(help="none, flip or digits.")] = "none",
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Images per step, all processes together.")] = 128,
@@ -36,7 +46,9 @@ def train(
     label_dropout: Annotated[float, typer.Option(help="Probability of training an image with the null class.")] = 0.1,
     ema_decay: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = 0.999,
     clip_norm: Annotated[float, typer.Option(help="Gradient norm to clip at.")] = 1.0,
-    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where the hardware has it.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where the hardware has it.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 0,
     evaluate_every: Annotated[int, typer.Option(help="Epochs between evaluations.")] = 5,
     save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 500,
@@ -131,7 +143,11 @@ def _precision(name: str, device: str, uniform_noise: bool) -> str:
         return "float32"
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported() else "float32"
+    return (
+        "bfloat16"
+        if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+        else "float32"
+    )
 
 
 def _run(trainer: Any) -> None:
@@ -144,7 +160,9 @@ def _run(trainer: Any) -> None:
         task = bar.add_task("train", total=trainer.steps, completed=trainer.step)
 
         def on_step(progress: Any) -> None:
-            bar.update(task, completed=progress.step, description=f"epoch {progress.epoch + 1} loss {progress.loss:.4f}")
+            bar.update(
+                task, completed=progress.step, description=f"epoch {progress.epoch + 1} loss {progress.loss:.4f}"
+            )
 
         for row in trainer.run(on_step):
             typer.echo("  ".join(f"{name} {value:.5g}" for name, value in row.items()))

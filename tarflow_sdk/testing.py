@@ -18,7 +18,7 @@ __all__ = ["random_model", "tiny_config"]
 
 # Standard deviation of a weight matrix times sqrt(fan in). The first and the last layer are damped: they close the
 # loop patch -> (a, b) -> next patch of the inverse, which must not amplify over many patches, blocks and guidance.
-_GAINS = {"proj_in": 0.5, "proj_out": 0.15}
+_GAINS = {"proj_in": 0.4, "proj_out": 0.1}
 
 
 def tiny_config(**overrides: Any) -> FlowConfig:

@@ -1,1 +1,1 @@
-"""tarflow_export"""
+"""From a TarFlow checkpoint to a verified bundle of ONNX graphs."""

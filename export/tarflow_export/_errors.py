@@ -1,0 +1,9 @@
+"""What the exporter raises on purpose; a missed tolerance is `tarflow_runtimes`' VerificationError."""
+
+from __future__ import annotations
+
+from tarflow_sdk._errors import TarFlowError
+
+
+class ExportError(TarFlowError):
+    """An export that cannot start or finish: a target that may not be written, options that do not fit."""

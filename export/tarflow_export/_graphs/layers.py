@@ -1,0 +1,118 @@
+"""What the three graphs share: embedding, layer norm, attention, perceptron, the shift to (a, b).
+
+Hidden states are [rows*S, W], float32; every linear layer is one Gemm on them with the weight as PyTorch stores it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from tarflow_export._graphs.builder import GraphBuilder, Operand
+
+LAYER_NORM_EPSILON = 1e-5
+
+MASKED = -1e9
+"""Added to logits that must not count. Finite: an infinite one turns into NaN where a kernel subtracts two of them."""
+
+
+def linear(op: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+    """Apply `x W^T + b`, [rows, in] -> [rows, out], in the dtype of linear layers."""
+    return op.Gemm(op.halve(x), op.weight(f"{name}.weight"), op.weight(f"{name}.bias"), transB=1)
+
+
+def layer_norm(op: GraphBuilder, h: ir.Value, name: str) -> ir.Value:
+    """Native LayerNormalization over W, float32."""
+    return op.LayerNormalization(
+        h, op.weight(f"{name}.weight"), op.weight(f"{name}.bias"), axis=-1, epsilon=LAYER_NORM_EPSILON
+    )
+
+
+def query_key_value(op: GraphBuilder, normed: ir.Value, layer: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """[rows*S, W] -> q, k, v, each [rows*S, W]."""
+    qkv = linear(op, normed, f"attn_blocks.{layer}.attention.qkv")
+    q, k, v = op.split(qkv, 3, axis=1)
+    return q, k, v
+
+
+def split_heads(op: GraphBuilder, x: ir.Value, shape: Operand) -> ir.Value:
+    """[rows*S, W] -> [rows, H, S, E]; `shape` is (rows, S, H, E)."""
+    return op.Transpose(op.Reshape(x, shape), perm=[0, 2, 1, 3])
+
+
+def merge_heads(op: GraphBuilder, x: ir.Value) -> ir.Value:
+    """[rows, H, S, E] -> [rows*S, W]."""
+    return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), [-1, op.config.width])
+
+
+def attention_weights(op: GraphBuilder, q: ir.Value, k: ir.Value, mask: ir.Value) -> ir.Value:
+    """softmax(q k^T + mask), [rows, H, S, N]: float32, q already scaled."""
+    logits = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))  # (rows, H, S, N)
+    return op.Softmax(op.Add(op.widen(logits), mask), axis=-1)
+
+
+def residual(op: GraphBuilder, h: ir.Value, update: ir.Value) -> ir.Value:
+    """`h + update`, float32."""
+    return op.Add(h, op.widen(update))
+
+
+def mlp(op: GraphBuilder, h: ir.Value, layer: int) -> ir.Value:
+    """`h + W_2 GELU(W_1 norm(h))`, exact (erf) GELU."""
+    name = f"attn_blocks.{layer}.mlp"
+    with op.scope(f"layer_{layer}.mlp"):
+        hidden = linear(op, layer_norm(op, h, f"{name}.norm"), f"{name}.main.0")
+        return residual(op, h, linear(op, op.Gelu(hidden), f"{name}.main.2"))
+
+
+def embed_image(op: GraphBuilder, x: ir.Value, labels: ir.Value | None) -> ir.Value:
+    """All patches in block order, [B, N, D], and labels [B] -> hidden states [B*N, W]."""
+    config = op.config
+    with op.scope("embed"):
+        h = op.widen(linear(op, op.Reshape(x, [-1, config.patch_values]), "proj_in"))
+        h = op.Add(
+            op.Reshape(h, [-1, config.patches, config.width]), op.Gather(op.weight("pos_embed"), op.order, axis=0)
+        )
+        if labels is not None:
+            rows = op.Gather(op.weight("class_embed"), labels, axis=0)  # (B, W)
+            h = op.Add(h, op.Unsqueeze(rows, [1]))
+        return op.Reshape(h, [-1, config.width])
+
+
+def causal_mask(op: GraphBuilder) -> ir.Value:
+    """[N, N]: 0 where the column is at or before the row, else MASKED.
+
+    Made in the graph: stored, it would be 4 MB at N = 1024.
+    """
+    with op.scope("mask"):
+        column = op.Range(0, op.config.patches, 1)
+        return op.Where(op.LessOrEqual(column, op.Unsqueeze(column, [1])), 0.0, MASKED)
+
+
+def shift_later(op: GraphBuilder, x: ir.Value) -> ir.Value:
+    """[B, N, .] -> the same one patch later, with zeros in front."""
+    return op.Pad(op.Slice(x, [0], [op.config.patches - 1], [1]), [0, 1, 0, 0, 0, 0])
+
+
+def scale_and_shift(op: GraphBuilder, out: ir.Value) -> tuple[ir.Value | None, ir.Value]:
+    """Split proj_out's result [..., 2D] into (a, b), float32; a is None, standing for zero, without nvp."""
+    if not op.config.nvp:
+        return None, out
+    a, b = op.split(out, 2, axis=-1)
+    return a, b
+
+
+def block_input(op: GraphBuilder, name: str) -> ir.Value:
+    """Declare a [B, N, D] input in image order and take it in block order."""
+    value = op.input(name, "float32", ["B", op.config.patches, op.config.patch_values])
+    return op.Gather(value, op.order, axis=1)
+
+
+def block_output(op: GraphBuilder, value: ir.Value, name: str) -> None:
+    """Declare a [B, N, D] output: `value` is in block order, the output in image order."""
+    op.output(op.Gather(value, op.order, axis=1), name, "float32", ["B", op.config.patches, op.config.patch_values])
+
+
+def label_input(op: GraphBuilder, shape: Sequence[str]) -> ir.Value | None:
+    """Declare the labels, int64; None on models without classes."""
+    return op.input("labels", "int64", shape) if op.config.classes else None

@@ -1,0 +1,108 @@
+"""`Target`: the place a bundle goes to, and the temporary folder beside it in which it grows.
+
+A bundle appears under its name complete or not at all: it is written to a hidden folder on the same file system, which
+is renamed into place at the end and removed when anything goes wrong, an interrupt included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tarflow_export._errors import ExportError
+from tarflow_runtimes._bundle import FORMAT, MANIFEST
+
+SUFFIX = ".tarflow"
+
+
+class Target:
+    """The directory `path`, checked: it can be created there, or it is a bundle that may be replaced.
+
+    Raises:
+        ExportError: when its folder is missing or not writable, or when something is there that may not be replaced.
+    """
+
+    def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
+        given = Path(path)
+        # A link to a bundle would be replaced by a folder, and `..` as a name would rename the wrong one.
+        self.path = given.parent.resolve() / given.name
+        self.overwrite = overwrite
+        if given.name in ("", ".", ".."):
+            raise ExportError(f"{given}: is no name for a bundle", hint=f"give a name like model{SUFFIX}")
+        if not self.path.parent.is_dir():
+            raise ExportError(f"{given}: its folder {self.path.parent} does not exist", hint="create the folder first")
+        if not os.access(self.path.parent, os.W_OK | os.X_OK):
+            raise ExportError(f"{given}: its folder {self.path.parent} is not writable", hint="choose another with -o")
+        self.check()
+
+    def check(self) -> None:
+        """Raise unless `path` is free or a bundle that may be replaced; done again before publishing."""
+        if not os.path.lexists(self.path):
+            return
+        if not self.overwrite:
+            raise ExportError(f"{self.path}: exists already", hint="add --overwrite, or choose another name with -o")
+        if problem := _not_a_bundle(self.path):
+            raise ExportError(f"{self.path}: {problem}, so it is not replaced", hint="choose another name with -o")
+
+    @contextlib.contextmanager
+    def growing(self) -> Iterator[Path]:
+        """Yield an empty folder beside the target; when the body ends well it becomes the target, else it vanishes."""
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent))
+        except OSError as error:
+            raise ExportError(
+                f"{self.path}: cannot write beside it: {error.strerror}", hint="choose another with -o"
+            ) from error
+        try:
+            yield folder
+            self.check()
+            _make_public(folder)
+            self._publish(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _publish(self, folder: Path) -> None:
+        """Rename into place; an existing bundle is set aside first and comes back if the second rename fails."""
+        if not os.path.lexists(self.path):
+            folder.rename(self.path)
+            return
+        aside = folder.with_suffix(".replaced")
+        try:
+            self.path.rename(aside)
+            folder.rename(self.path)
+        except BaseException:
+            if aside.exists() and not self.path.exists():
+                aside.rename(self.path)
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _make_public(folder: Path) -> None:
+    """Undo what mkdtemp does: it makes folders that only their owner may read, but a bundle has the permissions of any new folder."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+
+
+def _not_a_bundle(path: Path) -> str:
+    """Why `path` is no bundle, or an empty string: a directory whose files are its manifest's and nothing else."""
+    if path.is_symlink() or not path.is_dir():
+        return "is not a directory"
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        listed = set(manifest["files"]) if manifest["format"] == FORMAT else None
+    except (OSError, ValueError, TypeError, KeyError):
+        listed = None
+    if listed is None:
+        return "is not a bundle"
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if not file.is_dir() and name != MANIFEST and name not in listed:
+            return f"holds {name}, which is not the bundle's"
+    return ""
