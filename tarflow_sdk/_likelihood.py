@@ -20,7 +20,7 @@ PIXEL_SCALE_BITS = 7.0
 def encode(model: TarFlow, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Images to latents and log|det|: u = z / sqrt(var), log|det du/dx| = sum of the blocks' - 0.5 * sum(log var).
 
-    Images [B, C, height, width] in [-1, 1], labels int64 [B] with -1 the null class, or None for the null class of every
+    Images [B, C, height, width] in [-1, 1], labels int64 [B] (-1 is the null class) or None, the null class for every
     image -> (u [B, N, D], standard normal under the model, log|det| [B], nats).
 
     Raises:
@@ -78,7 +78,8 @@ def denoise(
 ) -> Tensor:
     """Take out the training noise, x + strength * sigma^2 * grad_x log q(x | label): Tweedie's formula.
 
-    The flow is the density of noisy images. sigma is `noise_std`, or else the model's own. [B, C, height, width] -> the same shape.
+    The flow is the density of noisy images; sigma is `noise_std`, or else the model's own. Images [B, C, height, width]
+    -> the same shape.
 
     Raises:
         TarFlowError: when neither is known.

@@ -100,6 +100,11 @@ class FlowBlock(nn.Module):
     (first to last for even blocks, last to first for odd ones) and (a_0, b_0) = 0.
 
     Source: Zhai et al. 2024, equations 4 to 6.
+
+    >>> from tarflow_sdk.testing import random_model, tiny_config
+    >>> z, log_det = random_model(tiny_config()).flow_blocks[0](torch.zeros(2, 4, 16))
+    >>> z.shape, log_det.shape
+    (torch.Size([2, 4, 16]), torch.Size([2]))
     """
 
     def __init__(self, config: FlowConfig, *, is_reversed: bool) -> None:

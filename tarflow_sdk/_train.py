@@ -8,6 +8,7 @@ Source: Zhai et al. 2024, section 2.3 and table 5; the prior update of `nvp=Fals
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import json
@@ -15,66 +16,30 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tarflow_sdk._checkpoint import replacing, save_checkpoint
 from tarflow_sdk._config import FlowConfig
 from tarflow_sdk._data import AUGMENTATIONS, Images
-from tarflow_sdk._errors import TarFlowError
-from tarflow_sdk._inverse import Guidance, decode
-from tarflow_sdk._likelihood import bits_per_dim, classify, denoise
+from tarflow_sdk._errors import DataError, TarFlowError
+from tarflow_sdk._evaluate import add_noise, evaluate, generator_for, sample_grid
 from tarflow_sdk._model import NULL_LABEL, TarFlow
+from tarflow_sdk._train_config import TrainConfig, learning_rate
 
 ADAM_BETAS = (0.9, 0.95)
-FINAL_LEARNING_RATE = 1e-6
 PRIOR_RATE = 0.1
 """Weight of the newest batch in the running prior variance of `nvp=False` models."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """How to train, apart from the model and the data; `batch_size` counts all processes together.
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop, and stopped between two steps with its state saved."""
 
-    The learning rate rises linearly over the first epoch and falls by cosine to 1e-6. `ema_decay` is the decay of the
-    averaged weights, which are the ones that are evaluated and saved. `precision` bfloat16 is autocast.
 
-    Raises:
-        TarFlowError: on a value out of range.
-    """
-
-    epochs: int = 100
-    batch_size: int = 128
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-4
-    label_dropout: float = 0.1
-    ema_decay: float = 0.999
-    clip_norm: float = 1.0
-    augment: str = "none"
-    precision: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-    evaluate_every: int = 5
-    save_every: int = 500
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "evaluate_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise TarFlowError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0.0 < self.learning_rate < 1.0:
-            raise TarFlowError(f"learning_rate must be in (0, 1), got {self.learning_rate}")
-        if not 0.0 <= self.label_dropout < 1.0:
-            raise TarFlowError(f"label_dropout must be in [0, 1), got {self.label_dropout}")
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise TarFlowError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        if not self.clip_norm > 0.0 or self.weight_decay < 0.0:
-            raise TarFlowError("clip_norm must be positive and weight_decay at least 0")
-        if self.augment not in AUGMENTATIONS:
-            raise TarFlowError(f"augment must be one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise TarFlowError(f"precision must be float32 or bfloat16, got {self.precision!r}")
+class TrainingDiverged(TarFlowError):  # noqa: N818  (a result more than an error)
+    """The loss or its gradient is no longer finite."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,25 +54,15 @@ class Progress:
     norm: float
 
 
-def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up to `peak` over `warmup` steps, then cosine to `FINAL_LEARNING_RATE` at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    fraction = (step - warmup) / max(1, steps - warmup)
-    return float(FINAL_LEARNING_RATE + 0.5 * (peak - FINAL_LEARNING_RATE) * (1 + np.cos(np.pi * fraction)))
-
-
-def generator_for(seed: int, *numbers: int) -> torch.Generator:
-    """A generator that depends on `seed` and `numbers` alone."""
-    state = np.random.SeedSequence([seed, *numbers]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
 class Trainer:
     """Trains a model on images and keeps its state in `folder`.
 
     `folder` receives `train.json` (all settings), `log.csv` (a row per evaluation), `samples/`, `state.pt` (to resume)
-    and `model.safetensors` (the averaged weights, ready to export).
+    and `model.safetensors` (the averaged weights, ready to export). Under `torchrun`, with the process group up, every
+    process trains on its part of each batch and the first one evaluates and writes.
+
+    Raises:
+        TarFlowError: when images, batch size, model and number of processes do not fit each other.
     """
 
     def __init__(
@@ -116,8 +71,8 @@ class Trainer:
         train: TrainConfig,
         images: Images,
         validation: Images | None,
-        folder: Path,
         *,
+        folder: Path,
         device: str = "cpu",
     ) -> None:
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -125,17 +80,26 @@ class Trainer:
             raise TarFlowError(f"batch_size {train.batch_size} is not a multiple of the {self.world} processes")
         if len(images) < train.batch_size:
             raise TarFlowError(f"batch_size {train.batch_size} is larger than the training set of {len(images)} images")
+        for part in (images, validation):
+            if part is not None:
+                _require_fit(model.config, part)
         self.device = torch.device(device)
         self.model = model.to(self.device)
-        self.averaged = TarFlow(model.config).to(self.device)
-        self.averaged.load_state_dict(model.state_dict())
+        self.averaged = copy.deepcopy(self.model)
         self.config, self.train_config = model.config, train
         self.images, self.validation, self.folder = images, validation, folder
+        # What must be the same when a run is resumed; the number of processes may change.
+        self.settings: dict[str, Any] = {
+            "model": self.config.to_json(),
+            "train": dataclasses.asdict(train),
+            "data": {"images": len(images), "sha256": images.digest},
+        }
         self.steps_per_epoch = len(images) // train.batch_size
         self.steps = self.steps_per_epoch * train.epochs
         self.step = 0
         self.seconds = 0.0
         self.loss_sum = 0.0
+        self.stop_requested = False
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=train.learning_rate, betas=ADAM_BETAS, weight_decay=train.weight_decay
         )
@@ -151,20 +115,12 @@ class Trainer:
         """The file a killed run is resumed from."""
         return self.folder / "state.pt"
 
-    def settings(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed."""
-        return {
-            "model": self.config.to_json(),
-            "train": dataclasses.asdict(self.train_config),
-            "images": len(self.images),
-        }
-
     def save(self) -> None:
         """Write `state.pt` and `model.safetensors`, each atomically; only the first process writes."""
         if self.rank:
             return
         state = {
-            "settings": json.dumps(self.settings()),
+            "settings": json.dumps(self.settings),
             "step": self.step,
             "seconds": self.seconds,
             "loss_sum": self.loss_sum,
@@ -184,19 +140,23 @@ class Trainer:
         """
         try:
             state = torch.load(self.state_path, map_location=self.device, weights_only=True)
-        except Exception as error:
-            raise TarFlowError(f"{self.state_path}: cannot resume: {error}") from error
-        before, now = json.loads(state["settings"]), json.loads(json.dumps(self.settings()))
-        changed = [
-            f"{section}.{name}"
-            for section in ("model", "train")
-            for name in now[section]
-            if before[section].get(name) != now[section][name]
-        ]
-        if changed or before["images"] != now["images"]:
+            before = json.loads(state["settings"])
+            now = json.loads(json.dumps(self.settings))
+            changed = [
+                f"{section}.{name} {before[section].get(name)} -> {now[section][name]}"
+                for section in now
+                for name in now[section]
+                if before[section].get(name) != now[section][name]
+            ]
+        except Exception as error:  # a damaged file can fail anywhere
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise TarFlowError(
-                f"{self.folder} was trained with other settings: {', '.join(changed) or 'another training set'}",
-                hint="give the same options to resume, or another --log-dir",
+                f"{self.state_path}: cannot resume: {reason}", hint="start anew in another --log-dir"
+            ) from error
+        if changed:
+            raise TarFlowError(
+                f"{self.folder} was trained with other settings: {', '.join(changed)}",
+                hint="give the same options and data to resume, or another --log-dir",
             )
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
@@ -222,7 +182,11 @@ class Trainer:
         return x.to(self.device), labels
 
     def optimise(self) -> Progress:
-        """Take one step."""
+        """Take one step.
+
+        Raises:
+            TrainingDiverged: when the loss or its gradient is not finite; the weights are those before the step.
+        """
         train = self.train_config
         lr = learning_rate(self.step, self.steps, self.steps_per_epoch, train.learning_rate)
         for group in self.optimizer.param_groups:
@@ -231,14 +195,15 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=train.precision == "bfloat16"):
             z, log_det = self.network(x, labels)
             loss = 0.5 * z.square().mean() - log_det.mean() / self.config.dims
-        if not torch.isfinite(loss):
-            raise TarFlowError(
-                f"the loss is not finite at step {self.step}",
-                hint=f"{self.state_path} holds an earlier state; try a lower --learning-rate or --precision float32",
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
+        # The gradient is averaged over the processes, so that all of them notice when one has gone astray.
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            raise TrainingDiverged(
+                f"loss {float(loss.detach())} with gradient norm {float(norm)} at step {self.step}: training diverged",
+                hint="lower --learning-rate, or --precision float32, and start anew or --resume from the saved state",
+            )
         self.optimizer.step()
         if not self.config.nvp:
             self._update_prior(z.detach())
@@ -251,7 +216,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_prior(self, z: Tensor) -> None:
-        variance = z.square().mean(dim=0)
+        variance = z.float().square().mean(dim=0)
         if self.world > 1:
             torch.distributed.all_reduce(variance)
             variance /= self.world
@@ -259,9 +224,10 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self) -> None:
+        # Early weights are forgotten faster than ema_decay alone would.
         decay = min(self.train_config.ema_decay, (1 + self.step) / (10 + self.step))
-        ours, theirs = list(self.averaged.parameters()), list(self.model.parameters())
-        torch._foreach_lerp_(ours, theirs, 1.0 - decay)
+        for ours, theirs in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
+            ours.lerp_(theirs, 1.0 - decay)
         self.averaged.var.copy_(self.model.var)
 
     # -- the run -------------------------------------------------------------------------------------------------
@@ -269,28 +235,48 @@ class Trainer:
     def run(self, on_step: Callable[[Progress], None] | None = None) -> Iterator[dict[str, float]]:
         """Train to the end, yielding the row that each evaluation adds to `log.csv`.
 
-        The state is saved every `save_every` steps, at every epoch's end, and when the run is interrupted.
+        The state is saved every `save_every` steps, at every epoch's end, and when `stop_requested` was set (by a
+        signal handler, say), which ends the run between two steps.
+
+        Raises:
+            Interrupted: when it was stopped.
+            TarFlowError: when training diverges or `folder` cannot be written to.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.rank:
-            (self.folder / "train.json").write_text(json.dumps(self.settings(), indent=2) + "\n")
+        self._open_folder()
         started = time.monotonic() - self.seconds
+        while self.step < self.steps:
+            progress = self.optimise()
+            self.seconds = time.monotonic() - started
+            if on_step is not None:
+                on_step(progress)
+            row = None
+            epoch_ends = self.step % self.steps_per_epoch == 0
+            if epoch_ends:
+                row = self._end_of_epoch(progress)
+            stop = self._stop()
+            if stop or epoch_ends or self.step % self.train_config.save_every == 0:
+                self.save()
+            if row:
+                yield row
+            if stop:
+                raise Interrupted
+
+    def _open_folder(self) -> None:
+        if self.rank:
+            return
         try:
-            while self.step < self.steps:
-                progress = self.optimise()
-                self.seconds = time.monotonic() - started
-                if on_step is not None:
-                    on_step(progress)
-                if self.step % self.steps_per_epoch == 0:
-                    row = self._end_of_epoch(progress)
-                    self.save()
-                    if row:
-                        yield row
-                elif self.step % self.train_config.save_every == 0:
-                    self.save()
-        except KeyboardInterrupt:
-            self.save()
-            raise
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            (self.folder / "train.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+        except OSError as error:
+            raise TarFlowError(f"{self.folder}: cannot write: {error}", hint="give another --log-dir") from error
+
+    def _stop(self) -> bool:
+        """Whether any process was asked to stop: all of them must stop after the same step."""
+        if self.world == 1:
+            return self.stop_requested
+        votes = torch.tensor(int(self.stop_requested), device=self.device)
+        torch.distributed.all_reduce(votes)
+        return bool(votes)
 
     def _end_of_epoch(self, progress: Progress) -> dict[str, float] | None:
         epoch, loss = progress.epoch + 1, self.loss_sum / self.steps_per_epoch
@@ -301,66 +287,32 @@ class Trainer:
         row = {"epoch": epoch, "step": self.step, "seconds": round(self.seconds, 1), "lr": progress.lr, "loss": loss}
         row.update(evaluate(self.averaged, self.validation, seed=self.train_config.seed))
         self._log(row)
-        self._save_samples(epoch)
+        if (grid := sample_grid(self.averaged, seed=self.train_config.seed)) is not None:
+            with replacing(self.folder / "samples" / f"epoch_{epoch:04d}.png") as partial:
+                grid.save(partial, format="PNG")
         return row
 
     def _log(self, row: dict[str, float]) -> None:
+        """Add a row to `log.csv`, in place of later ones that an earlier, killed run left."""
         path = self.folder / "log.csv"
         rows: list[dict[str, Any]] = []
         if path.exists():
             with path.open(newline="") as file:
                 rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
         with replacing(path) as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
+            writer = csv.DictWriter(file, fieldnames=list(row), restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows([*rows, row])
 
-    def _save_samples(self, epoch: int) -> None:
-        from PIL import Image
 
-        classes, columns = self.config.classes, 8
-        rows = min(classes, 10) or 4
-        generator = generator_for(self.train_config.seed, 2)
-        z = torch.randn(rows * columns, self.config.patches, self.config.patch_values, generator=generator).to(
-            self.device
-        )
-        labels = torch.arange(rows, device=self.device).repeat_interleave(columns) if classes else None
-        images = decode(self.averaged, z, labels, Guidance(weight=1.0 if classes else 0.0))
-        if self.config.noise_std is not None:
-            images = denoise(self.averaged, images, labels)
-        pixels = (images.clip(-1, 1) * 127.5 + 127.5).round().byte().cpu()
-        grid = pixels.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-        if grid.shape[-1] not in (1, 3):
-            return
-        folder = self.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(grid.squeeze(-1).numpy()).save(folder / f"epoch_{epoch:04d}.png")
-
-
-def add_noise(x: Tensor, config: FlowConfig, generator: torch.Generator) -> Tensor:
-    """Training noise: sigma * N(0, 1), or uniform dequantisation over one of the 256 levels (width 1/128)."""
-    if config.noise == "uniform":
-        # A level of pixel / 127.5 - 1 is 1/127.5 wide; scaling to 128 levels keeps x + noise in [-1, 1).
-        pixels = ((x + 1) * 127.5).round()
-        return (pixels + torch.rand(x.shape, generator=generator)) / 128 - 1
-    return x + (config.noise_std or 0.0) * torch.randn(x.shape, generator=generator)
-
-
-@torch.no_grad()
-def evaluate(model: TarFlow, images: Images | None, *, seed: int = 0, batch_size: int = 100) -> dict[str, float]:
-    """Bits/dim of noisy images under their labels and, for class models, the accuracy of `classify`; {} without images."""
-    if images is None:
-        return {}
-    device = model.var.device
-    bits, right = 0.0, 0
-    for start in range(0, len(images), batch_size):
-        chosen = torch.arange(start, min(start + batch_size, len(images)))
-        x = add_noise(images.model_range(chosen), model.config, generator_for(seed, 3, start)).to(device)
-        labels = images.labels[chosen].to(device) if images.labels is not None and model.config.classes else None
-        bits += float(bits_per_dim(model, x, labels).sum())
-        if labels is not None:
-            right += int((classify(model, x).argmax(dim=1) == labels).sum())
-    row = {"bits_per_dim": bits / len(images)}
-    if model.config.classes:
-        row["accuracy"] = right / len(images)
-    return row
+def _require_fit(config: FlowConfig, images: Images) -> None:
+    """Refuse images of another shape than the model's, or without the labels that a class model learns from."""
+    expected = (config.image_channels, config.image_size, config.image_size)
+    if tuple(images.pixels.shape[1:]) != expected:
+        raise DataError(f"images are {list(images.pixels.shape[1:])}, the model takes {list(expected)}")
+    if not config.classes:
+        return
+    if images.labels is None:
+        raise DataError(f"the model has {config.classes} classes, the images have no labels")
+    if len(images.names) != config.classes:
+        raise DataError(f"the model has {config.classes} classes, the images have {len(images.names)}")

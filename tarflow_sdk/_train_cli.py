@@ -1,13 +1,27 @@
-"""`tarflow-train`: train a model from a folder, an `.npz` file or the built-in digits."""
+"""`tarflow-train`: train a model from a folder, an `.npz` file or the built-in digits.
+
+Exit codes: 0 done, 1 training diverged, 2 bad input or usage, 130 interrupted. PyTorch is imported only when training
+starts, so that `--help` and usage errors answer at once.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import datetime as dt
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+from tarflow_sdk._errors import TarFlowError
+
+if TYPE_CHECKING:  # the module loads PyTorch
+    from tarflow_sdk._train import Trainer
+
+USAGE_ERROR: Any = typer.BadParameter.__base__  # typer's own class or click's, depending on typer's version
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -15,6 +29,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def train(
     data: Annotated[str, typer.Argument(help="A folder of images (one folder per class), an .npz file, or mnist5k.")],
+    *,
     log_dir: Annotated[
         Path, typer.Option("--log-dir", "-o", help="Folder for state, curve, samples and the model.")
     ] = Path("runs/tarflow"),
@@ -55,19 +70,23 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --log-dir.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
-    """Train a TarFlow model; `tarflow-export LOG_DIR/model.safetensors` makes it a bundle."""
+    """Train a TarFlow model; `tarflow-export LOG_DIR/model.safetensors` makes it a bundle.
+
+    Under torchrun the processes share each batch. Ctrl-C stops after the step at hand and saves the state.
+    """
     import torch
 
     from tarflow_sdk._config import FlowConfig
     from tarflow_sdk._data import load_images, load_indices
-    from tarflow_sdk._errors import TarFlowError
     from tarflow_sdk._model import TarFlow
-    from tarflow_sdk._train import TrainConfig, Trainer
+    from tarflow_sdk._train import Interrupted, Trainer, TrainingDiverged
+    from tarflow_sdk._train_config import TrainConfig
 
     try:
         if uniform_noise and noise_std is not None:
-            raise TarFlowError("--uniform-noise and --noise-std contradict each other")
+            raise TarFlowError("--uniform-noise and --noise-std contradict each other", hint="give one of them")
         images = load_images(data, image_size=image_size, image_channels=image_channels)
+        conditional = images.labels is not None and not unconditional
         config = FlowConfig(
             image_size=images.pixels.shape[-1],
             image_channels=images.pixels.shape[1],
@@ -76,8 +95,8 @@ def train(
             blocks=blocks,
             layers=layers,
             head_dim=head_dim,
-            classes=0 if unconditional else len(images.names),
-            labels=images.names if images.names and not unconditional else None,
+            classes=len(images.names) if conditional else 0,
+            labels=images.names if conditional else None,
             nvp=not no_nvp,
             noise="uniform" if uniform_noise else "gaussian",
             noise_std=None if uniform_noise else 0.1 if noise_std is None else noise_std,
@@ -92,7 +111,7 @@ def train(
             ema_decay=ema_decay,
             clip_norm=clip_norm,
             augment=augment,
-            precision=_precision(precision, device, uniform_noise),  # type: ignore[arg-type]
+            precision=_precision(precision, device, uniform_noise=uniform_noise),  # type: ignore[arg-type]
             seed=seed,
             evaluate_every=evaluate_every,
             save_every=save_every,
@@ -103,37 +122,44 @@ def train(
             kept = torch.ones(len(images), dtype=torch.bool)
             kept[held] = False
             validation, images = images.take(held), images.take(kept.nonzero().flatten())
-        torch.manual_seed(seed)
-        trainer = Trainer(TarFlow(config), settings, images, validation, log_dir, device=device)
-        if trainer.state_path.exists():
-            if not resume:
-                raise TarFlowError(f"{log_dir} already holds a run", hint="add --resume, or give another --log-dir")
-            trainer.resume()
-        elif resume:
-            raise TarFlowError(f"{log_dir} holds no run to resume", hint="start it without --resume")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        _run(trainer)
+        with _process_group(device) as device:
+            torch.manual_seed(seed)
+            trainer = Trainer(TarFlow(config), settings, images, validation, folder=log_dir, device=device)
+            if trainer.state_path.exists():
+                if not resume:
+                    raise TarFlowError(f"{log_dir} already holds a run", hint="add --resume, or give another --log-dir")
+                trainer.resume()
+            elif resume:
+                raise TarFlowError(f"{log_dir} holds no run to resume", hint="start it without --resume")
+            with _stopping_on_signals(trainer):
+                _run(trainer)
     except TarFlowError as error:
-        typer.echo(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""), err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
+        _report(str(error), error.hint)
+        raise typer.Exit(1 if isinstance(error, TrainingDiverged) else 2) from error
+    except Interrupted:
         typer.echo(f"interrupted; the state is in {log_dir}, continue with --resume", err=True)
+        raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
 
 
 def _device(name: str) -> str:
+    """The kind of device to train on, `cpu` or `cuda`, checked."""
     import torch
 
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if "RANK" in os.environ and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
-        if name == "cuda":
-            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise TarFlowError(f"--device {name}: no such device", hint="give cpu, cuda or auto") from error
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise TarFlowError(f"--device {name}: PyTorch has no such device here", hint="give cpu, cuda or auto")
     return name
 
 
-def _precision(name: str, device: str, uniform_noise: bool) -> str:
+def _precision(name: str, device: str, *, uniform_noise: bool) -> str:
     """`auto` is bfloat16 where it is fast, but float32 for likelihood runs."""
     import torch
 
@@ -143,14 +169,46 @@ def _precision(name: str, device: str, uniform_noise: bool) -> str:
         return "float32"
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return (
-        "bfloat16"
-        if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-        else "float32"
-    )
+    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # PyTorch has no public name for it
+    return "bfloat16" if has_bfloat16() else "float32"
 
 
-def _run(trainer: Any) -> None:
+@contextlib.contextmanager
+def _process_group(device: str) -> Iterator[str]:
+    """Join the processes that torchrun started, if it did; yield the device of this one."""
+    import torch
+
+    if "RANK" not in os.environ:
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    # The other processes wait while the first one evaluates and draws samples.
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=dt.timedelta(hours=2))
+    try:
+        yield device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop the trainer between two steps; a second one stops it at once."""
+
+    def stop(number: int, _: object) -> None:
+        trainer.stop_requested = True
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(trainer: Trainer) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -168,6 +226,21 @@ def _run(trainer: Any) -> None:
             typer.echo("  ".join(f"{name} {value:.5g}" for name, value in row.items()))
 
 
-def main() -> None:
+def _report(message: str, hint: str) -> None:
+    typer.echo(f"error: {message}" + (f"\nhint: {hint}" if hint else ""), err=True)
+
+
+def main() -> NoReturn:
     """Entry point of the console script."""
-    app()
+    try:
+        code = app(prog_name="tarflow-train", standalone_mode=False)
+    except USAGE_ERROR as error:
+        message = error.format_message().rstrip(".")
+        _report(message[:1].lower() + message[1:], "tarflow-train --help lists the options")
+        code = 2
+    except ModuleNotFoundError as error:
+        _report(f"tarflow-train needs the package {error.name}", 'pip install "tarflow-sdk[train]"')
+        code = 2
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    raise SystemExit(code if isinstance(code, int) else 0)

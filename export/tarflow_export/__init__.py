@@ -1,1 +1,36 @@
-"""From a TarFlow checkpoint to a verified bundle of ONNX graphs."""
+"""From a TarFlow checkpoint to a verified bundle of ONNX graphs: `export_bundle`, and the `ExportReport` it returns.
+
+The bundle is specified in docs/BUNDLE.md; `tarflow_runtimes` runs it without PyTorch.
+
+>>> import tempfile
+>>> from tarflow_sdk.testing import random_model, tiny_config
+>>> with tempfile.TemporaryDirectory() as folder:
+...     report = export_bundle(random_model(tiny_config()), f"{folder}/tiny.tarflow")
+>>> report.verified.to_json()["status"]
+'passed'
+"""
+
+import importlib as _importlib
+import typing as _typing
+
+if _typing.TYPE_CHECKING:
+    from tarflow_export._errors import ExportError
+    from tarflow_export._export import ExportReport, export_bundle
+
+__all__ = ["ExportError", "ExportReport", "export_bundle"]
+
+# Names are imported on first use: `tarflow-export --help` answers without loading PyTorch.
+_HOMES = {"_errors": ("ExportError",), "_export": ("ExportReport", "export_bundle")}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOMES.items():
+        if name in names:
+            value = getattr(_importlib.import_module(f"tarflow_export.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'tarflow_export' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

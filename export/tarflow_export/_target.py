@@ -84,7 +84,7 @@ class Target:
 
 
 def _make_public(folder: Path) -> None:
-    """Undo what mkdtemp does: it makes folders that only their owner may read, but a bundle has the permissions of any new folder."""
+    """Give the permissions of any new folder; mkdtemp makes folders that only their owner may read."""
     umask = os.umask(0)
     os.umask(umask)
     folder.chmod(0o777 & ~umask)

@@ -70,13 +70,17 @@ def weight_layout(config: FlowConfig, dtype: Dtype) -> WeightLayout:
     entries: dict[str, WeightEntry] = {}
     end = 0
     for name, shape in block_shapes(config):
-        kept_wide = "norm" in name or name in ("pos_embed", "class_embed")
-        entry_dtype: Dtype = "float32" if kept_wide else dtype
+        entry_dtype: Dtype = dtype if is_linear(name) else "float32"
         offset = -(-end // ALIGNMENT) * ALIGNMENT
         nbytes = math.prod(shape) * np.dtype(entry_dtype).itemsize
         entries[name] = WeightEntry(shape=shape, dtype=entry_dtype, offset=offset, nbytes=nbytes)
         end = offset + nbytes
     return WeightLayout(dtype=dtype, entries=entries, nbytes=end)
+
+
+def is_linear(name: str) -> bool:
+    """Whether the tensor belongs to a linear layer; norms, embeddings and the prior stay in float32 always."""
+    return name.endswith((".weight", ".bias")) and ".norm." not in name
 
 
 def block_tensors(block: FlowBlock, layout: WeightLayout) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:

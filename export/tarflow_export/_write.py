@@ -83,6 +83,11 @@ def _write_weights(path: Path, owner: str, block: FlowBlock, layout: WeightLayou
     return FileRecord(size=end, sha256=digest.hexdigest())
 
 
+def parameter_count(model: TarFlow) -> int:
+    """Trained parameters; the prior's variance is a buffer."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def write_bytes(path: Path, data: bytes) -> FileRecord:
     """Write a file and describe it."""
     path.write_bytes(data)
@@ -147,7 +152,7 @@ def write_manifest(
         "checkpoint": {
             "file": source.file,
             "sha256": source.sha256,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": parameter_count(model),
         },
         "tools": {"python": platform.python_version(), **{tool: _version(tool) for tool in TOOLS}},
         "files": {name: dataclasses.asdict(record) for name, record in sorted(files.items())},

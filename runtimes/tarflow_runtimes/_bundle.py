@@ -205,7 +205,7 @@ def _check_version(manifest: _Fields) -> None:
     version = manifest.value("schema_version", int)
     if version != SCHEMA_VERSION:
         raise BundleError(
-            f"bundle {manifest.root.name} has schema_version {version}, this version of tarflow_runtimes reads {SCHEMA_VERSION}",
+            f"bundle {manifest.root.name} has schema_version {version}, this tarflow-sdk reads {SCHEMA_VERSION}",
             hint="upgrade tarflow-sdk" if version > SCHEMA_VERSION else "export the checkpoint again",
         )
 
@@ -233,7 +233,9 @@ def _read_config(fields: _Fields) -> ModelConfig:
     )
     if config.image_size % config.patch_size or config.width % config.head_dim or config.patches < 2:
         raise fields.error("patch_size", "or head_dim does not divide the image or the width")
-    if config.labels is not None and (len(config.labels) != config.classes or len(set(config.labels)) != config.classes):
+    if config.labels is not None and (
+        len(config.labels) != config.classes or len(set(config.labels)) != config.classes
+    ):
         raise fields.error("labels", f"must be {config.classes} different names, got {len(config.labels)}")
     return config
 
@@ -252,7 +254,9 @@ def _confined(root: Path, name: str) -> Path:
     """The absolute path of the bundle's file `name`; refuses to leave the directory or to follow a link."""
 
     def refuse(problem: str) -> BundleError:
-        return BundleError(f"bundle {root.name}: path {name!r} {problem}", hint="do not use this bundle; fetch it from its source")
+        return BundleError(
+            f"bundle {root.name}: path {name!r} {problem}", hint="do not use this bundle; fetch it from its source"
+        )
 
     path = PurePosixPath(name)
     if path.is_absolute() or "\\" in name or ":" in name or "\0" in name:
@@ -282,9 +286,13 @@ def _check_files(root: Path, fields: _Fields, *, verify_digests: bool) -> dict[s
         path = _confined(root, name)
         actual = path.stat().st_size
         if actual != size:
-            raise BundleError(f"bundle {root.name}: file {name} has {actual} bytes, the manifest says {size}", hint=_FETCH_HINT)
+            raise BundleError(
+                f"bundle {root.name}: file {name} has {actual} bytes, the manifest says {size}", hint=_FETCH_HINT
+            )
         if verify_digests and _sha256(path) != digest.lower():
-            raise BundleError(f"bundle {root.name}: file {name} is damaged: its SHA-256 differs from the manifest", hint=_FETCH_HINT)
+            raise BundleError(
+                f"bundle {root.name}: file {name} is damaged: its SHA-256 differs from the manifest", hint=_FETCH_HINT
+            )
         paths[name] = path
     return paths
 
@@ -329,10 +337,16 @@ def _read_prior(manifest: _Fields, config: ModelConfig, files: Mapping[str, Path
     try:
         prior = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise BundleError(f"bundle {manifest.root.name}: {path.name} is not a NumPy array: {error}", hint=_FETCH_HINT) from error
+        raise BundleError(
+            f"bundle {manifest.root.name}: {path.name} is not a NumPy array: {error}", hint=_FETCH_HINT
+        ) from error
     expected = (config.patches, config.patch_values)
     if not isinstance(prior, np.ndarray) or prior.dtype != np.float32 or prior.shape != expected:
-        raise BundleError(f"bundle {manifest.root.name}: {path.name} must be float32 {list(expected)}", hint=_FETCH_HINT)
+        raise BundleError(
+            f"bundle {manifest.root.name}: {path.name} must be float32 {list(expected)}", hint=_FETCH_HINT
+        )
     if not bool(np.all(np.isfinite(prior) & (prior > 0.0))):
-        raise BundleError(f"bundle {manifest.root.name}: {path.name} holds a variance that is not positive", hint=_FETCH_HINT)
+        raise BundleError(
+            f"bundle {manifest.root.name}: {path.name} holds a variance that is not positive", hint=_FETCH_HINT
+        )
     return prior

@@ -27,9 +27,28 @@ SQRT_HALF: Final = float.fromhex("0x1.6a09e667f3bcdp-1")
 # Highest power first. Each is the float64 nearest to the Taylor coefficient; the truncation is below 1e-15.
 LOG_SERIES: Final = tuple(1.0 / n for n in range(23, 0, -2))
 """atanh(s)/s in s^2: 1/23, 1/21, .., 1/3, 1."""
-SIN_SERIES: Final = (-1.0 / 1307674368000, 1.0 / 6227020800, -1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120, -1.0 / 6, 1.0)
+SIN_SERIES: Final = (
+    -1.0 / 1307674368000,
+    1.0 / 6227020800,
+    -1.0 / 39916800,
+    1.0 / 362880,
+    -1.0 / 5040,
+    1.0 / 120,
+    -1.0 / 6,
+    1.0,
+)
 """sin(x)/x in x^2: -1/15!, 1/13!, .., -1/3!, 1."""
-COS_SERIES: Final = (1.0 / 20922789888000, -1.0 / 87178291200, 1.0 / 479001600, -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -0.5, 1.0)
+COS_SERIES: Final = (
+    1.0 / 20922789888000,
+    -1.0 / 87178291200,
+    1.0 / 479001600,
+    -1.0 / 3628800,
+    1.0 / 40320,
+    -1.0 / 720,
+    1.0 / 24,
+    -0.5,
+    1.0,
+)
 """cos(x) in x^2: 1/16!, -1/14!, .., -1/2!, 1."""
 
 IMAGES_PER_PASS_VALUES: Final = 1 << 20
@@ -114,7 +133,9 @@ def _images(seed: int, first_index: int, n: int, values: int) -> npt.NDArray[np.
     calls = np.arange((values + 3) // 4, dtype=np.uint64)[None, :]
     images = np.uint64(first_index) + np.arange(n, dtype=np.uint64)[:, None]
     zero = np.zeros((1, 1), np.uint64)
-    words = philox((calls, zero, images & np.uint64(0xFFFFFFFF), images >> np.uint64(32)), (seed & 0xFFFFFFFF, seed >> 32))
+    words = philox(
+        (calls, zero, images & np.uint64(0xFFFFFFFF), images >> np.uint64(32)), (seed & 0xFFFFFFFF, seed >> 32)
+    )
     normals = np.empty((n, calls.size, 4), np.float32)
     for pair in (0, 2):
         first, second = box_muller(words[pair], words[pair + 1])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -59,13 +60,22 @@ SCHEMA: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "data_location": (14, "int32"),
     },
     "StringStringEntryProto": {"key": (1, "string"), "value": (2, "string")},
-    "ValueInfoProto": {"name": (1, "string")},
+    "ValueInfoProto": {"name": (1, "string"), "type": (2, "TypeProto")},
+    "TypeProto": {"tensor_type": (1, "TensorTypeProto")},
+    "TensorTypeProto": {"elem_type": (1, "int32"), "shape": (2, "TensorShapeProto")},
+    "TensorShapeProto": {"dim": (1, "DimensionProto*")},
+    "DimensionProto": {"dim_value": (1, "int64"), "dim_param": (2, "string")},
 }
 PACKED: Final = {("TensorProto", "float_data"), ("TensorProto", "int64_data")}
 
 FLOAT, INT32, INT64, FLOAT16 = 1, 6, 7, 10
 """TensorProto.DataType."""
-DTYPES: Final = {FLOAT: np.dtype("<f4"), INT32: np.dtype("<i4"), INT64: np.dtype("<i8"), FLOAT16: np.dtype("<f2")}
+DTYPES: Final[dict[int, np.dtype[Any]]] = {
+    FLOAT: np.dtype("<f4"),
+    INT32: np.dtype("<i4"),
+    INT64: np.dtype("<i8"),
+    FLOAT16: np.dtype("<f2"),
+}
 EXTERNAL: Final = 1
 """TensorProto.DataLocation of a tensor that lies in another file."""
 
@@ -83,18 +93,20 @@ def messages() -> dict[str, Any]:
         raise EngineError("the engine needs the package protobuf", hint='pip install "tarflow-sdk[ort]"') from error
     field = descriptor_pb2.FieldDescriptorProto
     kinds = {name: getattr(field, f"TYPE_{name.upper()}") for name in ("string", "bytes", "float", "int32", "int64")}
-    file = descriptor_pb2.FileDescriptorProto(name="tarflow_runtimes/onnx_subset.proto", package=PACKAGE, syntax="proto2")
+    file = descriptor_pb2.FileDescriptorProto(
+        name="tarflow_runtimes/onnx_subset.proto", package=PACKAGE, syntax="proto2"
+    )
     for message, fields in SCHEMA.items():
         described = file.message_type.add(name=message)
         for name, (number, kind) in fields.items():
-            repeated, kind = kind.endswith("*"), kind.rstrip("*")
+            base, repeated = kind.rstrip("*"), kind.endswith("*")
             entry = described.field.add(name=name, number=number)
             entry.label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
-            if kind in kinds:
-                entry.type = kinds[kind]
+            if base in kinds:
+                entry.type = kinds[base]
                 entry.options.packed = (message, name) in PACKED
             else:
-                entry.type, entry.type_name = field.TYPE_MESSAGE, f".{PACKAGE}.{kind}"
+                entry.type, entry.type_name = field.TYPE_MESSAGE, f".{PACKAGE}.{base}"
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{name}")) for name in SCHEMA}
@@ -118,9 +130,18 @@ def parse_model(data: bytes, *, where: str) -> Any:
     return model
 
 
-def node(op_type: str, inputs: Iterable[str], outputs: Iterable[str], *, domain: str = "", **attributes: int | float | bytes | list[int]) -> Any:
+def node(
+    op_type: str,
+    inputs: Iterable[str],
+    outputs: Iterable[str],
+    *,
+    domain: str = "",
+    **attributes: float | bytes | list[int],
+) -> Any:
     """A NodeProto; the type of an attribute follows from its value."""
-    made = messages()["NodeProto"](op_type=op_type, input=inputs, output=outputs, domain=domain, name=f"{op_type}:{next(iter(outputs))}")
+    made = messages()["NodeProto"](
+        op_type=op_type, input=inputs, output=outputs, domain=domain, name=f"{op_type}:{next(iter(outputs))}"
+    )
     for name, value in attributes.items():
         attribute = made.attribute.add(name=name)
         match value:
@@ -136,10 +157,26 @@ def node(op_type: str, inputs: Iterable[str], outputs: Iterable[str], *, domain:
     return made
 
 
+def value_info(name: str, elem_type: int, shape: tuple[int | str, ...]) -> Any:
+    """A graph input or output; letters in `shape` are symbolic axes."""
+    made = messages()["ValueInfoProto"](name=name)
+    made.type.tensor_type.elem_type = elem_type
+    made.type.tensor_type.shape.SetInParent()
+    for size in shape:
+        dim = made.type.tensor_type.shape.dim.add()
+        if isinstance(size, str):
+            dim.dim_param = size
+        else:
+            dim.dim_value = size
+    return made
+
+
 def tensor(name: str, array: npt.NDArray[Any]) -> Any:
     """An initializer; float32, float16, int32 or int64."""
     data_type = next(code for code, dtype in DTYPES.items() if dtype == array.dtype)
-    return messages()["TensorProto"](name=name, dims=array.shape, data_type=data_type, raw_data=np.ascontiguousarray(array).tobytes())
+    return messages()["TensorProto"](
+        name=name, dims=array.shape, data_type=data_type, raw_data=np.ascontiguousarray(array).tobytes()
+    )
 
 
 def array(tensor: Any) -> npt.NDArray[Any] | None:
@@ -151,6 +188,20 @@ def array(tensor: Any) -> npt.NDArray[Any] | None:
         return np.frombuffer(tensor.raw_data, dtype).reshape(tuple(tensor.dims))
     data = tensor.float_data if tensor.data_type == FLOAT else tensor.int64_data
     return np.array(data, dtype).reshape(tuple(tensor.dims))
+
+
+def external_array(tensor: Any, weights: Path) -> npt.NDArray[Any] | None:
+    """The contents of an initializer that lies in `weights`, or in the model; None when it lies elsewhere."""
+    if tensor.data_location != EXTERNAL:
+        return array(tensor)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = DTYPES.get(tensor.data_type)
+    if dtype is None or place.get("location") != weights.name:
+        return None
+    shape = tuple(tensor.dims)
+    count = int(np.prod(shape))
+    data = np.fromfile(weights, dtype, count, offset=int(place.get("offset", 0)))
+    return data.reshape(shape) if data.size == count else None
 
 
 def attribute(made: Any, name: str, default: Any = None) -> Any:

@@ -43,7 +43,9 @@ def read_images(paths: Sequence[Path], *, channels: int, size: int) -> ImageSet:
     sources: list[tuple[Path, int | None]] = []
     for path in paths:
         if not path.is_file():
-            raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}", hint="give image files, .npy or .npz")
+            raise InputError(
+                f"{path}: {'is a folder' if path.is_dir() else 'no such file'}", hint="give image files, .npy or .npz"
+            )
         if path.suffix.lower() in (".npy", ".npz"):
             pixels = _read_array(path, channels, size)
             sources += [(path, place) for place in range(len(pixels))]
@@ -59,12 +61,19 @@ def _read_picture(path: Path, channels: int, size: int) -> npt.NDArray[np.float3
     from PIL import Image
 
     if channels not in CHANNELS_OF_MODE.values():
-        raise InputError(f"{path}: image files have 1 or 3 channels, the model has {channels}", hint="give a .npy array [B, C, height, width]")
+        raise InputError(
+            f"{path}: image files have 1 or 3 channels, the model has {channels}",
+            hint="give a .npy array [B, C, height, width]",
+        )
     try:
         with Image.open(path) as opened:
-            picture = opened.convert("RGB") if opened.mode == "P" and "transparency" not in opened.info else opened.copy()
+            picture = (
+                opened.convert("RGB") if opened.mode == "P" and "transparency" not in opened.info else opened.copy()
+            )
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not an image that can be read", hint="give a PNG or another common image file, .npy or .npz") from error
+        raise InputError(
+            f"{path}: not an image that can be read", hint="give a PNG or another common image file, .npy or .npz"
+        ) from error
     if picture.mode not in CHANNELS_OF_MODE:
         raise InputError(
             f"{path}: pixels of mode {picture.mode}, expected {' or '.join(CHANNELS_OF_MODE)} of 8 bits",
@@ -76,7 +85,10 @@ def _read_picture(path: Path, channels: int, size: int) -> npt.NDArray[np.float3
             hint=f"convert the image to {'greyscale' if channels == 1 else 'RGB'} first",
         )
     if picture.size != (size, size):
-        raise InputError(f"{path}: {picture.width}x{picture.height} pixels, the model has {size}x{size}", hint="crop and scale the image first")
+        raise InputError(
+            f"{path}: {picture.width}x{picture.height} pixels, the model has {size}x{size}",
+            hint="crop and scale the image first",
+        )
     pixels = np.asarray(picture, np.float32).reshape(size, size, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]) / np.float32(127.5) - np.float32(1)
 
@@ -85,7 +97,10 @@ def _read_array(path: Path, channels: int, size: int) -> npt.NDArray[np.float32]
     pixels = load_float32(path, key="images", what="images")
     expected = (channels, size, size)
     if pixels.ndim != 4 or pixels.shape[1:] != expected or len(pixels) == 0:
-        raise InputError(f"{path}: shape {list(pixels.shape)}, expected [B, {channels}, {size}, {size}]", hint="images are [B, C, height, width]")
+        raise InputError(
+            f"{path}: shape {list(pixels.shape)}, expected [B, {channels}, {size}, {size}]",
+            hint="images are [B, C, height, width]",
+        )
     return pixels
 
 
@@ -96,16 +111,28 @@ def load_float32(path: Path, *, key: str, what: str) -> npt.NDArray[np.float32]:
         InputError: on a file that is missing or damaged, another dtype, or a value that is not finite.
     """
     if not path.is_file():
-        raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}", hint=f"{what} come as a float32 .npy file")
+        raise InputError(
+            f"{path}: {'is a folder' if path.is_dir() else 'no such file'}", hint=f"{what} come as a float32 .npy file"
+        )
     try:
-        loaded: Any = np.load(path, allow_pickle=False)
-        array = loaded if isinstance(loaded, np.ndarray) else loaded[key]
+        with path.open("rb") as file:
+            loaded: Any = np.load(file, allow_pickle=False)
+            array = loaded if isinstance(loaded, np.ndarray) else loaded[key]
     except KeyError:
         raise InputError(f"{path}: holds no array named {key!r}", hint=f"save it as np.savez(..., {key}=...)") from None
-    except Exception as error:  # noqa: BLE001 - damaged files raise ValueError, BadZipFile, EOFError, zlib.error, ...
-        raise InputError(f"{path}: not a NumPy file that can be read", hint=f"{what} come as a float32 .npy file") from error
+    except Exception as error:  # damaged files raise ValueError, BadZipFile, EOFError, zlib.error, ...
+        raise InputError(
+            f"{path}: not a NumPy file that can be read", hint=f"{what} come as a float32 .npy file"
+        ) from error
     if array.dtype != np.float32:
-        raise InputError(f"{path}: dtype {array.dtype}, expected float32", hint="np.save(path, array.astype('float32')), in the model's range [-1, 1]" if key == "images" else "np.save(path, array.astype('float32'))")
+        raise InputError(
+            f"{path}: dtype {array.dtype}, expected float32",
+            hint="np.save(path, array.astype('float32')), in the model's range [-1, 1]"
+            if key == "images"
+            else "np.save(path, array.astype('float32'))",
+        )
     if not np.isfinite(array).all():
-        raise InputError(f"{path}: {int((~np.isfinite(array)).sum())} values are not finite", hint=f"{what} must be finite numbers")
+        raise InputError(
+            f"{path}: {int((~np.isfinite(array)).sum())} values are not finite", hint=f"{what} must be finite numbers"
+        )
     return array

@@ -17,7 +17,7 @@ def parse_labels(text: str | None, *, classes: int, names: Sequence[str] | None)
     """Class numbers of a comma-separated list; -1 is the null class.
 
     An item is a name of the bundle, a class number, or `null`; `all` alone means every class in turn. Where names are
-    numbers themselves, numbers are names only: in a bundle of the classes `1`, `2`, `3`, the label 1 is the first class.
+    numbers themselves, numbers are names only: with the classes `1`, `2`, `3`, the label 1 is the first class.
 
     Raises:
         InputError: on a label that the model does not have, with those it has.
@@ -38,7 +38,9 @@ def parse_labels(text: str | None, *, classes: int, names: Sequence[str] | None)
     items = [item.strip() for item in text.split(",")]
     for item in items:
         if item not in numbers:
-            raise InputError(f"--labels: the model has no class {item!r}", hint=f"valid are {_valid(classes, names)}, null, all")
+            raise InputError(
+                f"--labels: the model has no class {item!r}", hint=f"valid are {_valid(classes, names)}, null, all"
+            )
     return [numbers[item] for item in items]
 
 
@@ -50,10 +52,20 @@ def _valid(classes: int, names: Sequence[str] | None) -> str:
     return listed if any(name.isdecimal() for name in names) else f"{listed}; or 0 to {classes - 1}"
 
 
-def spread(labels: Sequence[int] | None, n: int, *, option: str) -> list[int] | None:
+def spread(labels: Sequence[int] | None, n: int) -> list[int] | None:
     """One label per image: a list shorter than `n` is repeated from its start; a longer one is an error."""
     if labels is None:
         return None
     if len(labels) > n:
-        raise InputError(f"--labels names {len(labels)} labels for {n} image{'s' * (n != 1)}", hint=f"give at most one label per image{option}")
+        raise InputError(
+            f"--labels names {len(labels)} labels for {n} image{'s' * (n != 1)}",
+            hint="give at most one label per image",
+        )
     return [labels[index % len(labels)] for index in range(n)]
+
+
+def label_name(label: int, names: Sequence[str] | None) -> str:
+    """The name of a class number, the number itself where the bundle has no names, or `null`."""
+    if label < 0:
+        return "null"
+    return str(label) if names is None else names[label]

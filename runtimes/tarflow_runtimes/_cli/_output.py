@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tarflow_runtimes._errors import InputError
+from tarflow_runtimes._image_files import PADDING, save_png, to_uint8
 
 Kind = Literal[".png", ".npy", ".npz", "folder"]
 
-PADDING = 2
-"""Pixels between the images of a grid."""
+CAPTION_HEIGHT = 14
+"""Pixels above an image for its caption."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,14 +49,18 @@ def check_output(text: str, *, kinds: Sequence[Kind], overwrite: bool, option: s
     if not parent.is_dir():
         raise InputError(f"{option} {text}: the folder {parent} does not exist", hint=f"mkdir -p {parent}")
     if path.is_dir() != is_folder and path.exists():
-        raise InputError(f"{option} {text}: is {'a folder' if path.is_dir() else 'not a folder'}", hint="give another name")
+        raise InputError(
+            f"{option} {text}: is {'a folder' if path.is_dir() else 'not a folder'}", hint="give another name"
+        )
     if path.exists() and not is_folder and not overwrite:
         raise InputError(f"{option} {text}: exists already", hint="add --overwrite, or give another name")
     try:
         with tempfile.TemporaryFile(dir=path if path.is_dir() else parent):
             pass
     except OSError as error:
-        raise InputError(f"{option} {text}: cannot write there ({error.strerror})", hint="give a folder that you may write to") from error
+        raise InputError(
+            f"{option} {text}: cannot write there ({error.strerror})", hint="give a folder that you may write to"
+        ) from error
     return Output(path=path, kind=kind, overwrite=overwrite)
 
 
@@ -68,40 +73,59 @@ def check_pictures(output: Output, *, channels: int, names: Sequence[str]) -> No
     if output.kind not in (".png", "folder"):
         return
     if channels not in (1, 3):
-        raise InputError(f"-o {output.path}: PNG files have 1 or 3 channels, the model has {channels}", hint="write the images as an array: -o images.npy")
+        raise InputError(
+            f"-o {output.path}: PNG files have 1 or 3 channels, the model has {channels}",
+            hint="write the images as an array: -o images.npy",
+        )
     if output.kind == "folder" and not output.overwrite:
         taken = [name for name in names if (output.path / name).exists()]
         if taken:
-            raise InputError(f"-o {output.path}: holds {taken[0]} already", hint="add --overwrite, or give another folder")
+            raise InputError(
+                f"-o {output.path}: holds {taken[0]} already", hint="add --overwrite, or give another folder"
+            )
 
 
 def write_pictures(
-    output: Output, pixels: npt.NDArray[np.float32], *, names: Sequence[str], arrays: Mapping[str, Any], text: Mapping[str, str]
+    output: Output,
+    pixels: npt.NDArray[np.float32],
+    *,
+    names: Sequence[str],
+    text: Mapping[str, str],
+    arrays: Mapping[str, Any],
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
 ) -> list[Path]:
-    """Write images [B, C, height, width] as a grid, a folder of files, or arrays; returns the files written.
+    """Write images [B, C, height, width] as a grid, a folder of PNG files, or arrays; returns the files written.
 
-    `arrays` joins the images in an `.npz` file; `text` goes into each PNG file.
+    `names` are the files in a folder, `text` goes into each PNG file, `arrays` joins the images in an `.npz` file,
+    `columns` and `captions` shape the grid.
     """
     if output.kind in (".npy", ".npz"):
         return write_arrays(output, pixels, key="images", arrays=arrays)
     levels = to_uint8(pixels)
     if output.kind == ".png":
-        _publish(output.path, lambda path: _save_png(path, grid(levels), text))
+        sheet = grid(levels, columns=columns, captions=captions)
+        _publish(output.path, lambda path: save_png(path, sheet, text))
         return [output.path]
-    created = not output.path.exists()
-    if created:
-        output.path.mkdir()
+    with _new_folder(output.path), _scratch_folder(output.path) as scratch:
+        for name, image in zip(names, levels, strict=True):
+            save_png(scratch / name, image, text)
+        for name in names:
+            (scratch / name).replace(output.path / name)
+    return [output.path / name for name in names]
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[None]:
+    """Make the folder if it is not there, and take it away again when writing into it fails."""
+    created = not path.exists()
+    path.mkdir(exist_ok=True)
     try:
-        with _scratch_folder(output.path) as scratch:
-            for name, image in zip(names, levels, strict=True):
-                _save_png(scratch / name, image, text)
-            for name in names:
-                (scratch / name).replace(output.path / name)
+        yield
     except BaseException:
         if created:
-            shutil.rmtree(output.path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
         raise
-    return [output.path / name for name in names]
 
 
 def write_arrays(output: Output, main: npt.NDArray[Any], *, key: str, arrays: Mapping[str, Any]) -> list[Path]:
@@ -118,33 +142,33 @@ def write_arrays(output: Output, main: npt.NDArray[Any], *, key: str, arrays: Ma
     return [output.path]
 
 
-def to_uint8(pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Images [B, C, height, width] in [-1, 1] to [B, height, width, C] in 0 .. 255: rint(127.5 clip(x) + 127.5)."""
-    levels = np.rint(127.5 * np.clip(pixels.astype(np.float64), -1.0, 1.0) + 127.5).astype(np.uint8)
-    return np.ascontiguousarray(levels.transpose(0, 2, 3, 1))
+def grid(
+    levels: npt.NDArray[np.uint8], *, columns: int | None = None, captions: Sequence[str] | None = None
+) -> npt.NDArray[np.uint8]:
+    """Images [B, height, width, C] row by row on a white sheet [height, width, C], near-square unless told otherwise.
 
+    Captions stand above their images; where every row has the same ones, above the first row only.
+    """
+    from PIL import Image, ImageDraw, ImageFont
 
-def grid(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Images [B, height, width, C] side by side, row by row, in a near-square [height, width, C]."""
     count, height, width, channels = levels.shape
-    if count == 1:
-        return levels[0]
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    sheet = np.full((rows * (height + PADDING) - PADDING, columns * (width + PADDING) - PADDING, channels), 255, np.uint8)
+    heads = 0 if captions is None else 1 if list(captions) == [captions[i % columns] for i in range(count)] else rows
+    lefts = [column * (width + PADDING) for column in range(columns)]
+    tops = [row * (height + PADDING) + min(row + 1, heads) * CAPTION_HEIGHT for row in range(rows)]
+    shape = (tops[-1] + height, lefts[-1] + width)
+    sheet = Image.fromarray(np.full(shape if channels == 1 else (*shape, channels), 255, np.uint8))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for index, image in enumerate(levels):
-        top, left = index // columns * (height + PADDING), index % columns * (width + PADDING)
-        sheet[top : top + height, left : left + width] = image
-    return sheet
-
-
-def _save_png(path: Path, image: npt.NDArray[np.uint8], text: Mapping[str, str]) -> None:
-    from PIL import Image, PngImagePlugin
-
-    chunks = PngImagePlugin.PngInfo()
-    for key, value in text.items():
-        chunks.add_text(key, value)
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format="PNG", pnginfo=chunks)
+        row, left = index // columns, lefts[index % columns]
+        sheet.paste(Image.fromarray(image[..., 0] if channels == 1 else image), (left, tops[row]))
+        if captions is not None and row < heads:
+            word = captions[index]
+            while word and draw.textlength(word, font=font) > width:
+                word = word[:-1]
+            draw.text((left + width // 2, tops[row] - CAPTION_HEIGHT // 2), word, fill=0, font=font, anchor="mm")
+    return np.asarray(sheet).reshape(*shape, channels)
 
 
 def _publish(path: Path, save: Callable[[Path], None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -17,7 +18,9 @@ from typing import Any, NoReturn
 
 import typer
 
-USAGE_ERROR: Any = typer.BadParameter.__base__  # typer's own before 0.26, or click's: the name moved, the class is the same
+USAGE_ERROR: Any = (
+    typer.BadParameter.__base__
+)  # typer's own before 0.26, or click's: the name moved, the class is the same
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -75,7 +78,9 @@ def run(app: Callable[..., Any], arguments: Sequence[str], *, name: str, extra: 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
     except ModuleNotFoundError as error:
-        code = report(f"{name} needs the package {error.name}, which is not installed", hint=f'pip install "tarflow-sdk[{extra}]"')
+        code = report(
+            f"{name} needs the package {error.name}, which is not installed", hint=f'pip install "tarflow-sdk[{extra}]"'
+        )
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
         code = report(f"{where}{error.strerror or error}", code=FAILED)
@@ -110,5 +115,13 @@ def note(text: str) -> None:
 
 
 def print_json(document: object) -> None:
-    """Data for the next program: one JSON object on stdout; a number that is not finite is null."""
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    """Data for the next program: one JSON object on stdout; JSON has no infinity and no NaN, so these are null."""
+    typer.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {key: _finite(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [_finite(value) for value in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document

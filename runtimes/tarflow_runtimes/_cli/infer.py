@@ -1,4 +1,4 @@
-"""`tarflow-infer`, `tarflow infer`: draw images from a bundle."""
+"""`tarflow-infer`, also `tarflow infer`: draw images from a bundle."""
 
 from __future__ import annotations
 
@@ -6,97 +6,212 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tarflow_runtimes._cli._shell import command, new_app, note, print_json, run
+from tarflow_runtimes._errors import InputError
 
-app = new_app()
+if TYPE_CHECKING:
+    from tarflow_runtimes._cli._output import Output
 
 DEFAULT_COUNT = 16
+GUIDES = ("a", "b", "ab")
+
+app = new_app()
 
 
 @command(app)
 def infer(
-    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A .tarflow folder; without it, the digits that come with the package.", show_default=False)] = None,
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="A .tarflow folder. [default: the digits of the package]")
+    ] = None,
+    *,
     engine: Annotated[str, typer.Option(metavar="NAME", help="What runs the graphs.")] = "ort-cpu",
-    n: Annotated[int | None, typer.Option("-n", metavar="COUNT", help="Images to draw. [default: one per label, or 16]", show_default=False)] = None,
-    labels: Annotated[str | None, typer.Option(metavar="LIST", help="Classes, by number or name: 0,1,2 or cat,dog; null for no class; all. Repeated from the start when there are more images.")] = None,
-    first_index: Annotated[int, typer.Option(metavar="INDEX", help="Number of the first image: a job cut into ranges draws the same images.")] = 0,
-    batch_size: Annotated[int | None, typer.Option(metavar="COUNT", help="Images that run together. [default: the engine's choice]", show_default=False)] = None,
-    guidance: Annotated[float, typer.Option(metavar="WEIGHT", help="Guidance weight w >= 0; 0 is off.")] = 0.0,
-    guide: Annotated[str, typer.Option(metavar="a|b|ab", help="What guidance acts on: scales, shifts or both.")] = "ab",
-    attention_temperature: Annotated[float, typer.Option(metavar="TAU", help="Attention temperature of the unguided branch.")] = 1.0,
-    anneal_guidance: Annotated[bool, typer.Option("--anneal-guidance", help="Raise guidance from 0 to w along each block.")] = False,
-    seed: Annotated[int | None, typer.Option(metavar="SEED", help="Seed of the noise. [default: drawn and reported]", show_default=False)] = None,
-    noise: Annotated[Path | None, typer.Option(metavar="FILE.npy", help="Noise to start from, float32 [COUNT, N, D], instead of a seed.")] = None,
-    no_denoise: Annotated[bool, typer.Option("--no-denoise", help="Keep the training noise in the images.")] = False,
-    output: Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="grid.png, folder/ (one PNG per image), images.npy or images.npz.")] = "samples.png",
+    n: Annotated[
+        int | None, typer.Option("-n", metavar="COUNT", help="Images to draw. [default: one per label, else 16]")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Classes by number or name, as 0,1,2 or cat,dog; null for no class; all. Repeated up to -n.",
+        ),
+    ] = None,
+    first_index: Annotated[
+        int,
+        typer.Option(metavar="INDEX", help="Number of the first image: a job cut into ranges draws the same noise."),
+    ] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="COUNT", help="Images that run together. [default: the engine's choice]")
+    ] = None,
+    guidance: Annotated[float, typer.Option(metavar="WEIGHT", help="Guidance weight, 0 for none.")] = 0.0,
+    guide: Annotated[str, typer.Option(metavar="a|b|ab", help="Guide the scales a, the shifts b, or both.")] = "ab",
+    attention_temperature: Annotated[
+        float, typer.Option(metavar="TAU", help="Attention temperature of the branch that guidance moves away from.")
+    ] = 1.0,
+    anneal_guidance: Annotated[
+        bool, typer.Option("--anneal-guidance", help="Let guidance grow from patch to patch up to its weight.")
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option(metavar="SEED", help="Seed of the noise. [default: drawn, and reported]")
+    ] = None,
+    noise: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npy", help="Start from this noise, float32 [COUNT, N, D], not from a seed."),
+    ] = None,
+    no_denoise: Annotated[bool, typer.Option("--no-denoise", help="Leave the training noise in the images.")] = False,
+    output: Annotated[
+        str,
+        typer.Option(
+            "-o", "--output", metavar="PATH", help="grid.png, folder/ (a PNG per image), images.npy or images.npz."
+        ),
+    ] = "samples.png",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
-    save_latents: Annotated[str | None, typer.Option(metavar="FILE.npy", help="Also write the noise that the images started from.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as JSON.")] = False,
+    captions: Annotated[bool, typer.Option("--captions", help="Write the labels into the grid.")] = False,
+    save_latents: Annotated[
+        str | None, typer.Option(metavar="FILE.npy", help="Also write the noise that the images were made from.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")] = False,
 ) -> None:
-    """Draw images from a bundle; nothing else than the runtime is needed, no PyTorch."""
-    _check_numbers(n, first_index, batch_size, guidance, guide, attention_temperature, seed, noise)
+    """Draw images from a bundle, without PyTorch.
 
-    # Heavy imports come after the checks that need none, and never before --help.
+    The images are the same for the same seed, on every machine and in any batch size, up to rounding.
+    """
+    options: dict[str, Any] = {
+        "first_index": first_index,
+        "guidance": guidance,
+        "guide": guide,
+        "attention_temperature": attention_temperature,
+        "anneal_guidance": anneal_guidance,
+        "denoise": not no_denoise,
+        "batch_size": batch_size,
+    }
+    _check_options(n=n, seed=seed, noise=noise, **options)
+
+    # These load NumPy and Pillow: not before --help and the checks above.
     import tarflow_runtimes as tfr
     from tarflow_runtimes._cli._images import load_float32
-    from tarflow_runtimes._cli._labels import parse_labels, spread
+    from tarflow_runtimes._cli._labels import label_name, parse_labels, spread
     from tarflow_runtimes._cli._output import check_output, check_pictures, write_arrays, write_pictures
     from tarflow_runtimes._cli._progress import StepClock
     from tarflow_runtimes._noise import standard_normal
 
     target = check_output(output, kinds=(".png", "folder", ".npy", ".npz"), overwrite=overwrite)
-    latents = None
-    if save_latents is not None:
-        latents = check_output(save_latents, kinds=(".npy",), overwrite=overwrite, option="--save-latents")
-        if latents.path.resolve() == target.path.resolve():
-            raise tfr.InputError(f"-o and --save-latents both name {latents.path}")
-    start = load_float32(noise, key="noise", what="noise") if noise is not None else None
+    if captions and target.kind != ".png":
+        raise InputError("--captions are written into a grid only", hint="give -o grid.png, or leave --captions out")
+    latents = _latents_output(save_latents, target, overwrite=overwrite)
+    given = None if noise is None else load_float32(noise, key="noise", what="noise")
+
+    clock = StepClock("sampling")
     began = time.perf_counter()
     with tfr.load(bundle, engine=engine) as flow:
         config = flow.config
-        classes = parse_labels(labels, classes=config.classes, names=flow.labels)
-        n = _count(n, classes, start)
-        classes = spread(classes, n)
-        if start is not None and start.shape != (n, config.patches, config.patch_values):
-            expected = [n, config.patches, config.patch_values]
-            raise tfr.InputError(f"{noise}: shape {list(start.shape)}, expected {expected}", hint="noise is [COUNT, N, D]: images, patches, values per patch")
-        names = [f"{first_index + index:06d}.png" for index in range(n)]
+        listed = parse_labels(labels, classes=config.classes, names=config.labels)
+        count = n or len(given if given is not None else listed or range(DEFAULT_COUNT))
+        if given is not None and given.shape != (shape := (count, config.patches, config.patch_values)):
+            raise InputError(
+                f"--noise {noise}: shape {list(given.shape)}, expected {list(shape)}",
+                hint="noise is [COUNT, N, D]: images, patches, values per patch",
+            )
+        classes = spread(listed, count)
+        names = [f"{first_index + index:06d}.png" for index in range(count)]
         check_pictures(target, channels=config.image_channels, names=names)
         loaded = time.perf_counter()
-        with StepClock("sampling") as clock:
-            sample = flow.sample(
-                n,
-                labels=classes,
-                seed=seed,
-                noise=start,
-                first_index=first_index,
-                guidance=guidance,
-                guide=guide,
-                attention_temperature=attention_temperature,
-                anneal_guidance=anneal_guidance,
-                denoise=not no_denoise,
-                batch_size=batch_size,
-                on_step=clock.on_step,
-            )
-        facts = {
-            "bundle": str(flow.bundle.path),
-            "digest": flow.bundle.digest,
-            "engine": flow.engine,
-            "seed": sample.seed,
-            "first_index": first_index,
-            "guidance": guidance,
-            "guide": guide,
-            "attention_temperature": attention_temperature,
-            "anneal_guidance": anneal_guidance,
-            "denoise": not no_denoise,
-        }
-        text = {f"tarflow:{key}": _word(value) for key, value in facts.items() if key != "bundle"}
-        arrays = {"labels": [] if classes is None else classes, "seed": -1 if sample.seed is None else sample.seed}
-        files = write_pictures(target, sample.images, names=names, arrays=arrays, text=text)
-        if latents is not None:
-            used = start if start is not None else standard_normal(sample.seed, first_index, n, config.patches, config.patch_values)
-            files += write_arrays(latents, used, key="noise", arrays={})
+        with clock:
+            sample = flow.sample(count, labels=classes, seed=seed, noise=given, on_step=clock.on_step, **options)
+        facts = {"engine": flow.engine, "digest": flow.bundle.digest, "seed": sample.seed, "count": count} | options
+        bundle = flow.bundle.path
+    words = [label_name(label, config.labels) for label in classes or [-1] * count]
+    files = write_pictures(
+        target,
+        sample.images,
+        names=names,
+        # a row of the grid is one round of a list of labels that repeats
+        columns=len(listed) if listed is not None and 1 < len(listed) < count else None,
+        captions=words if captions else None,
+        text={f"tarflow:{name}": value for name, value in sample.metadata.items()},
+        arrays={"labels": classes or [-1] * count} | ({} if sample.seed is None else {"seed": sample.seed}),
+    )
+    if latents is not None:
+        if given is None:
+            given = standard_normal(sample.seed, first_index, count, config.patches, config.patch_values)
+        write_arrays(latents, given, key="noise", arrays={})
+    if as_json:
+        print_json(
+            {"bundle": str(bundle)}
+            | facts
+            | {
+                "labels": None if classes is None else words,
+                "files": [str(file) for file in files],
+                "latents": None if latents is None else str(latents.path),
+                "steps": clock.steps,
+                "seconds": {"load": loaded - began, "sample": clock.seconds, "per_step": clock.per_step},
+            }
+        )
+    source = f"seed {sample.seed}" if noise is None else f"noise of {noise}"
+    pace = f"{clock.seconds:.1f} s, {1e3 * clock.per_step:.2f} ms per step"
+    note(f"wrote {output}: {count} image{'s' * (count != 1)}, {source}, {flow.engine}, {pace}")
+
+
+def _latents_output(text: str | None, target: Output, *, overwrite: bool) -> Output | None:
+    """`--save-latents`, checked like `-o` and against it."""
+    from tarflow_runtimes._cli._output import check_output
+
+    if text is None:
+        return None
+    latents = check_output(text, kinds=(".npy",), overwrite=overwrite, option="--save-latents")
+    if latents.path.resolve() == target.path.resolve():
+        raise InputError(f"-o and --save-latents both name {latents.path}", hint="give them different names")
+    return latents
+
+
+def _check_options(
+    *,
+    n: int | None,
+    seed: int | None,
+    noise: Path | None,
+    first_index: int,
+    guidance: float,
+    guide: str,
+    attention_temperature: float,
+    batch_size: int | None,
+    **_: bool,
+) -> None:
+    """Refuse what is wrong with any bundle, before anything is loaded."""
+    checks = [
+        (n is None or n >= 1, f"-n must be at least 1, got {n}", "leave it out for one image per label"),
+        (first_index >= 0, f"--first-index must not be negative, got {first_index}", "images are numbered from 0"),
+        (
+            batch_size is None or batch_size >= 1,
+            f"--batch-size must be at least 1, got {batch_size}",
+            "leave it out for the engine's choice",
+        ),
+        (
+            guidance >= 0.0 and math.isfinite(guidance),
+            f"--guidance must be a finite number and not negative, got {guidance}",
+            "0 is no guidance, 1 to 3 is usual",
+        ),
+        (guide in GUIDES, f"--guide must be one of {', '.join(GUIDES)}, got {guide!r}", "ab guides scales and shifts"),
+        (
+            attention_temperature > 0.0 and math.isfinite(attention_temperature),
+            f"--attention-temperature must be a positive number, got {attention_temperature}",
+            "1 leaves the attention as it is",
+        ),
+        (seed is None or 0 <= seed < 2**64, f"--seed must be in 0 .. 2^64 - 1, got {seed}", "leave it out to draw one"),
+        (seed is None or noise is None, "--seed and --noise contradict each other", "leave one of them out"),
+        (
+            noise is None or first_index == 0,
+            "--first-index numbers the images of a seed, and --noise takes the place of the seed",
+            "leave --first-index out",
+        ),
+    ]
+    for right, message, hint in checks:
+        if not right:
+            raise InputError(message, hint=hint)
+
+
+def main() -> None:
+    """Entry point of the console script `tarflow-infer`."""
+    run(app, sys.argv[1:], name="tarflow-infer")

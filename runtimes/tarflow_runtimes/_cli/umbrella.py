@@ -10,7 +10,7 @@ from typing import NoReturn
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Verb:
-    """A verb: the `module:app` that runs it, one line of help, and the extra of this project that brings its packages."""
+    """A verb: the `module:app` that runs it, one line of help, and the extra that brings its packages."""
 
     target: str
     summary: str
@@ -19,14 +19,22 @@ class Verb:
 
 VERBS = {
     "train": Verb(target="tarflow_sdk._train_cli:app", summary="Train a model (needs PyTorch).", extra="train"),
-    "export": Verb(target="tarflow_export._cli:app", summary="Turn a checkpoint into a verified bundle (needs PyTorch).", extra="export"),
+    "export": Verb(
+        target="tarflow_export._cli:app",
+        summary="Turn a checkpoint into a verified bundle (needs PyTorch).",
+        extra="export",
+    ),
     "infer": Verb(target="tarflow_runtimes._cli.infer:app", summary="Draw images from a bundle."),
     "encode": Verb(target="tarflow_runtimes._cli.images:encode_app", summary="Map images to noise and log|det|."),
-    "denoise": Verb(target="tarflow_runtimes._cli.images:denoise_app", summary="Take the training noise out of images."),
+    "denoise": Verb(
+        target="tarflow_runtimes._cli.images:denoise_app", summary="Take the training noise out of images."
+    ),
     "score": Verb(target="tarflow_runtimes._cli.images:score_app", summary="Log-probability and bits/dim of images."),
     "classify": Verb(target="tarflow_runtimes._cli.images:classify_app", summary="Class posteriors of images."),
     "inspect": Verb(target="tarflow_runtimes._cli.bundles:inspect_app", summary="Say what a bundle holds."),
-    "verify": Verb(target="tarflow_runtimes._cli.bundles:verify_app", summary="Repeat a bundle's verification on an engine."),
+    "verify": Verb(
+        target="tarflow_runtimes._cli.bundles:verify_app", summary="Repeat a bundle's verification on an engine."
+    ),
 }
 
 

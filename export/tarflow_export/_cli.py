@@ -1,0 +1,136 @@
+"""`tarflow-export`: a checkpoint in, a verified bundle out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from tarflow_runtimes._cli._shell import command, new_app, note, print_json, run
+
+if TYPE_CHECKING:
+    from tarflow_export._export import ExportReport, OnProgress, Verified
+
+app = new_app()
+
+
+@command(app)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors, .pth or .pt file.")],
+    *,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The bundle. [default: STEM.tarflow in this folder]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float16: of linear layers and caches.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
+    image_channels: Annotated[int | None, typer.Option(help="Where the checkpoint does not say.")] = None,
+    patch_size: Annotated[int | None, typer.Option(help="Where the checkpoint does not say.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Where the checkpoint does not say. [default: 64]")] = None,
+    noise_std: Annotated[
+        float | None, typer.Option(help="Sigma of the training noise, where the checkpoint does not say.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Text file with the names of the classes, one a line.")] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch; the bundle records that.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")] = False,
+) -> None:
+    """Turn a checkpoint into a bundle of ONNX graphs that runs without PyTorch, compared with PyTorch.
+
+    The bundle appears complete and verified, or not at all. Exit codes: 0 done, 1 a comparison missed its
+    tolerance, 2 bad input.
+    """
+    from tarflow_export._export import export_bundle
+
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "overwrite": overwrite,
+        "image_channels": image_channels,
+        "patch_size": patch_size,
+        "head_dim": head_dim,
+        "noise_std": noise_std,
+        "labels": None if labels is None else _read_labels(labels),
+        "verify": not no_verify,
+    }
+    if dry_run:
+        _plan(checkpoint, output, as_json=as_json, **options)
+        return
+    with _progress_bar() as on_progress:
+        report = export_bundle(checkpoint, output, on_progress=on_progress, on_verified=_show_table, **options)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _summarise(report)
+
+
+def _read_labels(path: Path) -> list[str]:
+    """Names of the classes, one a line; empty lines at the end do not count."""
+    from tarflow_export._errors import ExportError
+
+    try:
+        names = path.read_text("utf-8").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ExportError(f"--labels {path}: {reason}", hint="a text file with one name a line") from error
+    names = [name.strip() for name in names]
+    if not all(names):
+        raise ExportError(f"--labels {path}: holds an empty line", hint="one name a line, in the classes' order")
+    return names
+
+
+def _plan(checkpoint: Path, output: Path | None, *, as_json: bool, **options: Any) -> None:
+    from tarflow_export._export import plan_of
+    from tarflow_export._report import plan_lines
+
+    facts = plan_of(checkpoint, output, **options)
+    if as_json:
+        print_json(facts)
+        return
+    for line in plan_lines(facts):
+        typer.echo(line)
+
+
+def _show_table(verified: Verified) -> None:
+    """On stderr, missed tolerances included: the error that follows names only the worst."""
+    from rich.console import Console
+
+    from tarflow_export._report import parity_table
+
+    # Wide enough for its columns where nobody looks at a terminal of a certain width.
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
+    console.print(parity_table(verified.records, verified.floors))
+
+
+def _summarise(report: ExportReport) -> None:
+    from tarflow_export._report import size
+
+    for assumption in report.assumptions:
+        note(f"assumed: {assumption}")
+    if report.verified is None:
+        note("not verified: --no-verify")
+    seconds = sum(report.seconds.values())
+    note(f"wrote {size(report.nbytes)}, {report.parameters:,} parameters, in {seconds:.1f} s")
+    typer.echo(report.path)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[OnProgress]:
+    """A bar on stderr that names the stage, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("export", total=None)
+        yield lambda stage, done, total: bar.update(task, description=f"{stage:<7}", completed=done, total=total)
+
+
+def main() -> NoReturn:
+    """Entry point of the console script `tarflow-export`."""
+    run(app, sys.argv[1:], name="tarflow-export", extra="export")

@@ -1,0 +1,307 @@
+"""`export_bundle`: check, load, plan, write, verify, publish; every stage hands the next a typed result."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tarflow_export._errors import ExportError
+from tarflow_export._plan import Plan, plan_export
+from tarflow_export._reference import Extent, compute_reference, extent_of
+from tarflow_export._target import SUFFIX, Target
+from tarflow_export._weights import Dtype, is_linear
+from tarflow_export._write import (
+    REFERENCE_FILE,
+    FileRecord,
+    Source,
+    parameter_count,
+    record_of,
+    write_blocks,
+    write_manifest,
+)
+from tarflow_runtimes._bundle import open_bundle
+from tarflow_runtimes._parity import Record, require_passed
+from tarflow_sdk._checkpoint import load_checkpoint
+from tarflow_sdk._model import TarFlow
+
+DTYPES: tuple[Dtype, ...] = ("float32", "float16")
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the stage's name, how much of it is done, and its total."""
+
+SKIPPED: dict[str, Any] = {"status": "skipped", "extent": None, "floors": {}, "records": []}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """Stage `load`: the model, where it came from, and what its checkpoint left open."""
+
+    model: TarFlow
+    source: Source
+    assumptions: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """Stage `write`: the files that are in the folder, manifest aside."""
+
+    files: dict[str, FileRecord]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Verified:
+    """Stage `verify`: every comparison with PyTorch, and PyTorch's own float32 floors."""
+
+    engine: str
+    extent: Extent
+    floors: dict[str, float]
+    records: tuple[Record, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's `verification`."""
+        return {
+            "status": "passed" if all(record.passed for record in self.records) else "failed",
+            "engine": self.engine,
+            "extent": self.extent.to_json(),
+            "floors": self.floors,
+            "records": [record.to_json() for record in self.records],
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExportReport:
+    """What an export wrote.
+
+    `seconds` is the time of each stage; `nbytes` the size of all files; `verified` is None when it was skipped;
+    `assumptions` is what the checkpoint did not say, in words.
+    """
+
+    path: Path
+    digest: str
+    nbytes: int
+    parameters: int
+    assumptions: tuple[str, ...]
+    verified: Verified | None
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, JSON values only."""
+        return {
+            "bundle": str(self.path),
+            "digest": self.digest,
+            "bytes": self.nbytes,
+            "parameters": self.parameters,
+            "assumptions": list(self.assumptions),
+            "verification": SKIPPED if self.verified is None else self.verified.to_json(),
+            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+        }
+
+
+def default_output(checkpoint: str | Path) -> Path:
+    """`STEM.tarflow` in the current directory."""
+    return Path(Path(checkpoint).stem + SUFFIX)
+
+
+def export_bundle(
+    model_or_path: TarFlow | str | Path,
+    output: str | Path | None = None,
+    *,
+    dtype: Dtype = "float32",
+    verify: bool = True,
+    overwrite: bool = False,
+    image_channels: int | None = None,
+    patch_size: int | None = None,
+    head_dim: int | None = None,
+    noise_std: float | None = None,
+    labels: Sequence[str] | None = None,
+    on_progress: OnProgress | None = None,
+    on_verified: Callable[[Verified], None] | None = None,
+) -> ExportReport:
+    """Export a model, or the checkpoint at a path, as a bundle, and compare the bundle with PyTorch.
+
+    `output` is `STEM.tarflow` in the current directory unless given. `dtype` is that of linear weights, their
+    activations and the attention caches. `image_channels` to `labels` say what a checkpoint does not, as in
+    `load_checkpoint`; a model in memory has them in its configuration. The bundle appears under its name complete
+    and verified, or not at all; `overwrite` lets it take the place of another bundle, and of nothing else.
+    `on_verified` sees the comparisons whether they passed or not.
+
+    Raises:
+        CheckpointError: on a checkpoint that cannot be read or whose configuration stays open.
+        ExportError: on a target that may not be written, weights that are not finite, options that do not fit.
+        VerificationError: when a comparison with PyTorch misses its tolerance.
+        OSError: when the disk refuses.
+
+    >>> import tempfile
+    >>> from tarflow_sdk.testing import random_model, tiny_config
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = export_bundle(random_model(tiny_config()), f"{folder}/tiny.tarflow")
+    >>> all(record.passed for record in report.verified.records)
+    True
+    """
+    stages = _Stages(on_progress)
+    given = {
+        "image_channels": image_channels, "patch_size": patch_size, "head_dim": head_dim,
+        "noise_std": noise_std, "labels": labels,
+    }  # fmt: skip
+    with stages("check"):
+        target = check(model_or_path, output, dtype=dtype, verify=verify, overwrite=overwrite)
+    with stages("load"):
+        loaded = load(model_or_path, dtype=dtype, **given)
+    with stages("plan"):
+        plan = plan_export(loaded.model.config, dtype)
+    with target.growing() as folder:
+        with stages("write"):
+            written = _write(folder, plan, loaded, stages)
+        verified = None
+        if verify:
+            with stages("verify"):
+                verified = _verify(folder, plan, loaded, written, stages)
+                if on_verified is not None:
+                    on_verified(verified)
+                require_passed(verified.records)
+        bundle = open_bundle(folder, verify_digests=False)
+    # From here on the bundle stands under its name.
+    return ExportReport(
+        path=target.path,
+        digest=bundle.digest,
+        nbytes=sum(record.size for record in written.files.values()),
+        parameters=bundle.manifest["checkpoint"]["parameters"],
+        assumptions=loaded.assumptions,
+        verified=verified,
+        seconds=stages.seconds,
+    )
+
+
+def plan_of(
+    model_or_path: TarFlow | str | Path,
+    output: str | Path | None = None,
+    *,
+    dtype: Dtype = "float32",
+    verify: bool = True,
+    overwrite: bool = False,
+    **given: Any,
+) -> dict[str, Any]:
+    """What `export_bundle` would write, after the checks it would make, as data; writes nothing."""
+    from tarflow_export._report import plan_facts  # noqa: PLC0415  (imports rich)
+
+    target = check(model_or_path, output, dtype=dtype, verify=verify, overwrite=overwrite)
+    loaded = load(model_or_path, dtype=dtype, **given)
+    plan = plan_export(loaded.model.config, dtype)
+    extent = extent_of(plan.config, plan.layout) if verify else None
+    facts = plan_facts(plan, extent, parameter_count(loaded.model))
+    return {"path": str(target.path), "assumptions": list(loaded.assumptions), **facts}
+
+
+def check(
+    model_or_path: TarFlow | str | Path, output: str | Path | None, *, dtype: str, verify: bool, overwrite: bool
+) -> Target:
+    """Stage `check`: everything that can be wrong before the checkpoint is read."""
+    if dtype not in DTYPES:
+        raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}", hint="float32 is the default")
+    if verify:
+        _require_engine()
+    if output is None:
+        if isinstance(model_or_path, TarFlow):
+            raise ExportError("a model in memory has no name to derive the bundle's from", hint="give output")
+        output = default_output(model_or_path)
+    return Target(output, overwrite=overwrite)
+
+
+def load(model_or_path: TarFlow | str | Path, *, dtype: Dtype, **given: Any) -> Loaded:
+    """Stage `load`: read the checkpoint, and refuse weights that are not finite in `dtype`, naming the tensor."""
+    if isinstance(model_or_path, TarFlow):
+        if unfit := [name for name, value in given.items() if value is not None]:
+            raise ExportError(
+                f"{', '.join(unfit)} given together with a model in memory", hint="set them in the model's FlowConfig"
+            )
+        loaded = Loaded(model=model_or_path, source=Source(), assumptions=())
+    else:
+        path = Path(model_or_path)
+        model = load_checkpoint(path, **given)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        source = Source(file=path.name, sha256=digest)
+        loaded = Loaded(model=model, source=source, assumptions=tuple(model.assumptions))
+    for name, tensor in loaded.model.state_dict().items():
+        array = tensor.detach().cpu().float().numpy()
+        largest = float(max(-array.min(), array.max()))  # NaN where there is one
+        if not math.isfinite(largest):
+            raise ExportError(f"{name} holds values that are NaN or infinite", hint="the training run went wrong")
+        if dtype == "float16" and is_linear(name) and largest > torch.finfo(torch.float16).max:
+            raise ExportError(f"{name} holds {largest:.3g}, beyond float16's 65504", hint="export with --dtype float32")
+    return loaded
+
+
+def _require_engine() -> None:
+    """Find out before the work that the verification could not run."""
+    try:
+        import onnxruntime  # noqa: F401, PLC0415  (a check, made late: it takes a tenth of a second)
+    except ImportError as error:
+        raise ExportError(
+            "the verification needs onnxruntime, which is not installed",
+            hint='pip install "tarflow-sdk[export]", or add --no-verify',
+        ) from error
+
+
+def _write(folder: Path, plan: Plan, loaded: Loaded, stages: _Stages) -> Written:
+    """Stage `write`: a complete bundle that says it is not verified."""
+    blocks = plan.config.blocks
+    files = write_blocks(folder, plan, loaded.model, lambda k: stages.progress(k + 1, blocks))
+    write_manifest(folder, plan, loaded.model, source=loaded.source, files=files, verification=SKIPPED)
+    return Written(files=files)
+
+
+def _verify(folder: Path, plan: Plan, loaded: Loaded, written: Written, stages: _Stages) -> Verified:
+    """Stage `verify`: PyTorch's outputs into the bundle, then the bundle's graphs against them."""
+    from tarflow_export._portable import PortableEngine  # noqa: PLC0415  (imports onnxruntime)
+    from tarflow_runtimes._verify import verify  # noqa: PLC0415
+
+    extent = extent_of(plan.config, plan.layout)
+    blocks = plan.config.blocks
+    measured = compute_reference(loaded.model, extent, lambda k: stages.progress(k + 1, 2 * blocks))
+    measured.reference.save(folder / REFERENCE_FILE)
+    written.files[REFERENCE_FILE] = record_of(folder / REFERENCE_FILE)
+
+    def manifest(verification: dict[str, Any]) -> None:
+        write_manifest(folder, plan, loaded.model, source=loaded.source, files=written.files, verification=verification)
+
+    # The engine reads the bundle as anybody would: from its manifest, digests checked.
+    manifest({**SKIPPED, "floors": measured.floors})
+    bundle = open_bundle(folder)
+    with PortableEngine(bundle, threads=extent.threads) as engine:
+        records = verify(bundle, engine, on_block=lambda k: stages.progress(blocks + k + 1, 2 * blocks))
+        verified = Verified(engine=engine.name, extent=extent, floors=measured.floors, records=records)
+    manifest(verified.to_json())
+    return verified
+
+
+class _Stages:
+    """Names the stage that runs, for the callback, and times it."""
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_progress = on_progress
+        self._stage = ""
+        self._start = 0.0
+
+    def __call__(self, stage: str) -> _Stages:
+        self._stage = stage
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+        self.progress(0, 1)
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds[self._stage] = time.perf_counter() - self._start
+
+    def progress(self, done: int, total: int) -> None:
+        if self._on_progress is not None:
+            self._on_progress(self._stage, done, total)

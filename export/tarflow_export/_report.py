@@ -1,0 +1,114 @@
+"""What a person sees of an export: the plan before, the comparisons after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from tarflow_export._plan import Plan
+from tarflow_export._reference import Extent
+from tarflow_runtimes._parity import Record
+
+MEASURES = {"max_abs": "max", "max_scaled": "scaled", "relative": "rel"}
+"""How the table calls the measure that a tolerance bounds."""
+
+
+def parity_table(records: Sequence[Record], floors: Mapping[str, float]) -> Table:
+    """One row for each comparison; `bound` is the measure that decides beside its tolerance."""
+    table = Table(box=box.SIMPLE_HEAD, title="Comparison with PyTorch", title_justify="left", pad_edge=False)
+    table.add_column("what", no_wrap=True)
+    for name in ("shape", "max |diff|", "mean |diff|", "relative", "cosine"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("bound", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for record in records:
+        bound = f"{MEASURES[record.measure]} {_number(record.value)} <= {record.tolerance:.1e}"
+        table.add_row(
+            record.name,
+            "x".join(map(str, record.shape)),
+            _number(record.max_abs),
+            _number(record.mean_abs),
+            _number(record.relative),
+            "-" if record.cosine is None else f"{record.cosine:.6f}",
+            bound if not record.non_finite else f"{record.non_finite} values not finite",
+            "ok" if record.passed else "MISSED",
+            style="" if record.passed else "bold red",
+        )
+    listed = ", ".join(f"{stage} {floor:.1e}" for stage, floor in floors.items())
+    table.caption = f"PyTorch float32 against float64: {listed}"
+    table.caption_justify = "left"
+    return table
+
+
+def plan_facts(plan: Plan, extent: Extent | None, parameters: int) -> dict[str, Any]:
+    """The plan as data: graphs, bytes, memory, and what would be verified (None: nothing)."""
+    files = plan.files
+    return {
+        "model": plan.config.to_json(),
+        "parameters": parameters,
+        "dtype": plan.layout.dtype,
+        "graphs": {
+            kind: {"nodes": graph.nodes, "bytes": len(graph.serialized["identity"]), "files": plan.config.blocks}
+            for kind, graph in plan.graphs.items()
+        },
+        "files": files,
+        "bytes": sum(files.values()),
+        "peak_memory_bytes": peak_memory(plan, extent, parameters),
+        "verification": None if extent is None else extent.to_json(),
+    }
+
+
+def peak_memory(plan: Plan, extent: Extent | None, parameters: int) -> int:
+    """Estimate in bytes, good to a third: libraries, state dict, and the most that one block needs on top.
+
+    That is, verifying, the gradient graph: attention weights [B, H, N, N] of every layer and some 40 hidden states
+    [B*N, W] per layer, beside its weights twice (as they are and packed for the processor).
+    """
+    config = plan.config
+    base = 600 * 2**20 + 4 * parameters
+    if extent is None:
+        return base + plan.layout.nbytes
+    attention = config.heads * config.patches**2 * (config.layers + 4)
+    hidden = 40 * config.patches * config.width * config.layers
+    return base + 2 * plan.layout.nbytes + 4 * extent.images * (attention + hidden)
+
+
+def plan_lines(facts: Mapping[str, Any]) -> list[str]:
+    """The same for a person."""
+    model, extent = facts["model"], facts["verification"]
+    weights = sum(size for name, size in facts["files"].items() if name.endswith(".bin"))
+    about = (
+        f"model         {model['blocks']} blocks of {model['layers']} layers, width {model['width']}, "
+        f"{model['image_channels']}x{model['image_size']}x{model['image_size']} images in patches of "
+        f"{model['patch_size']}, {model['classes']} classes, {facts['parameters']:,} parameters"
+    )
+    graphs = [
+        f"{kind:<12}  {graph['files']} graphs of {graph['nodes']} nodes, {size(graph['bytes'])} each"
+        for kind, graph in facts["graphs"].items()
+    ]
+    lines = [
+        about,
+        *graphs,
+        f"weights       {size(weights)} in {model['blocks']} files, {facts['dtype']}",
+        f"bundle        {size(facts['bytes'])}, verification's reference aside",
+        f"peak memory   about {size(facts['peak_memory_bytes'])}",
+    ]
+    if extent is None:
+        return [*lines, "verification  none"]
+    whole = "whole samples" if extent["end_to_end"] else "no whole samples: blocks only"
+    images = f"{extent['images']} image{'s' * (extent['images'] > 1)}"
+    return [*lines, f"verification  {images}, {extent['steps']} steps of each block's inverse, {whole}"]
+
+
+def size(nbytes: float) -> str:
+    """Bytes for a person, in powers of ten."""
+    power = min(3, int(math.log10(max(nbytes, 1)) // 3))
+    return f"{nbytes / 1000**power:.{1 if power else 0}f} {('bytes', 'kB', 'MB', 'GB')[power]}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"

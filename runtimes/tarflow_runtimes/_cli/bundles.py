@@ -1,0 +1,176 @@
+"""`tarflow inspect`, `tarflow verify`: what a bundle holds, and whether an engine computes it right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tarflow_runtimes._cli._shell import command, new_app, note, print_json
+
+if TYPE_CHECKING:
+    from tarflow_runtimes._bundle import Bundle
+    from tarflow_runtimes._parity import Record
+
+inspect_app, verify_app = new_app(), new_app()
+
+BundleArgument = Annotated[
+    Path | None, typer.Argument(metavar="BUNDLE", help="A .tarflow folder. [default: the digits of the package]")
+]
+SHOWN_LABELS = 10
+
+Json = Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")]
+
+
+@command(inspect_app)
+def inspect(bundle: BundleArgument = None, as_json: Json = False) -> None:
+    """Say what a bundle holds: the model, its files, precision, verification.
+
+    Reads the manifest and checks that every file is there with its size; it runs nothing and hashes nothing.
+    """
+    from tarflow_runtimes._bundle import open_bundle
+
+    facts = _facts(open_bundle(bundle or _shipped_bundle(), verify_digests=False))
+    if as_json:
+        print_json(facts)
+    else:
+        _print(facts)
+
+
+@command(verify_app)
+def verify(
+    bundle: BundleArgument = None,
+    *,
+    engine: Annotated[str, typer.Option(metavar="NAME", help="What runs the graphs.")] = "ort-cpu",
+    as_json: Json = False,
+) -> None:
+    """Run an engine on the inputs that a bundle carries and compare with PyTorch's outputs, without PyTorch.
+
+    The exit code is 1 when a tolerance is missed.
+    """
+    import tarflow_runtimes as tfr
+    from tarflow_runtimes._cli._progress import StepClock
+    from tarflow_runtimes._parity import require_passed
+    from tarflow_runtimes._verify import verify as run_verification
+
+    with tfr.load(bundle, engine=engine) as flow, StepClock("verifying") as clock:
+        blocks = flow.config.blocks
+        records = run_verification(flow.bundle, flow.backend, on_block=lambda block: clock.show(block + 1, blocks))
+        facts = {"bundle": str(flow.bundle.path), "digest": flow.bundle.digest, "engine": flow.engine}
+    note(comparison_table(records))
+    passed = all(record.passed for record in records)
+    if as_json:
+        listed = [record.to_json() for record in records]
+        print_json(facts | {"passed": passed, "seconds": clock.seconds, "records": listed})
+    require_passed(records)
+    note(f"all {len(records)} comparisons passed on {facts['engine']} ({clock.seconds:.1f} s)")
+
+
+def comparison_table(records: Iterable[Record]) -> str:
+    """One comparison a line: its name, the measure with its value and bound, and whether it holds."""
+    header = ("comparison", "measure", "value", "tolerance", "")
+    rows = [header] + [
+        (
+            record.name,
+            record.measure,
+            "not finite" if record.value is None else f"{record.value:.2e}",
+            f"{record.tolerance:.2e}",
+            "ok" if record.passed else "MISSED",
+        )
+        for record in records
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _shipped_bundle() -> Path:
+    """Where the bundle of the package lies; opening it says when it is not there."""
+    from importlib.resources import files
+
+    from tarflow_runtimes._flow import SHIPPED
+
+    return Path(str(files("tarflow_runtimes") / "models" / SHIPPED))
+
+
+def _facts(bundle: Bundle) -> dict[str, Any]:
+    manifest, config = bundle.manifest, bundle.config
+    sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
+    verification, checkpoint = _object(manifest, "verification"), _object(manifest, "checkpoint")
+    return {
+        "bundle": str(bundle.path),
+        "digest": bundle.digest,
+        "model": {
+            "image": [config.image_channels, config.image_size, config.image_size],
+            "patches": config.patches,
+            "patch_values": config.patch_values,
+            "width": config.width,
+            "blocks": config.blocks,
+            "layers": config.layers,
+            "heads": config.heads,
+            "head_dim": config.head_dim,
+            "nvp": config.nvp,
+            "parameters": checkpoint.get("parameters"),
+        },
+        "classes": config.classes,
+        "labels": None if config.labels is None else list(config.labels),
+        "noise": config.noise,
+        "noise_std": config.noise_std,
+        "dtype": bundle.dtype,
+        "precision": _object(manifest, "precision"),
+        "opset": manifest.get("opset"),
+        "graphs": sum(name.endswith(".onnx") for name in sizes),
+        "bytes": {
+            "graphs": sum(size for name, size in sizes.items() if name.endswith(".onnx")),
+            "weights": sum(size for name, size in sizes.items() if name.endswith(".bin")),
+            "all": sum(sizes.values()),
+        },
+        "checkpoint": {name: checkpoint.get(name) for name in ("file", "sha256")},
+        "verification": {"status": verification.get("status"), "records": len(verification.get("records") or [])},
+        "tools": _object(manifest, "tools"),
+    }
+
+
+def _object(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A field that nothing runs on: empty where it is absent or not an object."""
+    value = manifest.get(name)
+    return dict(value) if isinstance(value, dict) else {}
+
+
+def _print(facts: Mapping[str, Any]) -> None:
+    """The same facts for a person: a name and a value on each line."""
+    model, size, labels = facts["model"], facts["bytes"], facts["labels"]
+    channels, height, width = model["image"]
+    classes = "none" if not facts["classes"] else str(facts["classes"])
+    if labels is not None:
+        classes += f": {', '.join(labels[:SHOWN_LABELS])}" + ", ..." * (len(labels) > SHOWN_LABELS)
+    verified = f"{facts['verification']['status']}, {facts['verification']['records']} records"
+    parameters = "" if model["parameters"] is None else f", {model['parameters']:,} parameters"
+    precision = ", ".join(f"{part} {dtype}" for part, dtype in facts["precision"].items() if dtype != facts["dtype"])
+    checkpoint = facts["checkpoint"]
+    lines = {
+        "bundle": facts["bundle"],
+        "digest": facts["digest"],
+        "images": f"{height}x{width}, {channels} channel{'s' * (channels != 1)}, "
+        f"{model['patches']} patches of {model['patch_values']} values",
+        "model": f"{model['blocks']} blocks of {model['layers']} layers, width {model['width']}, "
+        f"{model['heads']} heads of {model['head_dim']}{parameters}" + ("" if model["nvp"] else ", volume preserving"),
+        "classes": classes,
+        "training noise": f"{facts['noise']}, sigma {'unknown' if facts['noise_std'] is None else facts['noise_std']}",
+        "precision": facts["dtype"] + (f" ({precision})" if precision else ""),
+        "graphs": f"{facts['graphs']}, opset {facts['opset']}",
+        "size": f"{_megabytes(size['all'])} (weights {_megabytes(size['weights'])}, "
+        f"graphs {_megabytes(size['graphs'])})",
+        "checkpoint": f"{checkpoint['file'] or 'unnamed'}, SHA-256 {checkpoint['sha256'] or 'unknown'}",
+        "verification": verified,
+        "tools": ", ".join(f"{name} {version}" for name, version in facts["tools"].items()),
+    }
+    for name, text in lines.items():
+        typer.echo(f"{name:<14}  {text}")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,63 @@
+"""What an engine is: `Engine` opens a bundle's blocks, `Stepper` holds the state of one inverse of one block.
+
+The sampler owns the loop, an engine owns the buffers: on a device with its own memory nothing crosses per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+
+class Stepper(Protocol):
+    """One inverse of one block for B images: it starts with the patch at block position 0, which is the noise's own."""
+
+    def advance(self) -> None:
+        """Finish the next patch: x_{i+1} = z_{i+1} * exp(a_i) + b_i, i = 0 at first. At most N - 1 times."""
+
+    def result(self) -> Floats:
+        """The patches [B, N, D] in image order; those not finished yet hold their noise."""
+
+
+class Engine(Protocol):
+    """Runs the graphs of one bundle.
+
+    Labels are int64, 0 .. classes - 1 or `classes`, the null class; None on models without classes.
+    Every method but `close` may be called from several threads at once.
+
+    Raises:
+        EngineError: from any method, when a graph cannot be opened or run, or after `close`.
+    """
+
+    name: str
+    workers: int
+    """Parts of a batch that the engine runs faster side by side, each in a thread of its own; 1 where it does not."""
+
+    def parts(self, images: int, branches: int) -> Sequence[slice]:
+        """How to cut a batch for `stepper`: slices of the images, in order."""
+
+    def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
+        """Patches [B, N, D], labels [B] -> (z [B, N, D], log|det| [B], nats) of one block."""
+
+    def gradient(self, block: int, patches: Floats, cotangent: Floats, labels: Integers | None) -> Floats:
+        """Derivative of (cotangent . z + log|det|) of one block with respect to its `patches`, [B, N, D]."""
+
+    def window(self, block: int, patches: Floats, noise: Floats, labels: Integers | None) -> Floats:
+        """One call of the step graph on finished patches [B, N, D] -> patches 1 .. N-1 in block order, [B, N-1, D]."""
+
+    def stepper(
+        self, block: int, *, noise: Floats, labels: Integers | None, guidance: Floats, inverse_temperature: Floats
+    ) -> Stepper:
+        """Start an inverse: noise [B, N, D], labels [G, B], guidance [2, N], inverse_temperature [G]."""
+
+    def report(self) -> Mapping[str, Any]:
+        """What runs where: versions, threads, rewrites taken or declined. JSON values."""
+
+    def close(self) -> None:
+        """Free the sessions; calls that are running end as they would have."""

@@ -1,0 +1,330 @@
+"""`load` and `Flow`: a bundle on an engine, and everything that can be done with it."""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from tarflow_runtimes._arguments import Label, class_numbers, float_array, guidance_of, integer, real
+from tarflow_runtimes._backend import Backend
+from tarflow_runtimes._bundle import Bundle, ModelConfig, open_bundle
+from tarflow_runtimes._density import PIXEL_SCALE_BITS, encode_patches, log_prob_of, patchify, score, unpatchify
+from tarflow_runtimes._engine import Engine, Floats, Integers
+from tarflow_runtimes._engines import open_engine
+from tarflow_runtimes._errors import BundleError, InputError
+from tarflow_runtimes._noise import standard_normal
+from tarflow_runtimes._sample import Sample
+from tarflow_runtimes._sampler import Guidance, OnStep, decode_patches, progress
+
+SHIPPED: Final = "mnist.tarflow"
+"""The bundle that comes with the package, in its folder `models`."""
+
+BATCH_SIZE: Final = 64
+"""Images that run together unless told otherwise; it bounds memory, the engine cuts further where that is faster."""
+
+Doubles = npt.NDArray[np.float64]
+Labels = Sequence[Label] | npt.NDArray[Any] | None
+
+
+def shipped_bundle() -> Path:
+    """The directory of the bundle that comes with the package.
+
+    Raises:
+        BundleError: when it is not there.
+    """
+    path = importlib.resources.files("tarflow_runtimes") / "models" / SHIPPED
+    if not isinstance(path, Path) or not path.is_dir():
+        raise BundleError(
+            "the bundle that comes with the package is missing", hint="reinstall tarflow-sdk, or name a bundle"
+        )
+    return path
+
+
+def load(path: str | os.PathLike[str] | None = None, engine: str = "ort-cpu", *, verify_digests: bool = True) -> Flow:
+    """Open the bundle at `path`, or the one that comes with the package, on an engine: `ort-cpu` or `auto`.
+
+    `verify_digests=False` skips the SHA-256 of the files (seconds for a bundle of gigabytes); sizes and paths are
+    always checked.
+
+    Raises:
+        BundleError: when the bundle is missing, damaged, unsafe or too new.
+        EngineError: when the engine is unknown or not installed.
+
+    >>> import tarflow_runtimes as tfr
+    >>> with tfr.load() as flow:  # doctest: +SKIP
+    ...     flow.sample(10, labels=range(10), seed=0, guidance=1.5).save("grid.png")
+    """
+    bundle = open_bundle(shipped_bundle() if path is None else path, verify_digests)
+    opened, reason = open_engine(engine, bundle)
+    return Flow(bundle, opened, reason)
+
+
+class Flow:
+    """A model ready to draw, score, encode, decode, denoise and classify.
+
+    Labels are one per image: class numbers, names where the bundle has them, and -1 or None for the null class;
+    `labels=None` is the null class for every image. Images are float32 [B, C, height, width] in the model's range
+    [-1, 1], latents float32 [B, N, D].
+
+    Threads: every method but `close` may be called from any number of threads at once; they share the weights and
+    nothing else. `on_step` is called in the thread that called the method. After `close` (or the end of a `with`)
+    calls that are running finish, or raise EngineError; new ones raise EngineError.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, engine_reason: str = "asked for") -> None:
+        self._bundle = bundle
+        self._engine = engine
+        self._reason = engine_reason
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Flow {self._bundle.path.name} on {self._engine.name}>"
+
+    @property
+    def bundle(self) -> Bundle:
+        """The opened bundle."""
+        return self._bundle
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return self._bundle.config
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine that runs the graphs, also when `auto` chose it."""
+        return self._engine.name
+
+    @property
+    def engine_report(self) -> Mapping[str, Any]:
+        """What runs where: versions, threads, rewrites, and why this engine. JSON values."""
+        return {**self._engine.report(), "chosen": self._reason}
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Names of the classes, or None."""
+        return self._bundle.labels
+
+    @property
+    def backend(self) -> Backend:
+        """The maps of each block as functions of arrays, for verification."""
+        return Backend(self._engine)
+
+    def close(self) -> None:
+        """Free the engine's sessions."""
+        self._engine.close()
+
+    def sample(
+        self,
+        n: int,
+        *,
+        labels: Labels = None,
+        seed: int | None = None,
+        noise: Floats | None = None,
+        first_index: int = 0,
+        guidance: float = 0.0,
+        guide: str = "ab",
+        attention_temperature: float = 1.0,
+        anneal_guidance: bool = False,
+        denoise: bool = True,
+        batch_size: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> Sample:
+        """Draw n images.
+
+        a += g (a - a_u), b += g (b - b_u) at each patch, where (a_u, b_u) come from the null class with attention
+        logits divided by `attention_temperature`; g = `guidance`, or rises to it along each block with
+        `anneal_guidance`; `guide` says whether a, b or both are guided. `denoise` removes the training noise with one
+        step along the gradient of log q.
+
+        Image i is a function of the seed and first_index + i alone, in whatever batch it is drawn; without a seed one
+        is drawn and reported. `noise` float32 [n, N, D] replaces the seeded noise. `on_step(Step)` may return False
+        to cancel.
+
+        Raises:
+            InputError: on arguments out of range or that contradict each other.
+            Cancelled: when `on_step` returned False; the Flow stays usable.
+        """
+        config = self.config
+        n = integer("n", n, minimum=1)
+        first_index = integer("first_index", first_index, below=2**64)
+        numbers = class_numbers(labels, n, config)
+        chosen = guidance_of(guidance, guide, attention_temperature, anneal_guidance, labels=numbers, config=config)
+        sigma = (
+            self._sigma(None, "leave the training noise in the images: denoise=False (--no-denoise)")
+            if denoise
+            else 0.0
+        )
+        if noise is not None:
+            if seed is not None:
+                raise InputError("both seed and noise were given", hint="leave one of them out")
+            noise = float_array("noise", noise, (n, config.patches, config.patch_values))
+        else:
+            seed = secrets.randbits(32) if seed is None else integer("seed", seed, below=2**64)
+
+        def latents(start: int, stop: int) -> Floats:
+            if noise is not None:
+                return noise[start:stop]
+            assert seed is not None
+            return standard_normal(seed, first_index + start, stop - start, config.patches, config.patch_values)
+
+        def finish(x: Floats, chunk: Integers | None) -> Floats:
+            return x + np.float32(sigma**2) * score(self._engine, self._bundle, x, chunk) if denoise else x
+
+        images = self._decode(n, latents, numbers, chosen, batch_size, on_step, finish)
+        metadata = {
+            "digest": self._bundle.digest,
+            "engine": self.engine,
+            "seed": "none" if seed is None else str(seed),
+            "first_index": str(first_index),
+            "guidance": repr(chosen.weight),
+            "guide": chosen.guide,
+            "attention_temperature": repr(chosen.temperature),
+            "anneal_guidance": str(chosen.anneal).lower(),
+            "denoise": str(bool(denoise)).lower(),
+        }
+        return Sample(images=images, seed=seed, first_index=first_index, metadata=metadata)
+
+    def decode(
+        self,
+        z: Floats,
+        labels: Labels = None,
+        *,
+        guidance: float = 0.0,
+        guide: str = "ab",
+        attention_temperature: float = 1.0,
+        anneal_guidance: bool = False,
+        batch_size: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> Floats:
+        """Latents z [B, N, D] -> images [B, C, height, width], without denoising.
+
+        It is the inverse of `encode` when unguided. The arguments are those of `sample`.
+
+        Raises:
+            InputError: on arguments out of range or that contradict each other.
+            Cancelled: when `on_step` returned False; the Flow stays usable.
+        """
+        z = float_array("z", z, ("B", self.config.patches, self.config.patch_values))
+        numbers = class_numbers(labels, len(z), self.config)
+        chosen = guidance_of(
+            guidance, guide, attention_temperature, anneal_guidance, labels=numbers, config=self.config
+        )
+        return self._decode(
+            len(z), lambda start, stop: z[start:stop], numbers, chosen, batch_size, on_step, lambda x, _: x
+        )
+
+    def encode(self, images: Floats, labels: Labels = None) -> tuple[Floats, Doubles]:
+        """Images -> (z [B, N, D], standard normal under the model, log|det dz/dx| [B], nats, float64).
+
+        Raises:
+            InputError: on images or labels that do not fit the model.
+        """
+        pairs = [encode_patches(self._engine, self._bundle, x, y) for x, y in self._chunks(images, labels)]
+        z, log_det = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+        return z, log_det
+
+    def log_prob(self, images: Floats, labels: Labels = None) -> Doubles:
+        """The log-density log q(images | labels) [B], nats. No dequantisation noise is added.
+
+        Raises:
+            InputError: on images or labels that do not fit the model.
+        """
+        return log_prob_of(*self.encode(images, labels))
+
+    def bits_per_dim(self, images: Floats, labels: Labels = None) -> Doubles:
+        """-log q / (dims ln 2) + 7 [B]: bits per value of the image on its 0..255 scale. The caller dequantises.
+
+        Raises:
+            InputError: on images or labels that do not fit the model.
+        """
+        return -self.log_prob(images, labels) / (self.config.dims * math.log(2.0)) + PIXEL_SCALE_BITS
+
+    def denoise(
+        self, images: Floats, labels: Labels = None, *, sigma: float | None = None, strength: float = 1.0
+    ) -> Floats:
+        """One denoising step: images + strength * sigma^2 * grad log q(images | labels).
+
+        Sigma is the training noise unless given.
+
+        Raises:
+            InputError: on arguments that do not fit, or when sigma is neither known nor given.
+
+        Source: Zhai et al. 2024, section 2.5 (Tweedie's formula).
+        """
+        scale = np.float32(real("strength", strength) * self._sigma(sigma, "pass sigma (--sigma)") ** 2)
+        parts = [x + scale * score(self._engine, self._bundle, x, y) for x, y in self._chunks(images, labels)]
+        return self._to_images(np.concatenate(parts))
+
+    def classify(self, images: Floats) -> Doubles:
+        """Log posteriors log p(class | image) [B, classes], float64, by Bayes' rule under a uniform prior.
+
+        Raises:
+            InputError: on a model without classes, or images that do not fit it.
+        """
+        if not self.config.classes:
+            raise InputError("this model has no classes, so it cannot classify", hint="use a class-conditional model")
+        per_class = [self.log_prob(images, [label] * len(images)) for label in range(self.config.classes)]
+        log_probs = np.stack(per_class, axis=1)
+        shifted = log_probs - log_probs.max(axis=1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+    def _sigma(self, sigma: float | None, remedy: str) -> float:
+        if sigma is not None:
+            return real("sigma", sigma, positive=True)
+        if self.config.noise_std is None:
+            why = "was trained with uniform noise" if self.config.noise == "uniform" else "has no known training noise"
+            raise InputError(f"this model {why}, so that sigma of the denoiser is unknown", hint=remedy)
+        return self.config.noise_std
+
+    def _decode(  # noqa: PLR0917 - private, and called twice
+        self,
+        n: int,
+        latents: Callable[[int, int], Floats],
+        labels: Integers | None,
+        guidance: Guidance,
+        batch_size: int | None,
+        on_step: OnStep | None,
+        finish: Callable[[Floats, Integers | None], Floats],
+    ) -> Floats:
+        """Latents of n images, chunk by chunk, to images."""
+        size = BATCH_SIZE if batch_size is None else integer("batch_size", batch_size, minimum=1)
+        steps = self.config.blocks * (self.config.patches - 1)
+        starts = range(0, n, size)
+        finished = []
+        for chunk, start in enumerate(starts):
+            stop = min(n, start + size)
+            y = None if labels is None else labels[start:stop]
+            on_done = progress(on_step, chunk=chunk, chunks=len(starts), steps=steps)
+            finished.append(
+                finish(decode_patches(self._engine, self._bundle, latents(start, stop), y, guidance, on_done), y)
+            )
+        return self._to_images(np.concatenate(finished))
+
+    def _chunks(self, images: Floats, labels: Labels) -> Iterator[tuple[Floats, Integers | None]]:
+        """Patches and class numbers of at most BATCH_SIZE images at a time; the arguments are checked first."""
+        config = self.config
+        images = float_array("images", images, ("B", config.image_channels, config.image_size, config.image_size))
+        numbers = class_numbers(labels, len(images), config)
+        for start in range(0, len(images), BATCH_SIZE):
+            chunk = slice(start, start + BATCH_SIZE)
+            yield patchify(images[chunk], config.patch_size), None if numbers is None else numbers[chunk]
+
+    def _to_images(self, patches: Floats) -> Floats:
+        return unpatchify(patches, self.config.image_channels, self.config.image_size, self.config.patch_size)

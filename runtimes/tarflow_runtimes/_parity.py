@@ -1,0 +1,204 @@
+"""`Record` and `Tolerance`: one comparison of a computed array with its reference, and how far apart they may be.
+
+Comparisons are data: collect them all, look at them, then `require_passed`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tarflow_runtimes._errors import VerificationError
+
+Measure = Literal["max_abs", "max_scaled", "relative"]
+"""What a tolerance bounds: max |difference|; max of |difference| / max(1, |reference|); L2 norm of the difference over
+that of the reference."""
+
+FLOOR_FACTOR: Final = 4.0
+"""How many times PyTorch's own float32 error, measured against float64, an engine's difference from it may be.
+
+Two float32 computations that are both one floor away from the truth are up to two apart; the rest is the spread over
+inputs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """Bound on a measure, and why that one.
+
+    `floor` names the measured float32 floor that can widen it: limit = max(`limit`, FLOOR_FACTOR * floor).
+    """
+
+    measure: Measure
+    limit: float
+    reason: str
+    floor: str | None = None
+
+
+_SAMPLING = "pictures; the floor takes over where a model amplifies float32 rounding"
+_EXACT: Final = {
+    "forward": Tolerance(measure="max_abs", limit=1e-4, floor="forward", reason="float32 rounding of one block"),
+    "log_det": Tolerance(
+        measure="max_scaled", limit=1e-5, floor="log_det", reason="a float32 sum over N*D terms, scaled by its size"
+    ),
+    "gradient": Tolerance(measure="relative", limit=1e-5, reason="ten times what PyTorch float32 misses float64 by"),
+    "window": Tolerance(measure="max_abs", limit=1e-4, floor="window", reason="x -> z -> x of one block in float32"),
+    "inverse": Tolerance(measure="max_abs", limit=1e-4, floor="inverse", reason=_SAMPLING),
+    "sample": Tolerance(measure="max_abs", limit=1e-4, floor="sample", reason=_SAMPLING),
+    "round_trip": Tolerance(measure="max_abs", limit=1e-3, reason="x -> z -> x of the whole model in float32"),
+    "log_prob": Tolerance(
+        measure="max_scaled", limit=1e-5, floor="log_prob", reason="a float32 sum over N*D terms, scaled by its size"
+    ),
+    "bits_per_dim": Tolerance(measure="max_abs", limit=1e-5, floor="bits_per_dim", reason="log_prob over N*D ln 2"),
+    "denoise": Tolerance(
+        measure="max_abs", limit=1e-4, reason="sigma^2 times the gradient's error, at most 1e-4 of it"
+    ),
+}
+
+_HALF = "weights and activations of linear layers have 11 bits: 5e-4 each"
+_ROUNDED: Final = {
+    "forward": Tolerance(measure="relative", limit=5e-3, reason=_HALF),
+    "log_det": Tolerance(measure="max_scaled", limit=2e-2, reason=f"{_HALF}; the errors of a partly cancel in its sum"),
+    "gradient": Tolerance(measure="relative", limit=2e-2, reason=f"{_HALF}, forward and backward"),
+    "window": Tolerance(measure="relative", limit=2e-2, reason=f"{_HALF}; z is PyTorch's, from float32"),
+    "inverse": Tolerance(measure="relative", limit=5e-2, reason=f"{_HALF}, fed back from patch to patch"),
+    "sample": Tolerance(measure="relative", limit=1e-1, reason=f"{_HALF}, fed back through every patch and block"),
+    "round_trip": Tolerance(
+        measure="relative", limit=1e-2, reason="both ways round alike, so most of the error cancels"
+    ),
+    "log_prob": Tolerance(measure="max_scaled", limit=1e-2, reason=_HALF),
+    "bits_per_dim": Tolerance(
+        measure="max_abs", limit=1e-2, reason="a hundredth of a bit is below what models differ by"
+    ),
+    "denoise": Tolerance(measure="max_abs", limit=2e-2, reason="two 8-bit steps"),
+}
+
+TOLERANCES: Final[Mapping[tuple[str, str], Mapping[str, Tolerance]]] = {
+    ("*", "float32"): _EXACT,
+    ("*", "float16"): _ROUNDED,
+}
+"""(engine, dtype of the bundle) -> stage -> tolerance; `*` stands for every engine without a line of its own."""
+
+
+def tolerance_for(engine: str, dtype: str, stage: str) -> Tolerance:
+    """The line of the table that applies."""
+    return TOLERANCES.get((engine, dtype), TOLERANCES["*", dtype])[stage]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One computed array beside its reference.
+
+    `max_abs`, `mean_abs`, `max_scaled`, `relative` (L2) and `cosine` are of the whole array, in float64; `non_finite`
+    counts NaN and infinite values of either side. `value` is the measure that the tolerance bounds. Numbers that are
+    not finite are None, so that a record is JSON.
+    """
+
+    name: str
+    stage: str
+    shape: tuple[int, ...]
+    dtype: str
+    max_abs: float | None
+    mean_abs: float | None
+    max_scaled: float | None
+    relative: float | None
+    cosine: float | None
+    non_finite: int
+    measure: Measure
+    value: float | None
+    tolerance: float
+    passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, JSON values only."""
+        return dataclasses.asdict(self)
+
+
+def compare(
+    name: str,
+    stage: str,
+    actual: npt.NDArray[Any],
+    expected: npt.NDArray[Any],
+    *,
+    tolerance: Tolerance,
+    floors: Mapping[str, float],
+) -> Record:
+    """Measure `actual` against `expected`.
+
+    Never passes on another shape, an empty array, numbers that are no floats or a value that is not finite.
+    """
+    comparable = actual.shape == expected.shape and actual.size > 0 and np.issubdtype(actual.dtype, np.floating)
+    measures: dict[str, float | None] = dict.fromkeys(("max_abs", "mean_abs", "max_scaled", "relative", "cosine"))
+    non_finite = int(np.count_nonzero(~np.isfinite(actual)) + np.count_nonzero(~np.isfinite(expected)))
+    if comparable and not non_finite:
+        measures |= _measures(actual.astype(np.float64), expected.astype(np.float64))
+    limit = max(tolerance.limit, FLOOR_FACTOR * _floor(tolerance, floors))
+    value = measures[tolerance.measure]
+    return Record(
+        name=name,
+        stage=stage,
+        shape=actual.shape,
+        dtype=str(actual.dtype),
+        max_abs=measures["max_abs"],
+        mean_abs=measures["mean_abs"],
+        max_scaled=measures["max_scaled"],
+        relative=measures["relative"],
+        cosine=measures["cosine"],
+        non_finite=non_finite,
+        measure=tolerance.measure,
+        value=value,
+        tolerance=limit,
+        passed=value is not None and value <= limit,
+    )
+
+
+def require_passed(records: Iterable[Record]) -> None:
+    """Raise unless there are records and all of them passed.
+
+    Raises:
+        VerificationError: naming the comparisons that missed their tolerance, the worst first.
+    """
+    records = list(records)
+    if not records:
+        raise VerificationError("nothing was compared", hint="export the checkpoint again, with verification")
+    failed = [record for record in records if not record.passed]
+    if not failed:
+        return
+    failed.sort(key=lambda record: -(np.inf if record.value is None else record.value / record.tolerance))
+    listed = "; ".join(_missed(record) for record in failed[:3])
+    more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+    raise VerificationError(
+        f"{len(failed)} of {len(records)} comparisons with PyTorch missed their tolerance: {listed}{more}",
+        hint="the bundle or the engine computes something else than the model: do not use it",
+    )
+
+
+def _missed(record: Record) -> str:
+    if record.non_finite:
+        return f"{record.name}: {record.non_finite} values are not finite"
+    if record.value is None:
+        return f"{record.name}: {record.dtype} {list(record.shape)} cannot be compared"
+    return f"{record.name}: {record.measure} {record.value:.2g} > {record.tolerance:.2g}"
+
+
+def _floor(tolerance: Tolerance, floors: Mapping[str, float]) -> float:
+    """The measured floor, or 0. One that is not a finite number would make the check unable to fail."""
+    floor = floors.get(tolerance.floor, 0.0) if tolerance.floor is not None else 0.0
+    return float(floor) if np.isfinite(floor) else 0.0
+
+
+def _measures(actual: npt.NDArray[np.float64], expected: npt.NDArray[np.float64]) -> dict[str, float | None]:
+    difference = np.abs(actual - expected)
+    norm, other = float(np.linalg.norm(expected)), float(np.linalg.norm(actual))
+    distance = float(np.linalg.norm(difference))
+    # Against a reference of zeros only zeros are right, and the distance itself says how far off the rest is.
+    return {
+        "max_abs": float(difference.max()),
+        "mean_abs": float(difference.mean()),
+        "max_scaled": float((difference / np.maximum(1.0, np.abs(expected))).max()),
+        "relative": distance / norm if norm > 0.0 else distance,
+        "cosine": float(np.vdot(actual, expected)) / (norm * other) if norm * other > 0.0 else None,
+    }

@@ -1,0 +1,41 @@
+"""What makes a portable step graph fast on ONNX Runtime's CPU: one file per rewrite, applied when a graph is loaded.
+
+Either all of them apply, and the graph takes one patch at a time from a caller that looks its rows up, or none does
+and the portable graph runs as it is. Every rewrite is compared with the portable graph by the tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tarflow_runtimes._bundle import ModelConfig
+from tarflow_runtimes._rewrites import attention, sequential_input, sequential_output, skip_norm
+from tarflow_runtimes._rewrites._graph import Graph
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SequentialGraph:
+    """A serialised step graph for one patch at a time, and the initializers that its caller looks rows up in."""
+
+    model: bytes
+    inputs: tuple[str, ...]
+    pos_embed: Any
+    class_embed: Any | None
+
+
+def sequential_graph(model: Any, config: ModelConfig, *, branches: int, temperature: bool) -> SequentialGraph:
+    """Rewrite the portable step graph (a ModelProto) for G = `branches`; `temperature` when any tau is not 1.
+
+    Raises:
+        PatternMismatch: when the graph is not of the form that the rewrites know.
+    """
+    graph = Graph(model)
+    attention.rewrite(graph, config, temperature=temperature)
+    tables = sequential_input.rewrite(graph, config)
+    sequential_output.rewrite(graph, config, branches=branches)
+    skip_norm.rewrite(graph)
+    data = graph.serialized()
+    return SequentialGraph(
+        model=data, inputs=tuple(graph.inputs), pos_embed=tables.pos_embed, class_embed=tables.class_embed
+    )

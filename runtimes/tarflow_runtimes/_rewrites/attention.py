@@ -1,0 +1,103 @@
+"""Attention over the whole masked cache -> GroupQueryAttention over the part that is written.
+
+Formula: softmax(q K^T / (tau sqrt(E)) + mask) V with K, V the caches after this step's k, v are written.
+Pattern, for each layer:
+    qkv [R, 3W] -Split-> three of (Reshape, Transpose) -> q, k, v [R, H, 1, E]
+    next_key = TensorScatter(key, k, position), next_value likewise
+    MatMul(Mul(q, scale), Transpose(next_key)) -Add(mask)-> Softmax -MatMul(next_value)-> Transpose -> Reshape [R, W]
+Rewrite, for S = 1:
+    GroupQueryAttention(Reshape(qkv * [1/tau, 1, 1]), key, value, lengths, total) -> Reshape [R, W]
+The operator reads position + 1 = `lengths` + 1 rows of the caches instead of N masked ones, and writes in place.
+The temperature stays a factor on q: the columns of `query_factor` [R, 3W], which the caller fills, are 1/tau for q and
+1 for k and v; without temperature there is no such input.
+
+Source: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQueryAttention (packed query, shared past and present).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tarflow_runtimes import _onnx_proto as proto
+from tarflow_runtimes._bundle import ModelConfig
+from tarflow_runtimes._rewrites._graph import Graph, PatternMismatch
+
+TO_HEADS, TO_COLUMNS = [0, 2, 1, 3], [0, 1, 3, 2]
+
+
+def rewrite(graph: Graph, config: ModelConfig, *, temperature: bool) -> None:
+    """Rewrite every layer. New inputs: `lengths` int32 [R], `total` int32 [1], and `query_factor` when `temperature`.
+
+    Raises:
+        PatternMismatch: when a layer is of another form; the graph is then half-rewritten and must be dropped.
+    """
+    graph.declare_input("lengths", proto.INT32, ("R",))
+    graph.declare_input("total", proto.INT32, (1,))
+    for layer in range(config.layers):
+        qkv, attended, replaced = _match(graph, config, layer)
+        packed = qkv
+        if temperature:
+            if "query_factor" not in graph.inputs:
+                cache_type = graph.inputs["key_0"].type.tensor_type.elem_type
+                graph.declare_input("query_factor", cache_type, ("R", 3 * config.width))
+            packed = graph.add("Mul", [packed, "query_factor"], [f"scaled_qkv_{layer}"])
+        packed = graph.add("Reshape", [packed, graph.shape(-1, 1, 3 * config.width)], [f"packed_qkv_{layer}"])
+        graph.remove(replaced)
+        out = graph.add(
+            "GroupQueryAttention",
+            [packed, "", "", f"key_{layer}", f"value_{layer}", "lengths", "total"],
+            [f"attended_{layer}", f"next_key_{layer}", f"next_value_{layer}"],
+            domain="com.microsoft",
+            num_heads=config.heads,
+            kv_num_heads=config.heads,
+            scale=config.head_dim**-0.5,
+        )
+        flat = graph.add("Reshape", [out, graph.shape(-1, config.width)], [f"flat_attended_{layer}"])
+        graph.replace(attended, flat)
+
+
+def _match(graph: Graph, config: ModelConfig, layer: int) -> tuple[str, str, list[Any]]:
+    """The packed projection, the attended value [R, W], and the two nodes that make the new caches."""
+    key, value = f"next_key_{layer}", f"next_value_{layer}"
+    scatters = [graph.producer(name, "TensorScatter") for name in (key, value)]
+    for scatter, cache in zip(scatters, (f"key_{layer}", f"value_{layer}"), strict=True):
+        linear = proto.attribute(scatter, "mode", b"linear") == b"linear" and proto.attribute(scatter, "axis", -2) in (
+            -2,
+            2,
+        )
+        if scatter.input[0] != cache or not linear or graph.dependencies(scatter.input[2]) != {"position"}:
+            raise PatternMismatch(f"{scatter.name} does not write {cache} at the position")
+    logits = graph.consumer(_transposed(graph.consumer(key, "Transpose"), TO_COLUMNS), "MatMul")
+    scaled = graph.producer(logits.input[0], "Mul")
+    if graph.dependencies(scaled.input[1]) != {"inverse_temperature"}:
+        raise PatternMismatch(f"{scaled.name} does not scale the query by the temperature")
+    masked = graph.consumer(graph.after_cast(logits.output[0]), "Add")
+    if graph.dependencies(masked.input[1]) != {"position"}:
+        raise PatternMismatch(f"{masked.name} does not add a mask made of the position")
+    softmax = graph.consumer(masked.output[0], "Softmax")
+    if proto.attribute(softmax, "axis", -1) not in (-1, 3):
+        raise PatternMismatch(f"{softmax.name} is not over the last axis")
+    mixed = graph.consumer(graph.after_cast(softmax.output[0]), "MatMul")
+    if list(mixed.input) != [graph.after_cast(softmax.output[0]), value]:
+        raise PatternMismatch(f"{mixed.name} does not multiply the weights with {value}")
+    merged = _transposed(graph.consumer(mixed.output[0], "Transpose"), TO_HEADS)
+    attended = graph.consumer(merged, "Reshape").output[0]
+    thirds = [_split_output(graph, name) for name in (scaled.input[0], scatters[0].input[1], scatters[1].input[1])]
+    split = graph.producer(thirds[0], "Split")
+    if proto.attribute(split, "axis", 0) not in (1, -1) or list(split.output) != thirds or len(split.input) > 1:
+        raise PatternMismatch(f"{split.name} does not split q, k and v")
+    graph.initializer(graph.producer(split.input[0], "Gemm").input[1], (3 * config.width, config.width))
+    return split.input[0], attended, scatters
+
+
+def _transposed(node: Any, perm: list[int]) -> str:
+    if proto.attribute(node, "perm") != perm:
+        raise PatternMismatch(f"{node.name} is not the permutation {perm}")
+    return str(node.output[0])
+
+
+def _split_output(graph: Graph, heads: str) -> str:
+    """Back from [R, H, S, E] to the third of the packed projection that it is."""
+    transpose = graph.producer(heads, "Transpose")
+    _transposed(transpose, TO_HEADS)
+    return str(graph.producer(transpose.input[0], "Reshape").input[0])

@@ -1,0 +1,109 @@
+"""The commands in this process, on tiny bundles."""
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tarflow_runtimes._cli.umbrella import dispatch
+
+ANIMALS = ("ant", "bee", "cat")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a command left behind: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+Tarflow = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture
+def tarflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tarflow:
+    """Run `tarflow ...` in the empty working folder tmp_path / "work"."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            dispatch([str(argument) for argument in arguments])
+        written = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Result(ended.value.code, written.out, written.err)
+
+    return run
+
+
+@pytest.fixture
+def refused(tarflow: Tarflow) -> Callable[..., Result]:
+    """Run a command that must fail with an error and a hint, a line each, and leave the working folder as it was."""
+
+    def run(*arguments: object, code: int = 2, hinted: bool = True) -> Result:
+        before = contents(Path.cwd())
+        result = tarflow(*arguments)
+        assert contents(Path.cwd()) == before
+        assert result.code == code, result
+        assert result.out == ""
+        error, *hint = result.err.splitlines()
+        assert error.startswith("error: "), result.err
+        assert len(hint) == 1 or not hinted, result.err
+        assert all(line.startswith("hint: ") for line in hint), result.err
+        return result
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every path below a folder, with the digest of each file."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture(scope="session")
+def class_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8x8x1 images of ants, bees and cats; verified when it was written."""
+    return bundle_of(tmp_path_factory, classes=3, labels=ANIMALS)
+
+
+@pytest.fixture(scope="session")
+def colour_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8x8x3 images without classes; not verified."""
+    return bundle_of(tmp_path_factory, verify=False, image_channels=3, classes=0)
+
+
+@pytest.fixture(scope="session")
+def deep_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8x8x2 images without classes or a known sigma, of which no PNG file can be made; not verified."""
+    return bundle_of(tmp_path_factory, verify=False, image_channels=2, classes=0, noise_std=None)
+
+
+def bundle_of(factory: pytest.TempPathFactory, *, verify: bool = True, **shape: Any) -> Path:
+    from tarflow_export import export_bundle  # loads PyTorch, which most of these tests do not need
+    from tarflow_sdk.testing import random_model, tiny_config
+
+    path = factory.mktemp("bundles") / "tiny.tarflow"
+    export_bundle(random_model(tiny_config(**shape)), path, verify=verify)
+    return path
+
+
+@pytest.fixture
+def own_bundle(class_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the class bundle to damage."""
+    return Path(shutil.copytree(class_bundle, tmp_path / "own.tarflow"))
