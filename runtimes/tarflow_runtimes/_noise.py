@@ -51,7 +51,7 @@ COS_SERIES: Final = (
 )
 """cos(x) in x^2: 1/16!, -1/14!, .., -1/2!, 1."""
 
-IMAGES_PER_PASS_VALUES: Final = 1 << 20
+VALUES_PER_PASS: Final = 1 << 20
 """Values made in one pass; bounds the float64 scratch memory to some tens of megabytes."""
 
 Words = npt.NDArray[np.uint64]
@@ -121,7 +121,7 @@ def standard_normal(seed: int, first_index: int, n: int, patches: int, patch_val
         raise InputError(f"image indices {first_index} .. {first_index + n - 1} leave [0, 2^64)")
     values = patches * patch_values
     noise = np.empty((n, values), np.float32)
-    chunk = max(1, IMAGES_PER_PASS_VALUES // values)
+    chunk = max(1, VALUES_PER_PASS // values)
     for start in range(0, n, chunk):
         stop = min(n, start + chunk)
         noise[start:stop] = _images(seed, first_index + start, stop - start, values)

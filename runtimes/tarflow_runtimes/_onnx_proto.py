@@ -130,6 +130,22 @@ def parse_model(data: bytes, *, where: str) -> Any:
     return model
 
 
+def check_external_data(model: Any, weights: Path, *, where: str) -> None:
+    """Refuse a model whose tensors lie anywhere but in `weights`, beside it.
+
+    Raises:
+        BundleError: when one does.
+    """
+    for tensor in model.graph.initializer:
+        places = {entry.value for entry in tensor.external_data if entry.key == "location"}
+        if tensor.data_location == EXTERNAL and places != {weights.name}:
+            place = ", ".join(sorted(places)) or "no file"
+            raise BundleError(
+                f"{where}: tensor {tensor.name} lies in {place}, expected {weights.name}",
+                hint="do not use this bundle; fetch it from its source",
+            )
+
+
 def node(
     op_type: str,
     inputs: Iterable[str],
@@ -190,18 +206,20 @@ def array(tensor: Any) -> npt.NDArray[Any] | None:
     return np.array(data, dtype).reshape(tuple(tensor.dims))
 
 
-def external_array(tensor: Any, weights: Path) -> npt.NDArray[Any] | None:
-    """The contents of an initializer that lies in `weights`, or in the model; None when it lies elsewhere."""
-    if tensor.data_location != EXTERNAL:
-        return array(tensor)
+def external_array(tensor: Any, weights: Path) -> npt.NDArray[Any]:
+    """The contents of an initializer that lies in `weights`.
+
+    Raises:
+        EngineError: when it lies elsewhere, or past the end of the file.
+    """
     place = {entry.key: entry.value for entry in tensor.external_data}
-    dtype = DTYPES.get(tensor.data_type)
-    if dtype is None or place.get("location") != weights.name:
-        return None
-    shape = tuple(tensor.dims)
+    dtype, shape = DTYPES.get(tensor.data_type), tuple(tensor.dims)
     count = int(np.prod(shape))
-    data = np.fromfile(weights, dtype, count, offset=int(place.get("offset", 0)))
-    return data.reshape(shape) if data.size == count else None
+    if tensor.data_location == EXTERNAL and dtype is not None and place.get("location") == weights.name:
+        data = np.fromfile(weights, dtype, count, offset=int(place.get("offset", "0")))
+        if data.size == count:
+            return data.reshape(shape)
+    raise EngineError(f"tensor {tensor.name} cannot be read from {weights.name}")
 
 
 def attribute(made: Any, name: str, default: Any = None) -> Any:

@@ -120,7 +120,7 @@ class Reference:
             )
         fields = {field.name for field in dataclasses.fields(cls)}
         try:
-            with np.load(bundle.reference, allow_pickle=False) as archive:
+            with bundle.reference.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files if name in fields}
             reference = cls(**arrays)
         except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:

@@ -81,7 +81,7 @@ def test_arrays_and_json(tarflow: Callable, class_bundle: Path) -> None:
     assert (report["engine"], report["seed"], report["labels"]) == ("ort-cpu", 1, ["cat", "null"])
     assert (report["files"], report["latents"]) == (["images.npz"], "u.npy")
     assert report["steps"] > 0
-    assert report["seconds"]["per_step"] == pytest.approx(report["seconds"]["sample"] / report["steps"])
+    assert 0.0 < report["seconds"]["per_step"] < report["seconds"]["sample"]
     again = tarflow(
         "infer", class_bundle, "--labels", "cat,null", "--noise", "u.npy", "--no-denoise", "-o", "images.npy"
     )
@@ -192,7 +192,7 @@ def test_engines_that_are_not_there_say_how_to_install_them(refused: Callable, c
 def test_other_models(refused: Callable, colour_bundle: Path, deep_bundle: Path) -> None:
     assert "the model has no classes" in refused("infer", colour_bundle, "--labels", "0").err
     assert "PNG files have 1 or 3 channels, the model has 2" in refused("infer", deep_bundle, "--no-denoise").err
-    assert "noise-std" in refused("infer", deep_bundle, "-o", "x.npy").err
+    assert "--no-denoise" in refused("infer", deep_bundle, "-o", "x.npy").err
 
 
 def test_a_missing_bundle(refused: Callable) -> None:

@@ -1,7 +1,10 @@
 """`tarflow`: the table of verbs, start-up, and how it fails."""
 
 import importlib.metadata
+import json
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tarflow_runtimes._cli import umbrella
+from tarflow_runtimes._cli._shell import print_json, run
 from tarflow_runtimes._cli.umbrella import VERBS, Verb
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "numpy", "PIL")
@@ -18,8 +22,6 @@ HELP = Path(__file__).parent / "help"
 
 def words(text: str) -> list[str]:
     """The words of a help text: layout and notation belong to typer and change with its version."""
-    import re
-
     return re.findall(r"[\w.-]{2,}", re.sub(r"<[^<>]*>", "", text))
 
 
@@ -112,3 +114,40 @@ def test_an_interrupt_while_a_verb_loads(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(SystemExit) as ended:
         umbrella.main()
     assert ended.value.code == 130
+
+
+def test_memory_that_runs_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def greedy(**_: object) -> None:
+        raise MemoryError
+
+    with pytest.raises(SystemExit) as ended:
+        run(greedy, [], name="tarflow")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: out of memory\nhint: ")
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    def broken(**_: object) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(broken, [], name="tarflow")
+
+
+def test_json_is_always_json(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [math.inf, 1.5, (math.nan,)], "b": {"ü": "\udcff"}})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5, [None]], "b": {"ü": "\udcff"}}
+
+
+def test_control_characters_stay_out_of_the_terminal(refused: Callable) -> None:
+    assert "\x1b" not in refused("inspect", "a\x1b[31m\nb").err
+
+
+def test_the_documentation_names_options_that_exist() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "CLI.md").read_text()
+    commands = re.findall(r"^tarflow (\w+) (.*)$", text, re.MULTILINE)
+    assert {verb for verb, _ in commands} == set(VERBS)
+    for verb, rest in commands:
+        known = (HELP / f"{verb}.txt").read_text()
+        for option in re.findall(r"(?<!\S)(--?[a-z][\w-]*)", rest):
+            assert re.search(rf"^ .*{option}\b", known, re.MULTILINE), (verb, option)

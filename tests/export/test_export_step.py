@@ -1,5 +1,6 @@
 """The step graph walks PyTorch's inverse: guided or not, alone or as a window, whatever the caches held before."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_a_window_equals_its_steps(exported: Any, how: str) -> None:
     last = tiny.config.patches - 1
     for cuts in ([0, last], [0, 1, 4, 9, last], [0, 7, 8, last]):
         walk = Walk(tiny, 1, z, fed, guidance)
-        windows = [walk.step(x[:, i:j], np.full(2, i)) for i, j in zip(cuts, cuts[1:], strict=False)]
+        windows = [walk.step(x[:, i:j], np.full(2, i)) for i, j in itertools.pairwise(cuts)]
         np.testing.assert_allclose(np.concatenate(windows, axis=1), x[:, 1:], rtol=0, atol=1e-5)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import sys
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -10,12 +12,13 @@ from typing import Any, Self
 class StepClock:
     """Counts the steps of a run, shows them on a terminal, and times them.
 
-    A context manager; hand `on_step` to the sampler. `steps` is how many ran, `seconds` the time from the start.
+    A context manager; hand `on_step` to the sampler. `steps` is how many ran, `seconds` how long all of it took.
     """
 
     def __init__(self, description: str) -> None:
         self.steps = 0
         self.seconds = 0.0
+        self._paces: list[float] = []
         self._description = description
         self._bar: Any = None
         self._task: Any = None
@@ -32,10 +35,10 @@ class StepClock:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
         self._bar.start()
         self._task = self._bar.add_task(self._description, total=None)
-        self._start = time.perf_counter()
+        self._start = self._last = time.perf_counter()
         return self
 
     def __exit__(
@@ -46,8 +49,8 @@ class StepClock:
 
     @property
     def per_step(self) -> float:
-        """Seconds per step, over the whole run."""
-        return self.seconds / max(1, self.steps)
+        """Seconds per step: the median, which leaves out what happens once, like opening a block's graph."""
+        return statistics.median(self._paces) if self._paces else self.seconds
 
     def on_step(self, progress: Any) -> None:
         """Take one report of the sampler."""
@@ -55,5 +58,8 @@ class StepClock:
 
     def show(self, done: int, total: int) -> None:
         """Move the bar."""
-        self.steps = done
+        now = time.perf_counter()
+        if self.steps and done > self.steps:
+            self._paces.append((now - self._last) / (done - self.steps))
+        self._last, self.steps = now, done
         self._bar.update(self._task, completed=done, total=total)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -65,6 +66,8 @@ def _terminate_like_interrupt() -> Iterator[None]:
 
 def run(app: Callable[..., Any], arguments: Sequence[str], *, name: str, extra: str = "ort") -> NoReturn:
     """Run a verb's app and leave the process with its exit code; `extra` brings the packages that the verb needs."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name may be no valid text
     try:
         code = app(args=list(arguments), prog_name=name, standalone_mode=False)
         sys.stdout.flush()
@@ -81,6 +84,8 @@ def run(app: Callable[..., Any], arguments: Sequence[str], *, name: str, extra: 
         code = report(
             f"{name} needs the package {error.name}, which is not installed", hint=f'pip install "tarflow-sdk[{extra}]"'
         )
+    except MemoryError:
+        code = report("out of memory", hint="run fewer images together: --batch-size", code=FAILED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
         code = report(f"{where}{error.strerror or error}", code=FAILED)
@@ -106,7 +111,12 @@ def report(message: str, *, hint: str = "", code: int = BAD_INPUT) -> int:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(printable(text).split())
+
+
+def printable(text: str) -> str:
+    """Without the control characters that names in a foreign file might send to a terminal."""
+    return "".join(character if character.isprintable() or character.isspace() else "?" for character in text)
 
 
 def note(text: str) -> None:
@@ -116,7 +126,7 @@ def note(text: str) -> None:
 
 def print_json(document: object) -> None:
     """Data for the next program: one JSON object on stdout; JSON has no infinity and no NaN, so these are null."""
-    typer.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+    typer.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
 
 
 def _finite(document: Any) -> Any:

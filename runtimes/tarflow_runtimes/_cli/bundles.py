@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tarflow_runtimes._cli._shell import command, new_app, note, print_json
+from tarflow_runtimes._cli._shell import command, new_app, note, print_json, printable
 
 if TYPE_CHECKING:
     from tarflow_runtimes._bundle import Bundle
@@ -169,7 +169,7 @@ def _print(facts: Mapping[str, Any]) -> None:
         "tools": ", ".join(f"{name} {version}" for name, version in facts["tools"].items()),
     }
     for name, text in lines.items():
-        typer.echo(f"{name:<14}  {text}")
+        typer.echo(f"{name:<14}  {printable(text)}")
 
 
 def _megabytes(size: int) -> str:

@@ -110,7 +110,8 @@ def infer(
         config = flow.config
         listed = parse_labels(labels, classes=config.classes, names=config.labels)
         count = n or len(given if given is not None else listed or range(DEFAULT_COUNT))
-        if given is not None and given.shape != (shape := (count, config.patches, config.patch_values)):
+        shape = (count, config.patches, config.patch_values)
+        if given is not None and given.shape != shape:
             raise InputError(
                 f"--noise {noise}: shape {list(given.shape)}, expected {list(shape)}",
                 hint="noise is [COUNT, N, D]: images, patches, values per patch",
@@ -135,9 +136,8 @@ def infer(
         arrays={"labels": classes or [-1] * count} | ({} if sample.seed is None else {"seed": sample.seed}),
     )
     if latents is not None:
-        if given is None:
-            given = standard_normal(sample.seed, first_index, count, config.patches, config.patch_values)
-        write_arrays(latents, given, key="noise", arrays={})
+        used: Any = given if sample.seed is None else standard_normal(sample.seed, first_index, *shape)
+        write_arrays(latents, used, key="noise", arrays={})
     if as_json:
         print_json(
             {"bundle": str(bundle)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from tarflow_runtimes._engines._ort_import import import_onnxruntime
 from tarflow_runtimes._engines._session import Session
 from tarflow_runtimes._engines._steppers import PortableStepper, SequentialStepper, SequentialTables, StepInputs
 from tarflow_runtimes._errors import EngineError
-from tarflow_runtimes._rewrites import SequentialGraph, sequential_graph
+from tarflow_runtimes._rewrites import sequential_graph
 from tarflow_runtimes._rewrites._graph import PatternMismatch
 
 ROWS_PER_PART: Final = 8
@@ -36,6 +36,10 @@ than they bring."""
 
 ACTIVATION_BYTES: Final = 128 << 20
 """Activations of one run of a forward or gradient graph; larger batches are run in pieces."""
+
+
+SESSIONS_BYTES: Final = 3 << 30
+"""Weights of the open sessions together: each holds a copy of its block's, laid out for its operators."""
 
 
 class OrtCpuEngine:
@@ -54,11 +58,10 @@ class OrtCpuEngine:
         self._lock = threading.RLock()
         self._closed = False
         self._sessions: dict[tuple[object, ...], Session] = {}
-        self._sequential: dict[tuple[int, int, bool], SequentialGraph | None] = {}
         self._tables: dict[int, SequentialTables] = {}
-        self._declined: dict[str, str] = {}
-        weights = max(block.weights.stat().st_size for block in bundle.blocks)
-        self._operator_threads = self.workers if weights >= OPERATOR_THREADS_BYTES else 1
+        self._declined: dict[tuple[int, int, bool], str] = {}
+        self._block_bytes = max(1, *(block.weights.stat().st_size for block in bundle.blocks))
+        self._operator_threads = self.workers if self._block_bytes >= OPERATOR_THREADS_BYTES else 1
 
     def parts(self, images: int, branches: int) -> Sequence[slice]:
         """Equal parts of about ROWS_PER_PART rows, their number a multiple of the workers."""
@@ -119,7 +122,8 @@ class OrtCpuEngine:
         opened = self._open_sequential(block, inputs.branches, temperature, threads)
         if opened is None:
             return PortableStepper(self._open(block, "step", threads), self.bundle.config, inputs)
-        return SequentialStepper(opened, self.bundle.config, inputs, self._tables[block])
+        session, tables = opened
+        return SequentialStepper(session, self.bundle.config, inputs, tables)
 
     def report(self) -> Mapping[str, Any]:
         """Versions, threads, and why a step graph runs without its rewrites, if one does."""
@@ -128,7 +132,7 @@ class OrtCpuEngine:
             "onnxruntime": self._version,
             "threads": self.workers,
             "step_graph": "portable" if self._declined else "rewritten",
-            "rewrites_declined": dict(self._declined),
+            "declined": sorted({f"block {key[0]}: {reason}" for key, reason in self._declined.items()}),
         }
 
     def close(self) -> None:
@@ -136,7 +140,6 @@ class OrtCpuEngine:
         with self._lock:
             self._closed = True
             self._sessions.clear()
-            self._sequential.clear()
             self._tables.clear()
 
     def _is_reversed(self, block: int) -> bool:
@@ -155,53 +158,58 @@ class OrtCpuEngine:
 
     def _open(self, block: int, kind: str, threads: int) -> Session:
         """The session of a graph as the bundle has it."""
-        path: Path = getattr(self.bundle.blocks[block], kind)
-        return self._cached((block, kind, threads), lambda: Session(path, folder=path.parent, threads=threads))
 
-    def _open_sequential(self, block: int, branches: int, temperature: bool, threads: int) -> Session | None:
-        """The session of the rewritten step graph, or None where the rewrites or ONNX Runtime declined."""
+        def make() -> Session:
+            path: Path = getattr(self.bundle.blocks[block], kind)
+            self._parse(block, path)
+            return Session(path, folder=path.parent, threads=threads)
+
         with self._lock:
-            key = (block, branches, temperature)
-            if key not in self._sequential:
-                self._sequential[key] = self._rewrite(block, branches, temperature)
-            graph = self._sequential[key]
-            if graph is None:
+            return self._cached(block, (kind, threads), make)
+
+    def _parse(self, block: int, path: Path) -> Any:
+        """The graph as a ModelProto, all of its external tensors in the block's weights."""
+        model = proto.parse_model(path.read_bytes(), where=str(path))
+        proto.check_external_data(model, self.bundle.blocks[block].weights, where=str(path))
+        return model
+
+    def _open_sequential(self, block: int, branches: int, temperature: bool, threads: int) -> tuple[Session, SequentialTables] | None:
+        """The session of the rewritten step graph and its tables; None where the rewrites or ONNX Runtime declined."""
+        kind = (branches, temperature)
+
+        def make() -> Session:
+            model = self._rewrite(block, branches, temperature)
+            return Session(model, folder=self.bundle.blocks[block].step.parent, threads=threads)
+
+        with self._lock:
+            if (block, *kind) in self._declined:
                 return None
-            folder = self.bundle.blocks[block].step.parent
             try:
-                return self._cached((*key, threads), lambda: Session(graph.model, folder=folder, threads=threads))
-            except EngineError as error:
+                return self._cached(block, (*kind, threads), make), self._tables[block]
+            except (PatternMismatch, EngineError) as error:
                 if self._closed:
                     raise
-                self._sequential[key] = None
-                self._declined[f"block {block}"] = str(error)
+                self._declined[(block, *kind)] = str(error)
                 return None
 
-    def _rewrite(self, block: int, branches: int, temperature: bool) -> SequentialGraph | None:
+    def _rewrite(self, block: int, branches: int, temperature: bool) -> bytes:
+        """The rewritten step graph of a block; its tables are read on the way."""
         files = self.bundle.blocks[block]
-        model = proto.parse_model(files.step.read_bytes(), where=str(files.step))
-        try:
-            graph = sequential_graph(model, self.bundle.config, branches=branches, temperature=temperature)
-        except PatternMismatch as mismatch:
-            self._declined[f"block {block}"] = str(mismatch)
-            return None
+        model = self._parse(block, files.step)
+        graph = sequential_graph(model, self.bundle.config, branches=branches, temperature=temperature)
         if block not in self._tables:
-            pos_embed, class_embed = (
-                None if tensor is None else proto.external_array(tensor, files.weights)
-                for tensor in (graph.pos_embed, graph.class_embed)
-            )
-            if pos_embed is None:
-                self._declined[f"block {block}"] = "pos_embed cannot be read"
-                return None
-            if self._is_reversed(block):
-                pos_embed = np.ascontiguousarray(pos_embed[::-1])
-            self._tables[block] = SequentialTables(pos_embed=pos_embed, class_embed=class_embed)
-        return graph
+            pos_embed = proto.external_array(graph.pos_embed, files.weights)
+            class_embed = None if graph.class_embed is None else proto.external_array(graph.class_embed, files.weights)
+            ordered = np.ascontiguousarray(pos_embed[::-1]) if self._is_reversed(block) else pos_embed
+            self._tables[block] = SequentialTables(pos_embed=ordered, class_embed=class_embed)
+        return graph.model
 
-    def _cached(self, key: tuple[object, ...], make: Any) -> Session:
-        with self._lock:
-            if self._closed:
-                raise EngineError("the engine is closed", hint="load the bundle again")
-            if key not in self._sessions:
-                self._sessions[key] = make()
-            return self._sessions[key]
+    def _cached(self, block: int, key: tuple[object, ...], make: Callable[[], Session]) -> Session:
+        """The session under that key, opened when it is not there; the one used longest ago goes when many are."""
+        if self._closed:
+            raise EngineError("the engine is closed", hint="load the bundle again")
+        session = self._sessions.pop((block, *key), None) or make()
+        self._sessions[(block, *key)] = session
+        while len(self._sessions) > max(1, SESSIONS_BYTES // self._block_bytes):
+            del self._sessions[next(iter(self._sessions))]
+        return session

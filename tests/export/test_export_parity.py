@@ -1,0 +1,213 @@
+"""Comparisons: they measure what they say and cannot pass by accident; `verify` works on any engine and reference."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tarflow_export import export_bundle
+from tarflow_runtimes._bundle import Bundle, open_bundle
+from tarflow_runtimes._engines.ort_cpu import OrtCpuEngine
+from tarflow_runtimes._errors import BundleError, VerificationError
+from tarflow_runtimes._parity import (
+    FLOOR_FACTOR,
+    TOLERANCES,
+    Record,
+    Tolerance,
+    compare,
+    require_passed,
+    tolerance_for,
+)
+from tarflow_runtimes._verify import verify_engine
+from tarflow_sdk.testing import random_model, tiny_config
+
+LOOSE = Tolerance(measure="max_abs", limit=1.0, floor="f", reason="a test")
+
+
+def check(actual: Any, expected: Any, tolerance: Tolerance = LOOSE, **floors: float) -> Record:
+    return compare("x", "forward", np.asarray(actual), np.asarray(expected), tolerance=tolerance, floors=floors)
+
+
+def test_measures() -> None:
+    record = check([1.0, -2.0, 10.0], [1.0, -2.5, 12.0])
+    assert record.max_abs == 2.0
+    assert record.mean_abs == pytest.approx(2.5 / 3)
+    assert record.max_scaled == pytest.approx(0.2)
+    assert record.relative == pytest.approx(np.sqrt(4.25) / np.sqrt(1 + 6.25 + 144))
+    assert record.cosine == pytest.approx(126.0 / np.sqrt(105.0 * 151.25))
+    assert not record.passed
+    assert check([1.0], [1.5]).passed
+
+
+@pytest.mark.parametrize("measure", ["max_abs", "max_scaled", "relative"])
+def test_each_measure_can_fail_and_pass(measure: Any) -> None:
+    tolerance = Tolerance(measure=measure, limit=0.1, reason="a test")
+    assert check([5.0, 1.0], [5.05, 1.0], tolerance).passed
+    assert not check([5.0, 1.0], [15.0, 1.0], tolerance).passed
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected"),
+    [
+        ([np.nan, 0.0], [0.0, 0.0]),
+        ([0.0, 0.0], [np.nan, 0.0]),
+        ([np.inf], [np.inf]),
+        ([np.nan], [np.nan]),
+        ([0.0], [0.0, 0.0]),
+        ([[0.0]], [0.0]),
+        ([], []),
+        (np.zeros(2, np.int64), [0.0, 0.0]),
+    ],
+)
+def test_what_cannot_be_compared_never_passes(actual: Any, expected: Any) -> None:
+    for floors in ({}, {"f": 1e9}, {"f": float("inf")}, {"f": float("nan")}):
+        record = check(actual, expected, **floors)
+        assert not record.passed
+        with pytest.raises(VerificationError):
+            require_passed([record])
+
+
+def test_floors_widen_a_bound_that_names_them() -> None:
+    assert check([2.0], [0.0], f=2.0 / FLOOR_FACTOR).passed
+    assert not check([2.0], [0.0], f=1.9 / FLOOR_FACTOR).passed
+    assert not check([2.0], [0.0], other=100.0).passed
+    assert not check([2.0], [0.0], f=float("inf")).passed
+
+
+def test_a_reference_of_zeros_passes_zeros_only() -> None:
+    relative = Tolerance(measure="relative", limit=1e-3, reason="a test")
+    assert check([0.0, 0.0], [0.0, 0.0], relative).passed
+    assert not check([0.1, 0.0], [0.0, 0.0], relative).passed
+
+
+def test_nothing_compared_is_a_failure() -> None:
+    with pytest.raises(VerificationError, match="nothing"):
+        require_passed([])
+
+
+def test_the_table_has_a_reason_on_every_line_and_float32_is_tight() -> None:
+    stages = set(TOLERANCES["*", "float32"])
+    for (_, dtype), table in TOLERANCES.items():
+        assert set(table) == stages
+        for stage, tolerance in table.items():
+            assert tolerance.reason
+            if dtype == "float32" and stage != "round_trip":
+                assert tolerance.limit <= 1e-4
+    assert tolerance_for("any engine", "float32", "gradient").limit == 1e-5
+
+
+# -- an engine against a bundle's reference ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    return export_bundle(random_model(tiny_config()), folder / "tiny.tarflow").path
+
+
+@pytest.mark.parametrize("overrides", [{}, {"nvp": False}, {"classes": 0, "blocks": 3}])
+def test_the_default_engine_passes_the_verification_that_travels(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    path = export_bundle(random_model(tiny_config(**overrides)), tmp_path / "x.tarflow").path
+    bundle = open_bundle(path)
+    engine = OrtCpuEngine(bundle)
+    seen: list[int] = []
+    try:
+        records = verify_engine(bundle, engine, on_block=seen.append)
+    finally:
+        engine.close()
+    require_passed(records)
+    assert seen == list(range(bundle.config.blocks))
+    assert {record.stage for record in records} >= {"forward", "gradient", "inverse", "sample", "denoise"}
+
+
+class Wrong(OrtCpuEngine):
+    """An engine with one fault."""
+
+    fault = ""
+
+    def forward(self, block: int, patches: Any, labels: Any) -> Any:
+        z, log_det = super().forward(block, patches, labels)
+        if self.fault == "z":
+            z = z + np.float32(1e-3)
+        if self.fault == "log_det":
+            log_det = -log_det
+        return z, log_det
+
+    def gradient(self, block: int, patches: Any, cotangent: Any, labels: Any) -> Any:
+        gradient = super().gradient(block, patches, cotangent, labels)
+        return gradient * np.float32(1.0001) if self.fault == "gradient" else gradient
+
+    def stepper(self, block: int, **arguments: Any) -> Any:
+        if self.fault == "guidance":
+            arguments["guidance"] = arguments["guidance"][::-1] * np.array([[1.0], [0.9]], np.float32)
+        if self.fault == "temperature":
+            arguments["inverse_temperature"] = np.ones_like(arguments["inverse_temperature"])
+        if self.fault == "label":
+            arguments["labels"] = arguments["labels"][:, ::-1].copy()
+        return super().stepper(block, **arguments)
+
+
+@pytest.mark.parametrize("fault", ["z", "log_det", "gradient", "guidance", "temperature", "label"])
+def test_a_wrong_engine_fails(exported: Path, fault: str) -> None:
+    bundle = open_bundle(exported)
+    engine = Wrong(bundle)
+    try:
+        engine.fault = fault
+        records = verify_engine(bundle, engine)
+    finally:
+        engine.close()
+    with pytest.raises(VerificationError):
+        require_passed(records)
+
+
+def copy_with_reference(exported: Path, folder: Path, **changed: Any) -> Bundle:
+    """The bundle with other arrays in its reference (None drops one); digests are not checked here."""
+    path = folder / "changed.tarflow"
+    shutil.copytree(exported, path)
+    with np.load(path / "reference.npz") as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    arrays = {name: array for name, array in {**arrays, **changed}.items() if array is not None}
+    np.savez(path / "reference.npz", **arrays)
+    bundle = open_bundle(exported)
+    import dataclasses
+
+    return dataclasses.replace(bundle, reference=path / "reference.npz")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"trajectory": np.zeros((3, 1, 2, 2), np.float32)},
+        {"trajectory": np.zeros((3,), np.float32)},
+        {"log_prob": np.zeros(3, np.float64)},
+        {"guided": None},
+        {"sample": None},
+        {"labels": None},
+    ],
+)
+def test_a_reference_of_another_model_is_refused(exported: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    bundle = copy_with_reference(exported, tmp_path, **changed)
+    engine = OrtCpuEngine(bundle)
+    with pytest.raises(BundleError, match="reference"):
+        verify_engine(bundle, engine)
+    engine.close()
+
+
+def test_a_damaged_reference_is_refused(exported: Path, tmp_path: Path) -> None:
+    bundle = copy_with_reference(exported, tmp_path)
+    assert bundle.reference is not None
+    bundle.reference.write_bytes(b"PK\x03\x04 not a zip file")
+    engine = OrtCpuEngine(bundle)
+    with pytest.raises(BundleError, match="damaged"):
+        verify_engine(bundle, engine)
+    engine.close()
+
+
+def test_a_bundle_without_reference_says_why(tmp_path: Path) -> None:
+    bundle = open_bundle(export_bundle(random_model(tiny_config()), tmp_path / "x.tarflow", verify=False).path)
+    engine = OrtCpuEngine(bundle)
+    with pytest.raises(VerificationError, match="--no-verify"):
+        verify_engine(bundle, engine)
+    engine.close()
