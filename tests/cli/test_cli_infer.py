@@ -1,6 +1,7 @@
 """`tarflow infer`: what it draws, writes and reports, and what it refuses before any work."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 from PIL import Image
 
 import tarflow_runtimes as tfr
+from tarflow_runtimes._cli import infer
 from tarflow_runtimes._cli._progress import StepClock
+from tarflow_runtimes._flow import BATCH_SIZE
 from tarflow_runtimes._noise import standard_normal
 
 SHAPE = (4, 16)
@@ -44,6 +47,23 @@ def test_a_grid(tarflow: Callable, class_bundle: Path) -> None:
         assert grid.text["tarflow:engine"] == "ort-cpu"
         assert grid.text["tarflow:seed"] == "3"
         assert grid.text["tarflow:guidance"] == "1.5"
+
+
+@pytest.mark.parametrize(
+    ("count", "period", "columns"),
+    [
+        (100, 10, 10),
+        (80, 10, 10),
+        (90, 3, 9),
+        (7, 3, 3),
+        (3, 3, None),
+        (9, 1, None),
+        (1200, 1000, None),
+        (20, 10, 10),
+    ],
+)
+def test_labels_that_repeat_stand_below_each_other(count: int, period: int, columns: int | None) -> None:
+    assert infer._columns(count, period=period) == columns
 
 
 def test_captions(tarflow: Callable, class_bundle: Path) -> None:
@@ -143,6 +163,8 @@ def test_colour_pictures_and_overwrite(tarflow: Callable, colour_bundle: Path) -
         (("--noise", "good.npy", "-n", 3), "shape [2, 4, 16], expected [3, 4, 16]"),
         (("--noise", "shape.npy"), "shape [2, 16, 4], expected [2, 4, 16]"),
         (("--noise", "flat.npy"), "shape [16], expected [16, 4, 16]"),
+        (("--noise", "number.npy"), "shape [], expected [1, 4, 16]"),
+        (("--noise", "none.npy"), "shape [0, 4, 16] holds no noise"),
         (("--noise", "double.npy"), "dtype float64, expected float32"),
         (("--noise", "nan.npy"), "1 values are not finite"),
         (("--noise", "pickle.npy"), "not a NumPy file"),
@@ -156,7 +178,8 @@ def test_colour_pictures_and_overwrite(tarflow: Callable, colour_bundle: Path) -
         (("-o", "good.npy/grid.png"), "the folder good.npy does not exist"),
         (("-o", "good.npy/"), "is not a folder"),
         (("-o", "full/", "-n", 1), "holds 000000.png already"),
-        (("-o", "/proc/grid.png"), "cannot write there"),
+        (("-o", "/proc/grid.png"), "-o /proc/grid.png: "),
+        (("-o", ""), "-o : cannot tell what to write"),
         (("--save-latents", "u.npz"), "--save-latents u.npz: cannot tell"),
         (("--save-latents", "no/u.npy"), "--save-latents no/u.npy: the folder no does not exist"),
         (("--save-latents", "good.npy"), "--save-latents good.npy: exists already"),
@@ -175,6 +198,8 @@ def test_bad_input(refused: Callable, class_bundle: Path, arguments: tuple[objec
     np.save("good.npy", good)
     np.save("shape.npy", good.transpose(0, 2, 1))
     np.save("flat.npy", np.zeros(16, np.float32))
+    np.save("number.npy", np.float32(1))
+    np.save("none.npy", good[:0])
     np.save("double.npy", good.astype(np.float64))
     np.save("nan.npy", broken)
     np.save("pickle.npy", np.array([{}], object), allow_pickle=True)
@@ -193,6 +218,13 @@ def test_other_models(refused: Callable, colour_bundle: Path, deep_bundle: Path)
     assert "the model has no classes" in refused("infer", colour_bundle, "--labels", "0").err
     assert "PNG files have 1 or 3 channels, the model has 2" in refused("infer", deep_bundle, "--no-denoise").err
     assert "--no-denoise" in refused("infer", deep_bundle, "-o", "x.npy").err
+
+
+def test_the_default_batch_size_is_the_runtime_s(tarflow: Callable) -> None:
+    for verb in ("infer", "score"):
+        assert re.search(
+            rf"--batch-size COUNT +Images that run together\. +\[default: {BATCH_SIZE}\]", tarflow(verb, "--help").out
+        )
 
 
 def test_a_missing_bundle(refused: Callable) -> None:

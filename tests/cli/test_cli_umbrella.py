@@ -16,7 +16,7 @@ from tarflow_runtimes._cli import umbrella
 from tarflow_runtimes._cli._shell import print_json, run
 from tarflow_runtimes._cli.umbrella import VERBS, Verb
 
-HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "numpy", "PIL")
+HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "PIL")
 HELP = Path(__file__).parent / "help"
 
 

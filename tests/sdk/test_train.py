@@ -446,6 +446,15 @@ def test_two_processes_train_one_model(tmp_path: Path, monkeypatch: pytest.Monke
         torch.testing.assert_close(states[0][name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_processes_draw_noise_of_their_own(tmp_path: Path) -> None:
+    same = some_images().take(torch.zeros(24, dtype=torch.int64))
+    run = trainer(tmp_path, images=same)
+    run.world = 2
+    first, _ = run.batch(0)
+    run.rank = 1
+    assert (run.batch(0)[0] != first).flatten(1).any(dim=1).all()
+
+
 def test_processes_share_a_batch_without_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(CONFIG, noise_std=1e-4)
     run = trainer(tmp_path, dataclasses.replace(TRAIN, augment="none"), config)

@@ -96,7 +96,7 @@ def _read_picture(path: Path, channels: int, size: int) -> npt.NDArray[np.float3
 def _read_array(path: Path, channels: int, size: int) -> npt.NDArray[np.float32]:
     pixels = load_float32(path, key="images", what="images")
     expected = (channels, size, size)
-    if pixels.ndim != 4 or pixels.shape[1:] != expected or len(pixels) == 0:
+    if pixels.ndim != 4 or pixels.shape[1:] != expected:
         raise InputError(
             f"{path}: shape {list(pixels.shape)}, expected [B, {channels}, {size}, {size}]",
             hint="images are [B, C, height, width]",
@@ -131,6 +131,8 @@ def load_float32(path: Path, *, key: str, what: str) -> npt.NDArray[np.float32]:
             if key == "images"
             else "np.save(path, array.astype('float32'))",
         )
+    if array.size == 0:
+        raise InputError(f"{path}: shape {list(array.shape)} holds no {what}", hint="write at least one into it")
     if not np.isfinite(array).all():
         raise InputError(
             f"{path}: {int((~np.isfinite(array)).sum())} values are not finite", hint=f"{what} must be finite numbers"

@@ -42,7 +42,7 @@ def check_output(text: str, *, kinds: Sequence[Kind], overwrite: bool, option: s
     path = Path(text)
     is_folder = "folder" in kinds and (text.endswith(("/", os.sep)) or path.is_dir())
     kind: Any = "folder" if is_folder else path.suffix.lower()
-    if kind not in kinds:
+    if not text or kind not in kinds:
         endings = ", ".join("/ (a folder)" if kind == "folder" else kind for kind in kinds)
         raise InputError(f"{option} {text}: cannot tell what to write", hint=f"the name must end in {endings}")
     parent = path.parent

@@ -44,7 +44,7 @@ def infer(
         typer.Option(metavar="INDEX", help="Number of the first image: a job cut into ranges draws the same noise."),
     ] = 0,
     batch_size: Annotated[
-        int | None, typer.Option(metavar="COUNT", help="Images that run together. [default: the engine's choice]")
+        int | None, typer.Option(metavar="COUNT", help="Images that run together. [default: 64]")
     ] = None,
     guidance: Annotated[float, typer.Option(metavar="WEIGHT", help="Guidance weight, 0 for none.")] = 0.0,
     guide: Annotated[str, typer.Option(metavar="a|b|ab", help="Guide the scales a, the shifts b, or both.")] = "ab",
@@ -91,6 +91,8 @@ def infer(
     _check_options(n=n, seed=seed, noise=noise, **options)
 
     # These load NumPy and Pillow: not before --help and the checks above.
+    import numpy as np
+
     import tarflow_runtimes as tfr
     from tarflow_runtimes._cli._images import load_float32
     from tarflow_runtimes._cli._labels import label_name, parse_labels, spread
@@ -109,7 +111,7 @@ def infer(
     with tfr.load(bundle, engine=engine) as flow:
         config = flow.config
         listed = parse_labels(labels, classes=config.classes, names=config.labels)
-        count = n or len(given if given is not None else listed or range(DEFAULT_COUNT))
+        count = n or (len(np.atleast_1d(given)) if given is not None else len(listed or range(DEFAULT_COUNT)))
         shape = (count, config.patches, config.patch_values)
         if given is not None and given.shape != shape:
             raise InputError(
@@ -129,8 +131,7 @@ def infer(
         target,
         sample.images,
         names=names,
-        # a row of the grid is one round of a list of labels that repeats
-        columns=len(listed) if listed is not None and 1 < len(listed) < count else None,
+        columns=_columns(count, period=len(listed or [0])),
         captions=words if captions else None,
         text={f"tarflow:{name}": value for name, value in sample.metadata.items()},
         arrays={"labels": classes or [-1] * count} | ({} if sample.seed is None else {"seed": sample.seed}),
@@ -153,6 +154,13 @@ def infer(
     source = f"seed {sample.seed}" if noise is None else f"noise of {noise}"
     pace = f"{clock.seconds:.1f} s, {1e3 * clock.per_step:.2f} ms per step"
     note(f"wrote {output}: {count} image{'s' * (count != 1)}, {source}, {flow.engine}, {pace}")
+
+
+def _columns(count: int, *, period: int) -> int | None:
+    """Columns of a near-square grid in which labels that repeat stand below each other; None where that is not near."""
+    side = math.sqrt(count)
+    columns = period * max(1, round(side / period))
+    return columns if 1 < period < count and columns <= 3 * side else None
 
 
 def _latents_output(text: str | None, target: Output, *, overwrite: bool) -> Output | None:
@@ -186,7 +194,7 @@ def _check_options(
         (
             batch_size is None or batch_size >= 1,
             f"--batch-size must be at least 1, got {batch_size}",
-            "leave it out for the engine's choice",
+            "leave it out for 64",
         ),
         (
             guidance >= 0.0 and math.isfinite(guidance),

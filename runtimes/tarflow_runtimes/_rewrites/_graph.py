@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -71,6 +72,12 @@ class Graph:
         if tensor is None or tuple(tensor.dims) != shape:
             raise PatternMismatch(f"{name}: expected an initializer of shape {list(shape)}")
         return tensor
+
+    def number(self, name: str) -> float:
+        """The value of a constant of one element that lies in the model; NaN, equal to nothing, for anything else."""
+        tensor = self.initializers.get(name)
+        array = None if tensor is None else proto.array(tensor)
+        return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else math.nan
 
     def dependencies(self, value: str) -> set[str]:
         """The graph inputs that the numbers in `value` depend on; inputs that give only a shape do not count."""

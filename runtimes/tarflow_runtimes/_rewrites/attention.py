@@ -16,6 +16,7 @@ Source: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQueryAttention 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tarflow_runtimes import _onnx_proto as proto
@@ -23,6 +24,9 @@ from tarflow_runtimes._bundle import ModelConfig
 from tarflow_runtimes._rewrites._graph import Graph, PatternMismatch
 
 TO_HEADS, TO_COLUMNS = [0, 2, 1, 3], [0, 1, 3, 2]
+
+MASKED = -1e4
+"""What is added to logits that must not count is at most this: exp of it is 0."""
 
 
 def rewrite(graph: Graph, config: ModelConfig, *, temperature: bool) -> None:
@@ -69,11 +73,9 @@ def _match(graph: Graph, config: ModelConfig, layer: int) -> tuple[str, str, lis
             raise PatternMismatch(f"{scatter.name} does not write {cache} at the position")
     logits = graph.consumer(_transposed(graph.consumer(key, "Transpose"), TO_COLUMNS), "MatMul")
     scaled = graph.producer(logits.input[0], "Mul")
-    if graph.dependencies(scaled.input[1]) != {"inverse_temperature"}:
-        raise PatternMismatch(f"{scaled.name} does not scale the query by the temperature")
+    _check_scale(graph, scaled.input[1], config)
     masked = graph.consumer(graph.after_cast(logits.output[0]), "Add")
-    if graph.dependencies(masked.input[1]) != {"position"}:
-        raise PatternMismatch(f"{masked.name} does not add a mask made of the position")
+    _check_mask(graph, masked.input[1])
     softmax = graph.consumer(masked.output[0], "Softmax")
     if proto.attribute(softmax, "axis", -1) not in (-1, 3):
         raise PatternMismatch(f"{softmax.name} is not over the last axis")
@@ -88,6 +90,27 @@ def _match(graph: Graph, config: ModelConfig, layer: int) -> tuple[str, str, lis
         raise PatternMismatch(f"{split.name} does not split q, k and v")
     graph.initializer(graph.producer(split.input[0], "Gemm").input[1], (3 * config.width, config.width))
     return split.input[0], attended, scatters
+
+
+def _check_mask(graph: Graph, mask: str) -> None:
+    """The mask must be 0 up to the position and a large negative number after it."""
+    where = graph.producer(mask, "Where")
+    visible = graph.producer(where.input[0], "LessOrEqual")
+    kept, masked = (graph.number(name) for name in where.input[1:])
+    places = [graph.dependencies(name) for name in visible.input]
+    if kept != 0.0 or not masked <= MASKED or places != [set(), {"position"}]:
+        raise PatternMismatch(f"{where.name} does not mask what lies after the position")
+
+
+def _check_scale(graph: Graph, scale: str, config: ModelConfig) -> None:
+    """The factor on q must be 1/(tau sqrt(E)), spread over the rows."""
+    node = graph.producer(scale)
+    while node.op_type in ("Cast", "Reshape", "Expand", "Unsqueeze"):
+        node = graph.producer(node.input[0])
+    values = list(node.input)
+    is_product = node.op_type == "Mul" and values[0] == "inverse_temperature"
+    if not is_product or not math.isclose(graph.number(values[1]), config.head_dim**-0.5, rel_tol=1e-6):
+        raise PatternMismatch(f"{node.name} is not 1/(tau sqrt(E))")
 
 
 def _transposed(node: Any, perm: list[int]) -> str:

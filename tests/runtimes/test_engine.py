@@ -1,0 +1,202 @@
+"""Engines: names, missing and doubled installations, threads, the cutting of batches, closing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import tarflow_runtimes as tfr
+from tarflow_runtimes._engines import _ort_import
+from tarflow_runtimes._engines._cpus import usable_cpus
+from tarflow_runtimes._engines._session import aligned_zeros
+
+
+@pytest.mark.parametrize("engine", ["ort-cuda", "trt", "trt-rtx"])
+def test_engines_to_come_say_what_to_do(exported, engine):
+    with pytest.raises(tfr.EngineError, match=f"engine {engine} ") as caught:
+        tfr.load(exported("class").path, engine=engine)
+    assert 'pip install "tarflow-sdk[ort]"' in caught.value.hint
+
+
+def test_an_unknown_engine_lists_the_known(exported):
+    with pytest.raises(tfr.EngineError, match="'cuda'") as caught:
+        tfr.load(exported("class").path, engine="cuda")
+    assert "ort-cpu" in caught.value.hint
+    assert "auto" in caught.value.hint
+
+
+def test_auto_says_what_it_took_and_why(exported):
+    with tfr.load(exported("class").path, engine="auto") as flow:
+        assert flow.engine == "ort-cpu"
+        assert flow.engine_report["chosen"].startswith("auto")
+        assert flow.engine_report["threads"] == usable_cpus()
+
+
+def without_onnxruntime(code: str) -> subprocess.CompletedProcess[str]:
+    blocker = "import sys; sys.modules['onnxruntime'] = None\n"
+    return subprocess.run([sys.executable, "-c", blocker + code], capture_output=True, text=True, check=False)
+
+
+def test_a_missing_onnxruntime_names_the_command(exported):
+    code = f"""
+import tarflow_runtimes as tfr
+try:
+    tfr.load({str(exported("class").path)!r})
+except tfr.EngineError as error:
+    print(error, "|", error.hint)
+"""
+    done = without_onnxruntime(code)
+    assert (
+        done.stdout == 'engine ort-cpu needs ONNX Runtime, which is not installed | pip install "tarflow-sdk[ort]"\n'
+    ), done.stderr
+
+
+def distribution(name: str, *files: str) -> SimpleNamespace:
+    return SimpleNamespace(name=name, version="1.2.3", files=[importlib.metadata.PackagePath(file) for file in files])
+
+
+@pytest.fixture
+def _fresh_import(monkeypatch):
+    _ort_import.import_onnxruntime.cache_clear()
+    yield
+    monkeypatch.undo()
+    _ort_import.import_onnxruntime.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_import")
+def test_two_packages_in_one_folder_are_named(exported, monkeypatch):
+    installed = [
+        distribution("onnxruntime", "onnxruntime/__init__.py"),
+        distribution("onnxruntime_gpu", "onnxruntime/__init__.py"),
+        distribution("onnxruntime-genai", "onnxruntime_genai/__init__.py"),
+        distribution("numpy", "numpy/__init__.py"),
+        distribution("onnxruntime-broken"),
+    ]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: installed)
+    with pytest.raises(tfr.EngineError, match=r"onnxruntime 1\.2\.3, onnxruntime-gpu 1\.2\.3") as caught:
+        tfr.load(exported("class").path)
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in caught.value.hint
+
+
+@pytest.mark.usefixtures("_fresh_import")
+def test_an_old_onnxruntime_is_refused(exported, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.20.1")
+    with pytest.raises(tfr.EngineError, match=r"1\.20\.1 is too old"):
+        tfr.load(exported("class").path)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu.max": "garbage"}, None),
+    ],
+)
+def test_cpus_of_a_control_group(tmp_path: Path, monkeypatch, files, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert usable_cpus(tmp_path) == (expected or 8)
+
+
+def test_buffers_start_a_cache_line():
+    for shape in ((1,), (3, 5), (2, 7, 11)):
+        for dtype in (np.float32, np.float16, np.int32):
+            array = aligned_zeros(shape, dtype)
+            assert array.ctypes.data % 64 == 0
+            assert array.shape == shape
+            assert array.dtype == dtype
+            assert not array.any()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 16])
+@pytest.mark.parametrize("images", [1, 2, 3, 5, 16, 17, 64, 100])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_parts_cover_the_batch_once(flows, workers, images, branches, monkeypatch):
+    engine = flows("class")._engine
+    monkeypatch.setattr(engine, "workers", workers)
+    parts = engine.parts(images, branches)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(images))
+    assert all(part.stop > part.start for part in parts)
+    assert len(parts) == 1 or max(p.stop - p.start for p in parts) * branches <= 16
+
+
+def test_large_batches_run_in_pieces(exported, monkeypatch):
+    source = exported("class")
+    with tfr.load(source.path) as flow:
+        whole = flow.encode(source.images(7), source.labels(7))
+        gradient = flow.denoise(source.images(7), source.labels(7))
+        monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.ACTIVATION_BYTES", 1)
+        for ours, theirs in zip(flow.encode(source.images(7), source.labels(7)), whole, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(flow.denoise(source.images(7), source.labels(7)), gradient, rtol=0, atol=1e-6)
+
+
+def test_few_sessions_stay_open(exported, monkeypatch):
+    source = exported("three_blocks")
+    with tfr.load(source.path) as flow:
+        expected = flow.sample(2, seed=0).images
+        assert len(flow._engine._sessions) == 9
+    monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.SESSIONS_BYTES", 1)
+    with tfr.load(source.path) as flow:
+        np.testing.assert_array_equal(flow.sample(2, seed=0).images, expected)
+        assert len(flow._engine._sessions) == 1
+
+
+def test_a_closed_flow_is_an_error(exported):
+    source = exported("class")
+    with tfr.load(source.path) as flow:
+        flow.sample(1, seed=0)
+    flow.close()
+    for call in (
+        lambda: flow.sample(1, seed=0),
+        lambda: flow.encode(source.images(1)),
+        lambda: flow.denoise(source.images(1)),
+    ):
+        with pytest.raises(tfr.EngineError, match="closed"):
+            call()
+
+
+def test_the_window_of_a_block_is_a_fixed_point(exported, flows):
+    for name in ("class_n16", "no_nvp"):
+        source, backend = exported(name), flows(name).backend
+        z = source.latents(2)
+        labels = np.array([1, 3]) if source.config.classes else None
+        for block in range(2):
+            config = flows(name).config
+            stacked = None if labels is None else labels[None]
+            guidance = np.zeros((2, config.patches), np.float32)
+            x = backend.inverse(block, z, stacked, guidance, np.ones(1, np.float32), config.patches - 1)
+            ordered = x[:, ::-1] if block else x
+            np.testing.assert_allclose(backend.window(block, x, z, labels), ordered[:, 1:], rtol=0, atol=5e-6)
+            back, log_det = backend.forward(block, x, labels)
+            np.testing.assert_allclose(back, z, rtol=0, atol=1e-5)
+            assert log_det.shape == (2,)
+
+
+def test_the_first_steps_of_an_inverse(exported, flows):
+    source, backend = exported("class_n16"), flows("class_n16").backend
+    z, labels = source.latents(5), np.array([[0, 1, 2, 3, 0]])
+    guidance, temperature = np.zeros((2, 16), np.float32), np.ones(1, np.float32)
+    for block in range(2):
+        whole = backend.inverse(block, z, labels, guidance, temperature, 15)
+        some = backend.inverse(block, z, labels, guidance, temperature, 3)
+        none = backend.inverse(block, z, labels, guidance, temperature, 0)
+        order = slice(None, None, -1 if block else 1)
+        np.testing.assert_array_equal(some[:, order][:, :4], whole[:, order][:, :4])
+        np.testing.assert_array_equal(some[:, order][:, 4:], z[:, order][:, 4:])
+        np.testing.assert_array_equal(none, z)

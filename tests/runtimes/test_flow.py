@@ -1,0 +1,383 @@
+"""`Flow` against the PyTorch model, its laws, and its arguments."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import tarflow_runtimes as tfr
+import tarflow_sdk
+from tarflow_runtimes._noise import standard_normal
+
+CLASSES = {
+    "class": 3,
+    "class_n16": 3,
+    "unconditional": 0,
+    "three_blocks": 3,
+    "no_nvp": 3,
+    "no_nvp_unconditional": 0,
+    "one_head": 3,
+}
+"""Models of conftest's matrix and their number of classes."""
+
+GUIDANCE = {
+    "off": {},
+    "ab": {"guidance": 1.5, "attention_temperature": 0.5},
+    "a": {"guidance": 2.0, "guide": "a", "attention_temperature": 0.7},
+    "b": {"guidance": 2.0, "guide": "b", "attention_temperature": 1.4},
+    "annealed": {"guidance": 1.5, "anneal_guidance": True, "attention_temperature": 0.5},
+    "labels alone": {"guidance": 1.0},
+}
+
+
+def torch_guidance(options):
+    return tarflow_sdk.Guidance(
+        weight=options.get("guidance", 0.0),
+        guide=options.get("guide", "ab"),
+        attention_temperature=options.get("attention_temperature", 1.0),
+        anneal=options.get("anneal_guidance", False),
+    )
+
+
+# A model without classes has nothing to compare without a temperature.
+CASES = [(name, kind) for name, classes in CLASSES.items() for kind in GUIDANCE if kind != "labels alone" or classes]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_sampling_equals_pytorch(exported, flows, name, kind):
+    source, flow, options = exported(name), flows(name), GUIDANCE[kind]
+    for n in (1, 3, 17):
+        sample = flow.sample(n, labels=source.labels(n), seed=5, denoise=False, **options)
+        noise = standard_normal(5, 0, n, source.config.patches, source.config.patch_values)
+        with torch.no_grad():
+            expected = tarflow_sdk.decode(
+                source.model, torch.from_numpy(noise), source.torch_labels(n), torch_guidance(options)
+            )
+        assert sample.images.dtype == np.float32
+        np.testing.assert_allclose(sample.images, expected.numpy(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_density_equals_pytorch(exported, flows, name):
+    source, flow = exported(name), flows(name)
+    for n in (1, 3, 17):
+        images, labels, theirs = source.images(n), source.labels(n), source.torch_labels(n)
+        x = torch.from_numpy(images)
+        with torch.no_grad():
+            z, log_det = tarflow_sdk.encode(source.model, x, theirs)
+            log_prob = tarflow_sdk.log_prob(source.model, x, theirs)
+            bits = tarflow_sdk.bits_per_dim(source.model, x, theirs)
+        ours = flow.encode(images, labels)
+        assert [array.dtype for array in ours] == [np.float32, np.float64]
+        np.testing.assert_allclose(ours[0], z.numpy(), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(ours[1], log_det.numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(flow.log_prob(images, labels), log_prob.numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(flow.bits_per_dim(images, labels), bits.numpy(), rtol=1e-5, atol=1e-5)
+        expected = tarflow_sdk.denoise(source.model, x, theirs, noise_std=0.2, strength=0.5).numpy() - images
+        actual = flow.denoise(images, labels, sigma=0.2, strength=0.5) - images
+        assert np.linalg.norm(actual - expected) <= 1e-5 * np.linalg.norm(expected) + 1e-6
+        if source.config.classes:
+            posteriors = tarflow_sdk.classify(source.model, x).numpy()
+            np.testing.assert_allclose(flow.classify(images), posteriors, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_decode_inverts_encode(exported, flows, name):
+    source, flow = exported(name), flows(name)
+    images, labels = source.images(5), source.labels(5)
+    z, _ = flow.encode(images, labels)
+    np.testing.assert_allclose(flow.decode(z, labels), images, rtol=0, atol=1e-4)
+
+
+def test_float16_is_close_to_float32(exported, flows):
+    narrow, wide = tfr.load(exported("class", "float16").path), exported("class", "float16")
+    with torch.no_grad():
+        noise = standard_normal(1, 0, 4, 4, 16)
+        expected = tarflow_sdk.decode(wide.model, torch.from_numpy(noise), wide.torch_labels(4)).numpy()
+    with narrow:
+        sample = narrow.sample(4, labels=wide.labels(4), seed=1, denoise=False).images
+    np.testing.assert_allclose(sample, expected, rtol=0, atol=2e-2)
+    assert np.abs(sample - expected).max() > 0
+
+
+def test_classify_is_a_distribution(exported, flows):
+    posteriors = flows("class").classify(exported("class").images(4))
+    assert posteriors.shape == (4, 3)
+    np.testing.assert_allclose(np.exp(posteriors).sum(axis=1), 1.0, rtol=1e-12)
+
+
+def test_a_seed_repeats_and_another_does_not(flows):
+    flow = flows("class")
+    first = flow.sample(3, labels=[0, 1, 2], seed=9, guidance=1.0)
+    again = flow.sample(3, labels=[0, 1, 2], seed=9, guidance=1.0)
+    other = flow.sample(3, labels=[0, 1, 2], seed=10, guidance=1.0)
+    np.testing.assert_array_equal(first.images, again.images)
+    assert np.abs(first.images - other.images).max() > 0.1
+    assert first.seed == 9
+
+
+def test_without_a_seed_one_is_drawn_and_reported(flows):
+    flow = flows("class")
+    samples = [flow.sample(1) for _ in range(2)]
+    assert samples[0].seed != samples[1].seed
+    np.testing.assert_array_equal(flow.sample(1, seed=samples[0].seed).images, samples[0].images)
+
+
+def test_an_image_does_not_depend_on_its_batch(flows):
+    flow = flows("class_n16")
+    labels = [i % 3 for i in range(40)]
+    whole = flow.sample(40, labels=labels, seed=2, guidance=1.0).images
+    few = flow.sample(5, labels=labels[:5], seed=2, guidance=1.0).images
+    np.testing.assert_allclose(few, whole[:5], rtol=0, atol=1e-5)
+    later = flow.sample(6, labels=labels[7:13], seed=2, first_index=7, guidance=1.0).images
+    np.testing.assert_allclose(later, whole[7:13], rtol=0, atol=1e-5)
+    chunked = flow.sample(40, labels=labels, seed=2, guidance=1.0, batch_size=7).images
+    np.testing.assert_allclose(chunked, whole, rtol=0, atol=1e-5)
+
+
+def test_noise_replaces_the_seed(exported, flows):
+    flow, source = flows("class"), exported("class")
+    noise = source.latents(3)
+    sample = flow.sample(3, labels=[0, 1, 2], noise=noise, denoise=False)
+    assert sample.seed is None
+    np.testing.assert_array_equal(sample.images, flow.decode(noise, [0, 1, 2]))
+    assert np.array_equal(noise, source.latents(3)), "the caller's noise was written to"
+
+
+def test_sampling_denoises_with_the_labels(flows):
+    flow = flows("class")
+    noisy = flow.sample(4, labels=[0, 1, 2, None], seed=0, denoise=False).images
+    expected = flow.denoise(noisy, [0, 1, 2, None])
+    np.testing.assert_allclose(flow.sample(4, labels=[0, 1, 2, None], seed=0).images, expected, rtol=0, atol=1e-6)
+    assert np.abs(expected - noisy).max() > 1e-3
+
+
+def test_every_way_to_write_a_label(flows):
+    flow = flows("class")
+    expected = flow.sample(4, labels=[2, 0, -1, None], seed=0).images
+    for labels in (["wild", "cat", None, -1], np.array([2, 0, -1, -1]), (np.int32(2), "cat", -1, None)):
+        np.testing.assert_array_equal(flow.sample(4, labels=labels, seed=0).images, expected)
+    null = flow.sample(2, seed=0).images
+    np.testing.assert_array_equal(flow.sample(2, labels=[None, None], seed=0).images, null)
+    assert flow.labels == ("cat", "dog", "wild")
+    assert flow.engine == "ort-cpu"
+
+
+SAMPLE_ERRORS = {
+    "n zero": ({"n": 0}, "n must be an integer of at least 1"),
+    "n a float": ({"n": 1.5}, "n must be an integer"),
+    "n a bool": ({"n": True}, "n must be an integer"),
+    "seed negative": ({"seed": -1}, "seed must be an integer of at least 0 and below 2^64"),
+    "seed too large": ({"seed": 2**64}, "seed"),
+    "first_index negative": ({"first_index": -1}, "first_index"),
+    "indices past the end": ({"first_index": 2**64 - 1, "n": 2}, "2^64"),
+    "seed and noise": ({"seed": 1, "noise": np.zeros((2, 4, 16), np.float32)}, "both seed and noise"),
+    "noise of another shape": ({"noise": np.zeros((3, 4, 16), np.float32)}, "shape [2, 4, 16], got [3, 4, 16]"),
+    "noise of another rank": ({"noise": np.zeros((2, 64), np.float32)}, "shape [2, 4, 16], got [2, 64]"),
+    "noise of another dtype": ({"noise": np.zeros((2, 4, 16))}, "float32, got float64"),
+    "noise not an array": ({"noise": [[0.0]]}, "NumPy array, got list"),
+    "noise not finite": ({"noise": np.full((2, 4, 16), np.nan, np.float32)}, "not finite"),
+    "guidance negative": ({"guidance": -0.5, "labels": [0, 1]}, "guidance must be a finite number >= 0"),
+    "guidance not finite": ({"guidance": float("inf"), "labels": [0, 1]}, "guidance must be a finite"),
+    "guidance a word": ({"guidance": "much", "labels": [0, 1]}, "guidance must be a number"),
+    "guide unknown": ({"guide": "c"}, "guide must be 'a', 'b' or 'ab'"),
+    "temperature zero": ({"attention_temperature": 0.0}, "attention_temperature must be a finite number > 0"),
+    "guidance of nothing": ({"guidance": 1.0}, "every label is the null class"),
+    "guidance of null labels": ({"guidance": 1.0, "labels": [None, -1]}, "every label is the null class"),
+    "too few labels": ({"labels": [0]}, "1 labels for 2 images"),
+    "one label": ({"labels": 0}, "one label per image"),
+    "labels as a word": ({"labels": "cat"}, "one label per image"),
+    "label too large": ({"labels": [0, 3]}, "label 3"),
+    "label too small": ({"labels": [0, -2]}, "label -2"),
+    "label a float": ({"labels": [0, 1.0]}, "label 1.0"),
+    "label a bool": ({"labels": [0, True]}, "label True"),
+    "label of another name": ({"labels": ["cat", "cow"]}, "unknown label 'cow'"),
+    "batch_size zero": ({"batch_size": 0}, "batch_size"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), SAMPLE_ERRORS.values(), ids=SAMPLE_ERRORS.keys())
+def test_sample_refuses(flows, options, message):
+    with pytest.raises(tfr.InputError) as caught:
+        flows("class").sample(**{"n": 2} | options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_model_cannot_do_names_the_remedy(exported, flows):
+    flow, source = flows("no_nvp_unconditional"), exported("no_nvp_unconditional")
+    with pytest.raises(tfr.InputError, match="uniform noise") as caught:
+        flow.sample(1)
+    assert "denoise=False" in caught.value.hint
+    assert "--no-denoise" in caught.value.hint
+    with pytest.raises(tfr.InputError, match="uniform noise") as caught:
+        flow.denoise(source.images(1))
+    assert "sigma" in caught.value.hint
+    assert "--sigma" in caught.value.hint
+    with pytest.raises(tfr.InputError, match="no classes"):
+        flow.sample(1, labels=[0], denoise=False)
+    with pytest.raises(tfr.InputError, match="no classes"):
+        flow.classify(source.images(1))
+    with pytest.raises(tfr.InputError, match="no classes") as caught:
+        flow.sample(1, guidance=1.0, denoise=False)
+    assert "attention_temperature" in caught.value.hint
+    with pytest.raises(tfr.InputError, match="no label names"):
+        flows("class_n16").sample(1, labels=["cat"])
+
+
+@pytest.mark.parametrize("method", ["encode", "log_prob", "bits_per_dim", "denoise", "classify"])
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 3, 8, 8), np.float32), "shape [B, 1, 8, 8]"),
+        (np.zeros((1, 8, 8), np.float32), "shape [B, 1, 8, 8]"),
+        (np.zeros((0, 1, 8, 8), np.float32), "shape [B, 1, 8, 8]"),
+        (np.zeros((2, 1, 8, 8)), "float32, got float64"),
+        (np.full((2, 1, 8, 8), np.inf, np.float32), "not finite"),
+        ("image.png", "NumPy array"),
+    ],
+)
+def test_images_that_do_not_fit(flows, method, images, message):
+    with pytest.raises(tfr.InputError) as caught:
+        getattr(flows("class"), method)(images)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"sigma": 0.0}, {"sigma": -1.0}, {"sigma": float("nan")}, {"strength": -1.0}])
+def test_denoise_refuses(exported, flows, options):
+    with pytest.raises(tfr.InputError, match=next(iter(options))):
+        flows("class").denoise(exported("class").images(1), **options)
+
+
+def test_progress_counts_to_the_end(flows):
+    flow = flows("class_n16")
+    heard: list[tfr.Step] = []
+    flow.sample(20, seed=0, batch_size=10, on_step=heard.append, denoise=False)
+    steps = [step.step for step in heard]
+    total = 2 * 2 * 15
+    assert steps == sorted(set(steps))
+    assert steps[-1] == total
+    assert {step.total for step in heard} == {total}
+    assert [step.block for step in heard if step.step in (15, 30, 45, 60)] == [1, 0, 1, 0]
+    assert all(step.block == 1 - (step.step - 1) // 15 % 2 for step in heard)
+
+
+def test_one_image_reports_every_step(flows):
+    heard: list[tfr.Step] = []
+    flows("class").sample(1, seed=0, on_step=heard.append)
+    assert [(step.block, step.step, step.total) for step in heard] == [
+        (1, 1, 6), (1, 2, 6), (1, 3, 6), (0, 4, 6), (0, 5, 6), (0, 6, 6)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 20])
+def test_a_cancelled_run_leaves_the_flow_usable(flows, n):
+    flow = flows("class_n16")
+    expected = flow.sample(n, seed=0).images
+    heard = []
+
+    def stop(step: tfr.Step) -> bool:
+        heard.append(step)
+        return len(heard) < 3
+
+    threads = threading.active_count()
+    with pytest.raises(tfr.Cancelled):
+        flow.sample(n, seed=0, on_step=stop)
+    assert len(heard) == 3
+    assert threading.active_count() == threads
+    np.testing.assert_array_equal(flow.sample(n, seed=0).images, expected)
+
+
+def test_returning_nothing_or_zero_does_not_cancel(flows):
+    flows("class").sample(1, seed=0, on_step=lambda _: None)
+    flows("class").sample(1, seed=0, on_step=lambda _: 0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_error_in_the_callback_passes_through(flows, error):
+    flow = flows("class_n16")
+    expected = flow.sample(20, seed=0).images
+
+    def fail(_: tfr.Step) -> None:
+        raise error
+
+    threads = threading.active_count()
+    with pytest.raises(error):
+        flow.sample(20, seed=0, on_step=fail)
+    assert threading.active_count() == threads
+    np.testing.assert_array_equal(flow.sample(20, seed=0).images, expected)
+
+
+def test_a_failing_part_stops_the_others(flows, monkeypatch):
+    flow = flows("class_n16")
+    engine = flow._engine
+    monkeypatch.setattr(engine, "workers", 3)
+    monkeypatch.setattr(type(engine), "parts", lambda *_: [slice(i, i + 1) for i in range(6)])
+    make, started = engine.stepper, []
+
+    def stepper(block, **inputs):
+        started.append(threading.get_ident())
+        if len(started) == 2:
+            raise tfr.EngineError("out of order")
+        return make(block, **inputs)
+
+    monkeypatch.setattr(engine, "stepper", stepper)
+    threads = threading.active_count()
+    with pytest.raises(tfr.EngineError, match="out of order"):
+        flow.sample(6, seed=0)
+    assert threading.active_count() == threads
+    assert len(started) <= 6
+
+
+def test_parts_in_threads_give_the_same_images(flows, monkeypatch):
+    flow = flows("class_n16")
+    options = {"labels": [i % 3 for i in range(12)], "seed": 3, "guidance": 1.0}
+    expected = flow.sample(12, **options).images
+    for workers in (1, 2, 5):
+        monkeypatch.setattr(flow._engine, "workers", workers)
+        monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.ROWS_PER_PART", 2)
+        np.testing.assert_allclose(flow.sample(12, **options).images, expected, rtol=0, atol=1e-5)
+
+
+def test_threads_may_share_a_flow(exported):
+    source = exported("class_n16")
+    images, labels = source.images(3), source.labels(3)
+    with tfr.load(source.path) as flow:
+        calls = [
+            lambda: flow.sample(9, labels=[i % 3 for i in range(9)], seed=1, guidance=1.0).images,
+            lambda: flow.sample(2, seed=2).images,
+            lambda: flow.encode(images, labels)[0],
+            lambda: flow.denoise(images, labels),
+            lambda: flow.classify(images),
+        ]
+        with ThreadPoolExecutor(4) as pool:
+            results = [pool.submit(call) for _ in range(6) for call in calls]
+            found = [result.result() for result in results]
+        expected = [call() for call in calls]
+    for i, array in enumerate(found):
+        np.testing.assert_array_equal(array, expected[i % len(calls)])
+
+
+def test_closing_while_another_thread_runs(exported):
+    source = exported("class_n16")
+    flow = tfr.load(source.path)
+    started = threading.Event()
+    outcome: list[object] = []
+
+    def run() -> None:
+        try:
+            outcome.append(flow.sample(4, seed=0, on_step=lambda _: started.set()).images)
+        except tfr.EngineError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert started.wait(60)
+    flow.close()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert len(outcome) == 1
