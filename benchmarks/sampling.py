@@ -25,8 +25,24 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _peer import Peer, serve
 
 MODELS = {
-    "mnist": {"image_size": 28, "image_channels": 1, "patch_size": 4, "width": 128, "blocks": 4, "layers": 4, "classes": 10},
-    "photos": {"image_size": 32, "image_channels": 3, "patch_size": 2, "width": 256, "blocks": 4, "layers": 4, "classes": 0},
+    "mnist": {
+        "image_size": 28,
+        "image_channels": 1,
+        "patch_size": 4,
+        "width": 128,
+        "blocks": 4,
+        "layers": 4,
+        "classes": 10,
+    },
+    "photos": {
+        "image_size": 32,
+        "image_channels": 3,
+        "patch_size": 2,
+        "width": 256,
+        "blocks": 4,
+        "layers": 4,
+        "classes": 0,
+    },
 }
 
 
@@ -140,7 +156,9 @@ def main() -> None:
             "rounds": arguments.rounds,
         }
         print(json.dumps(header))
-        print(f"{'batch':>5} {'guide':>5} {'ours ms/step':>13} {'original':>9} {'images/s':>9} {'speed-up':>9} {'(low..high)':>13} {'max diff':>9}")
+        print(
+            f"{'batch':>5} {'guide':>5} {'ours ms/step':>13} {'original':>9} {'images/s':>9} {'speed-up':>9} {'(low..high)':>13} {'max diff':>9}"
+        )
         rows = []
         for batch in map(int, arguments.batch.split(",")):
             for guidance in map(float, arguments.guidance.split(",")):

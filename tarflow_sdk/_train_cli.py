@@ -19,6 +19,8 @@ import typer
 from tarflow_sdk._errors import TarFlowError
 
 if TYPE_CHECKING:  # the module loads PyTorch
+    from tarflow_sdk._config import FlowConfig
+    from tarflow_sdk._model import TarFlow
     from tarflow_sdk._train import Trainer
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # typer's own class or click's, depending on typer's version
@@ -67,6 +69,9 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 0,
     evaluate_every: Annotated[int, typer.Option(help="Epochs between evaluations.")] = 5,
     save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 500,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from the weights of this checkpoint, which must be of the same model.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --log-dir.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
@@ -124,7 +129,8 @@ def train(
             validation, images = images.take(held), images.take(kept.nonzero().flatten())
         with _process_group(device) as device:
             torch.manual_seed(seed)
-            trainer = Trainer(TarFlow(config), settings, images, validation, folder=log_dir, device=device)
+            model = TarFlow(config) if init is None else _initial(init, config)
+            trainer = Trainer(model, settings, images, validation, folder=log_dir, device=device)
             if trainer.state_path.exists():
                 if not resume:
                     raise TarFlowError(f"{log_dir} already holds a run", hint="add --resume, or give another --log-dir")
@@ -142,6 +148,17 @@ def train(
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
+
+
+def _initial(path: Path, config: FlowConfig) -> TarFlow:
+    """The model of a checkpoint, which must be the one that the options describe."""
+    from tarflow_sdk._checkpoint import load_checkpoint
+
+    model = load_checkpoint(path)
+    ours, theirs = config.to_json(), model.config.to_json()
+    if different := [f"{name} {theirs[name]} (here {ours[name]})" for name in ours if ours[name] != theirs[name]]:
+        raise TarFlowError(f"{path} is another model: {', '.join(different)}", hint="give the options of that model")
+    return model
 
 
 def _device(name: str) -> str:

@@ -6,13 +6,13 @@ import tarflow_runtimes as tfr
 
 
 def show_progress(step: tfr.Step) -> bool:
-    if step.done == step.total:
+    if step.step == step.total:
         print(f"sampled in {step.total} steps")
     return True
 
 
 def stop_halfway(step: tfr.Step) -> bool:
-    return step.done < step.total // 2
+    return step.step < step.total // 2
 
 
 with tfr.load() as flow:  # the shipped digits; tfr.load("my.tarflow", engine="ort-cpu") for another bundle

@@ -261,7 +261,7 @@ def _write(folder: Path, plan: Plan, loaded: Loaded, stages: _Stages) -> Written
 def _verify(folder: Path, plan: Plan, loaded: Loaded, written: Written, stages: _Stages) -> Verified:
     """Stage `verify`: PyTorch's outputs into the bundle, then the bundle's graphs against them."""
     from tarflow_export._portable import PortableEngine  # noqa: PLC0415  (imports onnxruntime)
-    from tarflow_runtimes._verify import verify  # noqa: PLC0415
+    from tarflow_runtimes._verify import verify_subject  # noqa: PLC0415
 
     extent = extent_of(plan.config, plan.layout)
     blocks = plan.config.blocks
@@ -276,7 +276,7 @@ def _verify(folder: Path, plan: Plan, loaded: Loaded, written: Written, stages: 
     manifest({**SKIPPED, "floors": measured.floors})
     bundle = open_bundle(folder)
     with PortableEngine(bundle, threads=extent.threads) as engine:
-        records = verify(bundle, engine, on_block=lambda k: stages.progress(blocks + k + 1, 2 * blocks))
+        records = verify_subject(bundle, engine, on_block=lambda k: stages.progress(blocks + k + 1, 2 * blocks))
         verified = Verified(engine=engine.name, extent=extent, floors=measured.floors, records=records)
     manifest(verified.to_json())
     return verified

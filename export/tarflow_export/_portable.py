@@ -39,11 +39,11 @@ class PortableEngine:
     def forward(self, block: int, patches: Floats, labels: Labels) -> tuple[Floats, Floats]:
         """Patches [B, N, D], labels [B] -> z [B, N, D], log|det| [B]."""
         results = self._run(block, "forward", {"patches": patches}, labels)
-        return results["z"], results["log_det"]
+        return results["z"].copy(), results["log_det"].copy()
 
     def gradient(self, block: int, patches: Floats, cotangent: Floats, labels: Labels) -> Floats:
         """Derivative of (cotangent . z + log|det|) with respect to the patches, [B, N, D]."""
-        return self._run(block, "gradient", {"patches": patches, "cotangent": cotangent}, labels)["gradient"]
+        return self._run(block, "gradient", {"patches": patches, "cotangent": cotangent}, labels)["gradient"].copy()
 
     def inverse(
         self, block: int, z: Floats, labels: Labels, *, guidance: Floats, inverse_temperature: Floats, steps: int
@@ -73,7 +73,7 @@ class PortableEngine:
             "position": np.zeros(len(patches), np.int64),
             **self._caches(len(patches)),
         }
-        return self._run(block, "step", feeds, None if labels is None else labels[None])["next"]
+        return self._run(block, "step", feeds, None if labels is None else labels[None])["next"].copy()
 
     def _order(self, block: int) -> np.ndarray[Any, Any]:
         order = np.arange(self._bundle.config.patches)
@@ -87,6 +87,7 @@ class PortableEngine:
         return {name: np.ones(shape, self._bundle.cache_dtype) for name in names}
 
     def _run(self, block: int, kind: str, feeds: Arrays, labels: Labels) -> Arrays:
+        """The outputs by name; whoever keeps one copies it: as it is, it keeps all memory of its session alive."""
         session = self._session(block, kind)
         names = [output.name for output in session.get_outputs()]
         given = feeds if labels is None else {**feeds, "labels": labels}

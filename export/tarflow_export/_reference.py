@@ -1,7 +1,8 @@
 """`Extent` and the PyTorch side of the verification: inputs, float32 outputs, and how far float32 is from float64.
 
-The images are smooth random ones with the noise of training on them, near enough to pictures for a trained model to
-behave; everything else follows from them. Blocks are taken one at a time, so that the float64 copies are of one block.
+The images are samples of the model itself where they can be had, and smooth random ones elsewhere: far from what it
+was trained on, a model amplifies rounding beyond all comparison. Everything else follows from them. Blocks are taken
+one at a time, so that there is one float64 copy of one block.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from tarflow_export._errors import ExportError
 from tarflow_export._weights import WeightLayout
 from tarflow_runtimes._noise import standard_normal
-from tarflow_runtimes._verify import Reference
+from tarflow_runtimes._verify import Reference, unit_of
 from tarflow_sdk._config import FlowConfig
 from tarflow_sdk._inverse import Guidance, inverse_block
 from tarflow_sdk._likelihood import PIXEL_SCALE_BITS
@@ -31,7 +32,7 @@ SEED = 0
 GUIDANCE = Guidance(weight=1.5, guide="ab", attention_temperature=0.7, anneal=True)
 """Everything that guidance can do, at usual strength."""
 
-STEP_BUDGET = 10**10
+STEP_BUDGET = 4 * 10**9
 """Weights read by the sequential steps of one pass over all blocks, which is what bounds their time."""
 
 PASS_BUDGET = 10**10
@@ -39,13 +40,25 @@ PASS_BUDGET = 10**10
 
 MIN_STEPS = 8
 
+FLOOR_COPIES = 4
+"""Copies of each image, one unit in the last place apart, that the floors of inverses are the worst of: rounding is
+amplified from patch to patch, and one run of three images shows too little of how far."""
+
+FLOOR_BLOCKS = 2
+"""Blocks that float32 is measured against float64 on, where one image has to do: one of each order."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Extent:
-    """How much is verified: `images` (B), `steps` of each block's inverse (P), and whether whole samples are drawn."""
+    """How much is verified.
+
+    `images` (B), `steps` of each block's inverse (P), `floor_blocks`: how many blocks the float32 floors are measured
+    on, `end_to_end`: whether whole samples are drawn.
+    """
 
     images: int
     steps: int
+    floor_blocks: int
     end_to_end: bool
 
     @property
@@ -57,6 +70,7 @@ class Extent:
         """The fields and the rule that gave them."""
         rule = (
             f"images: 3, or 1 where a pass through the model takes more than {PASS_BUDGET:.0e} multiply-adds; "
+            f"floor_blocks: all, or {FLOOR_BLOCKS} where images is 1; "
             f"steps: as many as read {STEP_BUDGET:.0e} weights over all blocks, at least {MIN_STEPS}, at most N - 1; "
             "end_to_end: where all N - 1 steps are taken"
         )
@@ -70,12 +84,18 @@ def extent_of(config: FlowConfig, layout: WeightLayout) -> Extent:
     one_pass = config.blocks * (config.patches * block_weights + attention)
     affordable = max(MIN_STEPS, STEP_BUDGET // (config.blocks * block_weights))
     steps = min(config.patches - 1, affordable)
-    return Extent(images=3 if one_pass <= PASS_BUDGET else 1, steps=steps, end_to_end=steps == config.patches - 1)
+    is_large = one_pass > PASS_BUDGET
+    return Extent(
+        images=1 if is_large else 3,
+        steps=steps,
+        floor_blocks=min(FLOOR_BLOCKS, config.blocks) if is_large else config.blocks,
+        end_to_end=steps == config.patches - 1,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """The reference and the float32 floors: PyTorch's own float32 error against float64, per stage."""
+    """The reference, and PyTorch's own float32 error by the name of the comparison it belongs to: the floors."""
 
     reference: Reference
     floors: dict[str, float]
@@ -90,136 +110,178 @@ def compute_reference(model: TarFlow, extent: Extent, on_block: Callable[[int], 
     before = torch.get_num_threads()
     torch.set_num_threads(extent.threads or before)
     try:
-        return _Reference(model, extent).run(on_block or (lambda _: None))
+        with torch.no_grad():
+            return _Computation(model, extent).run(on_block or (lambda _: None))
     finally:
         torch.set_num_threads(before)
 
 
-class _Floors:
-    """The largest float32 error of each stage so far."""
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Blocks:
+    """Outputs of all blocks: trajectory [K+1, B, N, D], log_det [K, B], inverses [K, B, P+1, D]."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, float] = {}
-
-    def add(self, stage: str, single: Tensor, double: Tensor, *, scaled: bool = False) -> None:
-        error = (single.double() - double.double()).abs()
-        if scaled:
-            error = error / double.abs().clamp(min=1.0)
-        self.values[stage] = max(self.values.get(stage, 0.0), float(error.max()))
+    trajectory: Tensor
+    log_det: Tensor
+    unguided: Tensor
+    guided: Tensor
 
 
-class _Reference:
+class _Computation:
+    """Inputs, and the float32 floors as they are found."""
+
     def __init__(self, model: TarFlow, extent: Extent) -> None:
         self.model = model
         self.config = model.config
         self.extent = extent
-        self.floors = _Floors()
-        self.images = _images(self.config, extent.images)
         self.labels = _labels(self.config, extent.images)
+        self.copies = FLOOR_COPIES if extent.images > 1 else 1
         self.deviation = model.var.detach().float().sqrt()
+        self.floors: dict[str, float] = {}
 
     def run(self, on_block: Callable[[int], None]) -> Measured:
-        blocks, config = self.model.flow_blocks, self.config
-        trajectory, log_dets, exact_log_dets = [self.model.patchify(self.images)], [], []
-        unguided, guided = [], []
-        for k, block in enumerate(blocks):
-            x = trajectory[-1]
-            double = copy.deepcopy(block).double()
-            with torch.no_grad():
-                z, log_det = block(x, self.labels)
-                exact_z, exact_log_det = double(x.double(), self.labels)
-            self.floors.add("forward", z, exact_z)
-            self.floors.add("log_det", log_det, exact_log_det, scaled=True)
-            trajectory.append(z)
-            log_dets.append(log_det)
-            exact_log_dets.append(exact_log_det)
-            unguided.append(self._inverse(block, double, z, None))
-            guided.append(self._inverse(block, double, z, GUIDANCE))
-            self.floors.add("window", unguided[-1], self._first(block, x))
-            del double
-            on_block(k)
-        u = trajectory[-1] / self.deviation
-        cotangents = [-u / self.deviation]
-        for block, x in zip(reversed(blocks), reversed(trajectory[:-1]), strict=True):
-            cotangents.insert(0, _vector_jacobian(block, x, cotangents[0], self.labels))
-        log_prob = self._log_prob(u, torch.stack(log_dets))
-        exact_log_prob = self._log_prob(u.double(), torch.stack(exact_log_dets))
-        bits, exact_bits = (
-            PIXEL_SCALE_BITS - value / (config.dims * math.log(2)) for value in (log_prob, exact_log_prob)
-        )
-        self.floors.add("log_prob", log_prob, exact_log_prob, scaled=True)
-        self.floors.add("bits_per_dim", bits, exact_bits)
-        noise, sample = self._sample() if self.extent.end_to_end else (None, None)
-        sigma = config.noise_std
-        reference = Reference(
-            trajectory=_array(torch.stack(trajectory)),
-            log_det=_array(torch.stack(log_dets)),
-            cotangent=_array(torch.stack(cotangents)),
-            unguided=_array(torch.stack(unguided)),
-            guided=_array(torch.stack(guided)),
-            guidance=self._guidance(),
-            inverse_temperature=np.array([1.0, 1.0 / GUIDANCE.attention_temperature], np.float32),
-            log_prob=_array(log_prob),
-            bits_per_dim=_array(bits),
-            labels=None
-            if self.labels is None
-            else np.where(self.labels < 0, config.classes, self.labels).astype(np.int64),
-            noise=noise,
-            sample=sample,
-            denoised=None if sigma is None else _array(trajectory[0] + sigma**2 * cotangents[0]),
-        )
-        for field in dataclasses.fields(reference):
-            array = getattr(reference, field.name)
-            if array is not None and not np.isfinite(array).all():
+        config, sigma = self.config, self.config.noise_std
+        noise = sample = None
+        if self.extent.end_to_end:
+            noise = torch.from_numpy(standard_normal(SEED, 0, self.extent.images, config.patches, config.patch_values))
+            sample = self._sample(noise)
+        x = self.model.patchify(_smooth_images(config, self.extent.images)) if sample is None else sample
+        blocks = self._blocks(x, on_block)
+        u = blocks.trajectory[-1] / self.deviation
+        log_prob = self._log_prob(u, blocks.log_det.sum(dim=0))
+        if self.extent.floor_blocks == config.blocks:
+            self._add_floor("whole model log_prob", log_prob, self._exact_log_prob(x), unit=unit_of(config.dims))
+        if self.extent.end_to_end:
+            self._add_floor("whole model round_trip", self._decode(u, None), x)
+        cotangent = self._cotangents(blocks.trajectory, -u / self.deviation)
+        arrays: dict[str, Tensor | None] = {
+            "trajectory": blocks.trajectory,
+            "log_det": blocks.log_det,
+            "cotangent": cotangent,
+            "unguided": blocks.unguided,
+            "guided": blocks.guided,
+            "guidance": self._guidance(),
+            "inverse_temperature": torch.tensor([1.0, 1.0 / GUIDANCE.attention_temperature]),
+            "log_prob": log_prob,
+            "bits_per_dim": PIXEL_SCALE_BITS - log_prob / (config.dims * math.log(2)),
+            "noise": noise,
+            "sample": sample,
+            "denoised": None if sigma is None else x + sigma**2 * cotangent[0],
+        }
+        for name, tensor in arrays.items():
+            if tensor is not None and not torch.isfinite(tensor).all():
                 raise ExportError(
-                    f"the model's own {field.name} in PyTorch has values that are not finite: nothing can be compared",
+                    f"the model's own {name} in PyTorch has values that are not finite: nothing can be compared",
                     hint="check the checkpoint; --no-verify exports it as it is",
                 )
-        return Measured(reference=reference, floors=self.floors.values)
+        found: dict[str, Any] = {name: _array(tensor) for name, tensor in arrays.items() if tensor is not None}
+        if self.labels is not None:
+            found["labels"] = self.labels.where(self.labels >= 0, config.classes).numpy()
+        return Measured(reference=Reference(**found), floors=self.floors)
+
+    def _blocks(self, x: Tensor, on_block: Callable[[int], None]) -> _Blocks:
+        """Each block forward, and the first steps of its inverse back."""
+        trajectory, log_dets = [x], []
+        unguided: list[Tensor] = []
+        guided: list[Tensor] = []
+        for k, block in enumerate(self.model.flow_blocks):
+            x = trajectory[-1]
+            z, log_det = block(x, self.labels)
+            trajectory.append(z)
+            log_dets.append(log_det)
+            double = copy.deepcopy(block).double() if k < self.extent.floor_blocks else None
+            if double is not None:
+                exact_z, exact_log_det = double(x.double(), self.labels)
+                self._add_floor(f"block {k} forward", z, exact_z)
+                self._add_floor(f"block {k} log_det", log_det, exact_log_det, unit=unit_of(self.config.dims))
+            for name, guidance, found in (("unguided", None, unguided), ("guided", GUIDANCE, guided)):
+                copies = self._inverse(block, self._perturbed(z), guidance)
+                found.append(copies[: len(z)])
+                if double is not None:
+                    exact = self._inverse(double, z.double(), guidance)
+                    self._add_floor(f"block {k} {name} inverse", copies, exact)
+            self._add_floor(f"block {k} window", unguided[-1], self._first(block, x))
+            on_block(k)
+        return _Blocks(
+            trajectory=torch.stack(trajectory),
+            log_det=torch.stack(log_dets),
+            unguided=torch.stack(unguided),
+            guided=torch.stack(guided),
+        )
+
+    def _cotangents(self, trajectory: Tensor, last: Tensor) -> Tensor:
+        """The gradient of log q with respect to the input of each block, and `last`: [K+1, B, N, D]."""
+        cotangents = [last]
+        for block, x in zip(reversed(self.model.flow_blocks), trajectory[:-1].flip(0), strict=True):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()  # noqa: PLW2901
+                z, log_det = block(x, self.labels)
+                (gradient,) = torch.autograd.grad((cotangents[-1] * z).sum() + log_det.sum(), x)
+            cotangents.append(gradient)
+        return torch.stack(cotangents[::-1])
 
     def _first(self, block: FlowBlock, x: Tensor) -> Tensor:
         """The first P+1 patches in block order."""
         return block.in_order(x)[:, : self.extent.steps + 1]
 
-    def _inverse(self, block: FlowBlock, double: FlowBlock, z: Tensor, guidance: Guidance | None) -> Tensor:
+    def _inverse(self, block: FlowBlock, z: Tensor, guidance: Guidance | None) -> Tensor:
         """The first P+1 patches of the inverse of z, in block order: they depend on no later ones."""
         first = block.in_order(self._first(block, z))
-        x = inverse_block(block, first, self.labels, guidance)
-        self.floors.add("inverse", x, inverse_block(double, first.double(), self.labels, guidance))
-        return block.in_order(x)
+        return block.in_order(inverse_block(block, first, self._labels_of(z), guidance))
 
-    def _guidance(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def _perturbed(self, z: Tensor) -> Tensor:
+        """The images, and copies of them one unit in the last place away."""
+        generator = torch.Generator().manual_seed(SEED)
+        copies = [z]
+        for _ in range(self.copies - 1):
+            signs = torch.randint(0, 2, z.shape, generator=generator) * 2 - 1
+            copies.append(z * (1.0 + signs * torch.finfo(torch.float32).eps))
+        return torch.cat(copies)
+
+    def _labels_of(self, x: Tensor) -> Tensor | None:
+        """The labels of the images, repeated for their copies."""
+        return None if self.labels is None else self.labels.repeat(len(x) // len(self.labels))
+
+    def _guidance(self) -> Tensor:
         """[2, N]: annealed as over the P+1 patches that are inverted; later columns are not used."""
         weights = GUIDANCE.weights(self.extent.steps + 1)
-        return _array(F.pad(weights, (0, self.config.patches - weights.shape[1])))
+        return F.pad(weights, (0, self.config.patches - weights.shape[1]))
 
-    def _log_prob(self, u: Tensor, log_dets: Tensor) -> Tensor:
+    def _log_prob(self, u: Tensor, log_det: Tensor) -> Tensor:
         log_normal = -0.5 * u.square().sum(dim=(1, 2)) - 0.5 * self.config.dims * math.log(2 * math.pi)
-        return log_normal + log_dets.sum(dim=0) - self.deviation.to(u).log().sum()
+        return log_normal + log_det - self.deviation.to(u).log().sum()
 
-    def _sample(self) -> tuple[Any, Any]:
-        """Noise and the whole model's guided sample of it."""
-        config = self.config
-        noise = standard_normal(SEED, 0, self.extent.images, config.patches, config.patch_values)
-        x = torch.from_numpy(noise) * self.deviation
-        exact = x.double()
+    def _exact_log_prob(self, x: Tensor) -> Tensor:
+        """In float64 from end to end."""
+        x, total = x.double(), torch.zeros(len(x), dtype=torch.float64)
+        for block in self.model.flow_blocks:
+            x, log_det = copy.deepcopy(block).double()(x, self.labels)
+            total = total + log_det
+        return self._log_prob(x / self.deviation, total)
+
+    def _decode(self, u: Tensor, guidance: Guidance | None) -> Tensor:
+        """Latents [B, N, D] -> patches of the image, in the dtype of u."""
+        x = u * self.deviation
         for block in reversed(self.model.flow_blocks):
-            x = inverse_block(block, x, self.labels, GUIDANCE)
-            exact = inverse_block(copy.deepcopy(block).double(), exact, self.labels, GUIDANCE)
-        self.floors.add("sample", x, exact)
-        return noise, _array(x)
+            in_dtype = block if u.dtype == torch.float32 else copy.deepcopy(block).double()
+            x = inverse_block(in_dtype, x, self._labels_of(x), guidance)
+        return x
+
+    def _sample(self, noise: Tensor) -> Tensor:
+        """A guided sample of the whole model."""
+        copies = self._decode(self._perturbed(noise), GUIDANCE)
+        self._add_floor("whole model guided sample", copies, self._decode(noise.double(), GUIDANCE))
+        return copies[: len(noise)]
+
+    def _add_floor(self, name: str, single: Tensor, exact: Tensor, *, unit: float | None = None) -> None:
+        """The largest error; relative to its magnitude from `unit` on where that is given."""
+        exact = exact.repeat(len(single) // len(exact), *[1] * (exact.ndim - 1))
+        error = (single.double() - exact.double()).abs()
+        if unit is not None:
+            error = error / exact.double().abs().clamp(min=unit)
+        self.floors[name] = float(error.max())
 
 
-def _vector_jacobian(block: FlowBlock, x: Tensor, cotangent: Tensor, labels: Tensor | None) -> Tensor:
-    """Gradient of (cotangent . z + log|det|) with respect to x, by automatic differentiation."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        z, log_det = block(x, labels)
-        (gradient,) = torch.autograd.grad((cotangent * z).sum() + log_det.sum(), x)
-    return gradient
-
-
-def _images(config: FlowConfig, images: int) -> Tensor:
+def _smooth_images(config: FlowConfig, images: int) -> Tensor:
     """[B, C, size, size]: 4x4 random colours, interpolated, with the noise of training (0.1 where it is unknown)."""
     generator = torch.Generator().manual_seed(SEED)
     colours = torch.randn(images, config.image_channels, 4, 4, generator=generator) * 0.5

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from tarflow_runtimes._arguments import Label, class_numbers, float_array, guidance_of, integer, real
-from tarflow_runtimes._backend import Backend
 from tarflow_runtimes._bundle import Bundle, ModelConfig, open_bundle
 from tarflow_runtimes._density import PIXEL_SCALE_BITS, encode_patches, log_prob_of, patchify, score, unpatchify
 from tarflow_runtimes._engine import Engine, Floats, Integers
@@ -122,9 +121,9 @@ class Flow:
         return self._bundle.labels
 
     @property
-    def backend(self) -> Backend:
-        """The maps of each block as functions of arrays, for verification."""
-        return Backend(self._engine)
+    def backend(self) -> Engine:
+        """The engine itself, block by block, for verification; it belongs to this Flow."""
+        return self._engine
 
     def close(self) -> None:
         """Free the engine's sessions."""

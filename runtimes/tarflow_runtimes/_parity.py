@@ -15,8 +15,8 @@ import numpy.typing as npt
 from tarflow_runtimes._errors import VerificationError
 
 Measure = Literal["max_abs", "max_scaled", "relative"]
-"""What a tolerance bounds: max |difference|; max of |difference| / max(1, |reference|); L2 norm of the difference over
-that of the reference."""
+"""What a tolerance bounds: max |difference|; max of |difference| / max(unit, |reference|); L2 norm of the difference
+over that of the reference."""
 
 FLOOR_FACTOR: Final = 4.0
 """How many times PyTorch's own float32 error, measured against float64, an engine's difference from it may be.
@@ -25,34 +25,39 @@ Two float32 computations that are both one floor away from the truth are up to t
 inputs."""
 
 
+WIDEST: Final = 0.1
+"""What a floor can widen a tolerance to at most: a twentieth of the range of images is no rounding any more."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
     """Bound on a measure, and why that one.
 
-    `floor` names the measured float32 floor that can widen it: limit = max(`limit`, FLOOR_FACTOR * floor).
+    Where it is `widened`, the float32 floor measured for the same comparison counts:
+    max(`limit`, min(FLOOR_FACTOR * floor, WIDEST)).
     """
 
     measure: Measure
     limit: float
     reason: str
-    floor: str | None = None
+    widened: bool = False
 
 
 _SAMPLING = "pictures; the floor takes over where a model amplifies float32 rounding"
 _EXACT: Final = {
-    "forward": Tolerance(measure="max_abs", limit=1e-4, floor="forward", reason="float32 rounding of one block"),
+    "forward": Tolerance(measure="max_abs", limit=1e-4, widened=True, reason="float32 rounding of one block"),
     "log_det": Tolerance(
-        measure="max_scaled", limit=1e-5, floor="log_det", reason="a float32 sum over N*D terms, scaled by its size"
+        measure="max_scaled", limit=1e-5, widened=True, reason="a float32 sum over N*D terms, scaled by its size"
     ),
     "gradient": Tolerance(measure="relative", limit=1e-5, reason="ten times what PyTorch float32 misses float64 by"),
-    "window": Tolerance(measure="max_abs", limit=1e-4, floor="window", reason="x -> z -> x of one block in float32"),
-    "inverse": Tolerance(measure="max_abs", limit=1e-4, floor="inverse", reason=_SAMPLING),
-    "sample": Tolerance(measure="max_abs", limit=1e-4, floor="sample", reason=_SAMPLING),
-    "round_trip": Tolerance(measure="max_abs", limit=1e-3, reason="x -> z -> x of the whole model in float32"),
-    "log_prob": Tolerance(
-        measure="max_scaled", limit=1e-5, floor="log_prob", reason="a float32 sum over N*D terms, scaled by its size"
+    "window": Tolerance(measure="max_abs", limit=1e-4, widened=True, reason="x -> z -> x of one block in float32"),
+    "inverse": Tolerance(measure="max_abs", limit=1e-4, widened=True, reason=_SAMPLING),
+    "sample": Tolerance(measure="max_abs", limit=1e-4, widened=True, reason=_SAMPLING),
+    "round_trip": Tolerance(
+        measure="max_abs", limit=1e-3, widened=True, reason="x -> z -> x of the whole model in float32"
     ),
-    "bits_per_dim": Tolerance(measure="max_abs", limit=1e-5, floor="bits_per_dim", reason="log_prob over N*D ln 2"),
+    "log_prob": Tolerance(measure="max_scaled", limit=1e-5, reason="a float32 sum over N*D terms, scaled by its size"),
+    "bits_per_dim": Tolerance(measure="max_abs", limit=1e-5, reason="log_prob over N*D ln 2"),
     "denoise": Tolerance(
         measure="max_abs", limit=1e-4, reason="sigma^2 times the gradient's error, at most 1e-4 of it"
     ),
@@ -62,10 +67,10 @@ _HALF = "weights and activations of linear layers have 11 bits: 5e-4 each"
 _ROUNDED: Final = {
     "forward": Tolerance(measure="relative", limit=5e-3, reason=_HALF),
     "log_det": Tolerance(measure="max_scaled", limit=2e-2, reason=f"{_HALF}; the errors of a partly cancel in its sum"),
-    "gradient": Tolerance(measure="relative", limit=2e-2, reason=f"{_HALF}, forward and backward"),
-    "window": Tolerance(measure="relative", limit=2e-2, reason=f"{_HALF}; z is PyTorch's, from float32"),
-    "inverse": Tolerance(measure="relative", limit=5e-2, reason=f"{_HALF}, fed back from patch to patch"),
-    "sample": Tolerance(measure="relative", limit=1e-1, reason=f"{_HALF}, fed back through every patch and block"),
+    "gradient": Tolerance(measure="relative", limit=1e-2, reason=f"{_HALF}, forward and backward"),
+    "window": Tolerance(measure="relative", limit=1e-2, reason=f"{_HALF}; z is PyTorch's, from float32"),
+    "inverse": Tolerance(measure="relative", limit=2e-2, reason=f"{_HALF}, fed back from patch to patch"),
+    "sample": Tolerance(measure="relative", limit=5e-2, reason=f"{_HALF}, fed back through every patch and block"),
     "round_trip": Tolerance(
         measure="relative", limit=1e-2, reason="both ways round alike, so most of the error cancels"
     ),
@@ -125,8 +130,9 @@ def compare(
     *,
     tolerance: Tolerance,
     floors: Mapping[str, float],
+    unit: float = 1.0,
 ) -> Record:
-    """Measure `actual` against `expected`.
+    """Measure `actual` against `expected`; `unit` is the magnitude from which `max_scaled` is relative.
 
     Never passes on another shape, an empty array, numbers that are no floats or a value that is not finite.
     """
@@ -134,8 +140,10 @@ def compare(
     measures: dict[str, float | None] = dict.fromkeys(("max_abs", "mean_abs", "max_scaled", "relative", "cosine"))
     non_finite = int(np.count_nonzero(~np.isfinite(actual)) + np.count_nonzero(~np.isfinite(expected)))
     if comparable and not non_finite:
-        measures |= _measures(actual.astype(np.float64), expected.astype(np.float64))
-    limit = max(tolerance.limit, FLOOR_FACTOR * _floor(tolerance, floors))
+        measures |= _measures(actual.astype(np.float64), expected.astype(np.float64), unit)
+    floor = floors.get(name, 0.0) if tolerance.widened else 0.0
+    # A floor that is not a finite number would make the check unable to fail.
+    limit = max(tolerance.limit, min(FLOOR_FACTOR * floor, WIDEST) if np.isfinite(floor) else 0.0)
     value = measures[tolerance.measure]
     return Record(
         name=name,
@@ -184,13 +192,9 @@ def _missed(record: Record) -> str:
     return f"{record.name}: {record.measure} {record.value:.2g} > {record.tolerance:.2g}"
 
 
-def _floor(tolerance: Tolerance, floors: Mapping[str, float]) -> float:
-    """The measured floor, or 0. One that is not a finite number would make the check unable to fail."""
-    floor = floors.get(tolerance.floor, 0.0) if tolerance.floor is not None else 0.0
-    return float(floor) if np.isfinite(floor) else 0.0
-
-
-def _measures(actual: npt.NDArray[np.float64], expected: npt.NDArray[np.float64]) -> dict[str, float | None]:
+def _measures(
+    actual: npt.NDArray[np.float64], expected: npt.NDArray[np.float64], unit: float
+) -> dict[str, float | None]:
     difference = np.abs(actual - expected)
     norm, other = float(np.linalg.norm(expected)), float(np.linalg.norm(actual))
     distance = float(np.linalg.norm(difference))
@@ -198,7 +202,7 @@ def _measures(actual: npt.NDArray[np.float64], expected: npt.NDArray[np.float64]
     return {
         "max_abs": float(difference.max()),
         "mean_abs": float(difference.mean()),
-        "max_scaled": float((difference / np.maximum(1.0, np.abs(expected))).max()),
+        "max_scaled": float((difference / np.maximum(unit, np.abs(expected))).max()),
         "relative": distance / norm if norm > 0.0 else distance,
         "cosine": float(np.vdot(actual, expected)) / (norm * other) if norm * other > 0.0 else None,
     }

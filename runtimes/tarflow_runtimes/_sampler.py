@@ -108,7 +108,7 @@ def inverse_block(  # noqa: PLR0917 - the same
     """
     steps = z.shape[1] - 1 if steps is None else min(steps, z.shape[1] - 1)
     parts = engine.parts(len(z), len(inverse_temperature))
-    crew = _Crew(len(parts), steps, on_step)
+    crew = _Crew(len(parts), on_step)
 
     def run(index: int) -> None:
         part = parts[index]
@@ -134,9 +134,8 @@ def inverse_block(  # noqa: PLR0917 - the same
 class _Crew:
     """Runs the parts of a batch in threads; the caller's thread works too, and alone talks to the callback."""
 
-    def __init__(self, parts: int, steps: int, on_step: Callable[[int], None] | None) -> None:
+    def __init__(self, parts: int, on_step: Callable[[int], None] | None) -> None:
         self.stop = False
-        self._steps = steps
         self._done = [0] * parts
         self._reported = 0
         self._on_step = on_step
@@ -161,13 +160,14 @@ class _Crew:
             for thread in threads:
                 thread.start()
             self._take_parts(run, reraise=True)
-        except BaseException:
+            for thread in threads:
+                thread.join()
+        except BaseException:  # Ctrl-C too, wherever it strikes: no thread may go on after the call has ended
             self.stop = True
-            raise
-        finally:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
+            raise
         if self._error is not None:
             raise self._error
         if self._on_step is not None:

@@ -1,5 +1,6 @@
 """Comparisons: they measure what they say and cannot pass by accident; `verify` works on any engine and reference."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,28 @@ from tarflow_runtimes._errors import BundleError, VerificationError
 from tarflow_runtimes._parity import (
     FLOOR_FACTOR,
     TOLERANCES,
+    WIDEST,
     Record,
     Tolerance,
     compare,
     require_passed,
     tolerance_for,
 )
-from tarflow_runtimes._verify import verify_engine
+from tarflow_runtimes._verify import verify
 from tarflow_sdk.testing import random_model, tiny_config
 
-LOOSE = Tolerance(measure="max_abs", limit=1.0, floor="f", reason="a test")
+LOOSE = Tolerance(measure="max_abs", limit=1.0, widened=True, reason="a test")
 
 
-def check(actual: Any, expected: Any, tolerance: Tolerance = LOOSE, **floors: float) -> Record:
-    return compare("x", "forward", np.asarray(actual), np.asarray(expected), tolerance=tolerance, floors=floors)
+def check(actual: Any, expected: Any, tolerance: Tolerance = LOOSE, floor: float | None = None) -> Record:
+    return compare(
+        "x",
+        "forward",
+        np.asarray(actual),
+        np.asarray(expected),
+        tolerance=tolerance,
+        floors={} if floor is None else {"x": floor},
+    )
 
 
 def test_measures() -> None:
@@ -62,18 +71,22 @@ def test_each_measure_can_fail_and_pass(measure: Any) -> None:
     ],
 )
 def test_what_cannot_be_compared_never_passes(actual: Any, expected: Any) -> None:
-    for floors in ({}, {"f": 1e9}, {"f": float("inf")}, {"f": float("nan")}):
-        record = check(actual, expected, **floors)
+    for floor in (None, 1e9, float("inf"), float("nan")):
+        record = check(actual, expected, floor=floor)
         assert not record.passed
         with pytest.raises(VerificationError):
             require_passed([record])
 
 
-def test_floors_widen_a_bound_that_names_them() -> None:
-    assert check([2.0], [0.0], f=2.0 / FLOOR_FACTOR).passed
-    assert not check([2.0], [0.0], f=1.9 / FLOOR_FACTOR).passed
-    assert not check([2.0], [0.0], other=100.0).passed
-    assert not check([2.0], [0.0], f=float("inf")).passed
+def test_floors_widen_a_bound_that_asks_for_them() -> None:
+    tight = Tolerance(measure="max_abs", limit=1e-4, widened=True, reason="a test")
+    assert check([0.02], [0.0], tight, floor=0.02 / FLOOR_FACTOR).passed
+    assert not check([0.02], [0.0], tight, floor=0.019 / FLOOR_FACTOR).passed
+    assert not check([0.02], [0.0], tight).passed
+    assert not check([0.02], [0.0], tight, floor=float("inf")).passed
+    assert not check([0.02], [0.0], tight, floor=float("nan")).passed
+    assert not check([2 * WIDEST], [0.0], tight, floor=1e9).passed
+    assert not check([0.02], [0.0], dataclasses.replace(tight, widened=False), floor=1.0).passed
 
 
 def test_a_reference_of_zeros_passes_zeros_only() -> None:
@@ -114,7 +127,7 @@ def test_the_default_engine_passes_the_verification_that_travels(tmp_path: Path,
     engine = OrtCpuEngine(bundle)
     seen: list[int] = []
     try:
-        records = verify_engine(bundle, engine, on_block=seen.append)
+        records = verify(bundle, engine, on_block=seen.append)
     finally:
         engine.close()
     require_passed(records)
@@ -155,7 +168,7 @@ def test_a_wrong_engine_fails(exported: Path, fault: str) -> None:
     engine = Wrong(bundle)
     try:
         engine.fault = fault
-        records = verify_engine(bundle, engine)
+        records = verify(bundle, engine)
     finally:
         engine.close()
     with pytest.raises(VerificationError):
@@ -171,8 +184,6 @@ def copy_with_reference(exported: Path, folder: Path, **changed: Any) -> Bundle:
     arrays = {name: array for name, array in {**arrays, **changed}.items() if array is not None}
     np.savez(path / "reference.npz", **arrays)
     bundle = open_bundle(exported)
-    import dataclasses
-
     return dataclasses.replace(bundle, reference=path / "reference.npz")
 
 
@@ -191,7 +202,7 @@ def test_a_reference_of_another_model_is_refused(exported: Path, tmp_path: Path,
     bundle = copy_with_reference(exported, tmp_path, **changed)
     engine = OrtCpuEngine(bundle)
     with pytest.raises(BundleError, match="reference"):
-        verify_engine(bundle, engine)
+        verify(bundle, engine)
     engine.close()
 
 
@@ -201,7 +212,7 @@ def test_a_damaged_reference_is_refused(exported: Path, tmp_path: Path) -> None:
     bundle.reference.write_bytes(b"PK\x03\x04 not a zip file")
     engine = OrtCpuEngine(bundle)
     with pytest.raises(BundleError, match="damaged"):
-        verify_engine(bundle, engine)
+        verify(bundle, engine)
     engine.close()
 
 
@@ -209,5 +220,5 @@ def test_a_bundle_without_reference_says_why(tmp_path: Path) -> None:
     bundle = open_bundle(export_bundle(random_model(tiny_config()), tmp_path / "x.tarflow", verify=False).path)
     engine = OrtCpuEngine(bundle)
     with pytest.raises(VerificationError, match="--no-verify"):
-        verify_engine(bundle, engine)
+        verify(bundle, engine)
     engine.close()

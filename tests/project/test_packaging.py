@@ -65,7 +65,10 @@ def test_clean_environment(tmp_path: Path) -> None:
     assert absent.returncode != 0
     subprocess.run([binaries / "python", "-c", "import tarflow_runtimes"], check=True, cwd=tmp_path)
     subprocess.run(
-        [binaries / "tarflow-infer", "-n", "2", "--labels", "3,7", "-o", "two.png"], check=True, cwd=tmp_path, timeout=120
+        [binaries / "tarflow-infer", "-n", "2", "--labels", "3,7", "-o", "two.png"],
+        check=True,
+        cwd=tmp_path,
+        timeout=120,
     )
     assert (tmp_path / "two.png").stat().st_size > 100
     refused = subprocess.run([binaries / "tarflow-export", "model.pth"], capture_output=True, text=True, check=False)

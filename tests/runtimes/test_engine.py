@@ -15,6 +15,7 @@ import tarflow_runtimes as tfr
 from tarflow_runtimes._engines import _ort_import
 from tarflow_runtimes._engines._cpus import usable_cpus
 from tarflow_runtimes._engines._session import aligned_zeros
+from tarflow_runtimes._sampler import inverse_block
 
 
 @pytest.mark.parametrize("engine", ["ort-cuda", "trt", "trt-rtx"])
@@ -146,6 +147,21 @@ def test_large_batches_run_in_pieces(exported, monkeypatch):
         np.testing.assert_allclose(flow.denoise(source.images(7), source.labels(7)), gradient, rtol=0, atol=1e-6)
 
 
+def test_large_blocks_keep_their_batch_whole(exported, monkeypatch):
+    source = exported("class_n16")
+    options = {"labels": [i % 3 for i in range(9)], "seed": 1, "guidance": 1.0}
+    with tfr.load(source.path) as flow:
+        expected = flow.sample(9, **options).images
+    monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.OPERATOR_THREADS_BYTES", 1)
+    with tfr.load(source.path) as flow:
+        assert flow._engine.workers == 1
+        assert flow._engine.parts(64, 2) == [slice(0, 64)]
+        np.testing.assert_allclose(flow.sample(9, **options).images, expected, rtol=0, atol=1e-5)
+        monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.CACHE_BYTES", 2 * 2 * 8 * 2 * 16 * 64)
+        assert flow._engine.parts(5, 2) == [slice(0, 1), slice(1, 3), slice(3, 5)]
+        np.testing.assert_allclose(flow.sample(9, **options).images, expected, rtol=0, atol=1e-5)
+
+
 def test_few_sessions_stay_open(exported, monkeypatch):
     source = exported("three_blocks")
     with tfr.load(source.path) as flow:
@@ -180,7 +196,7 @@ def test_the_window_of_a_block_is_a_fixed_point(exported, flows):
             config = flows(name).config
             stacked = None if labels is None else labels[None]
             guidance = np.zeros((2, config.patches), np.float32)
-            x = backend.inverse(block, z, stacked, guidance, np.ones(1, np.float32), config.patches - 1)
+            x = inverse_block(backend, block, z, stacked, guidance, np.ones(1, np.float32))
             ordered = x[:, ::-1] if block else x
             np.testing.assert_allclose(backend.window(block, x, z, labels), ordered[:, 1:], rtol=0, atol=5e-6)
             back, log_det = backend.forward(block, x, labels)
@@ -193,9 +209,9 @@ def test_the_first_steps_of_an_inverse(exported, flows):
     z, labels = source.latents(5), np.array([[0, 1, 2, 3, 0]])
     guidance, temperature = np.zeros((2, 16), np.float32), np.ones(1, np.float32)
     for block in range(2):
-        whole = backend.inverse(block, z, labels, guidance, temperature, 15)
-        some = backend.inverse(block, z, labels, guidance, temperature, 3)
-        none = backend.inverse(block, z, labels, guidance, temperature, 0)
+        whole = inverse_block(backend, block, z, labels, guidance, temperature)
+        some = inverse_block(backend, block, z, labels, guidance, temperature, steps=3)
+        none = inverse_block(backend, block, z, labels, guidance, temperature, steps=0)
         order = slice(None, None, -1 if block else 1)
         np.testing.assert_array_equal(some[:, order][:, :4], whole[:, order][:, :4])
         np.testing.assert_array_equal(some[:, order][:, 4:], z[:, order][:, 4:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -310,6 +312,29 @@ def test_an_error_in_the_callback_passes_through(flows, error):
         flow.sample(20, seed=0, on_step=fail)
     assert threading.active_count() == threads
     np.testing.assert_array_equal(flow.sample(20, seed=0).images, expected)
+
+
+INTERRUPTED = """
+import _thread, sys, threading
+import tarflow_runtimes as tfr
+with tfr.load(sys.argv[1]) as flow:
+    expected = flow.sample(20, seed=0).images
+    heard = []
+    def interrupt(step):
+        heard.append(step)
+        if len(heard) == 2:
+            _thread.interrupt_main()
+    try:
+        flow.sample(20, seed=0, on_step=interrupt)
+    except KeyboardInterrupt:
+        print("interrupted", threading.active_count(), (flow.sample(20, seed=0).images == expected).all())
+"""
+
+
+def test_ctrl_c_ends_the_run_and_its_threads(exported):
+    command = [sys.executable, "-c", INTERRUPTED, str(exported("class_n16").path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "interrupted 1 True\n", done.stderr
 
 
 def test_a_failing_part_stops_the_others(flows, monkeypatch):

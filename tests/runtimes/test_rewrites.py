@@ -83,7 +83,7 @@ def test_rewritten_graph_equals_the_portable_one(  # noqa: PLR0917 - fixtures an
         files = flow.bundle.blocks[block]
         portable = PortableStepper(Session(files.step, folder=files.step.parent, threads=1), config, inputs)
         engine = flow._engine
-        session, tables = engine._open_sequential(block, branches, temperature != 1.0, 1)
+        session, tables = engine._open_sequential(block, branches, temperature != 1.0)
         rewritten = SequentialStepper(session, config, inputs, tables)
         tolerance = 2e-6 if dtype == "float32" else 4e-3
         for _ in range(config.patches - 1):

@@ -62,6 +62,22 @@ def test_a_run_and_its_continuation(
     assert "train.learning_rate 0.0001 -> 0.01" in capsys.readouterr().err
 
 
+def test_starts_from_the_weights_of_a_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    weights = first / "model.safetensors"
+    assert run(monkeypatch, data, "-o", first, *TINY.split()) == 0
+    options = [*TINY.split(), "--epochs", 1, "--learning-rate", 1e-9, "--weight-decay", 0, "--init", weights]
+    assert run(monkeypatch, data, "-o", second, *options) == 0
+    before, after = load_checkpoint(weights).state_dict(), load_checkpoint(second / "model.safetensors").state_dict()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-5)
+
+    assert run(monkeypatch, data, "-o", tmp_path / "third", *options, "--width", 64) == 2
+    assert "is another model: width 32 (here 64)" in capsys.readouterr().err
+
+
 def test_other_kinds_of_models(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*TINY.split(), "--epochs", 1]
     assert run(monkeypatch, data, "-o", tmp_path / "a", *options, "--unconditional", "--uniform-noise", "--no-nvp") == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,10 +66,10 @@ class Session:
         self.inputs: dict[str, str] = {value.name: value.type for value in self.session.get_inputs()}
         self.outputs: list[str] = [value.name for value in self.session.get_outputs()]
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]], *outputs: str) -> list[npt.NDArray[Any]]:
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
         """One run with new arrays for `outputs`; feeds that the graph does not have are left out."""
         try:
-            return list(self.session.run(outputs, {name: feeds[name] for name in self.inputs}))
+            return list(self.session.run(list(outputs), {name: feeds[name] for name in self.inputs}))
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed in a run: {_first_line(error)}") from error
 

@@ -11,10 +11,12 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from tarflow_runtimes import _onnx_proto as proto
 from tarflow_runtimes._bundle import Bundle
@@ -30,9 +32,15 @@ from tarflow_runtimes._rewrites._graph import PatternMismatch
 ROWS_PER_PART: Final = 8
 """Cache rows of one part. On the MNIST shape a step took 31, 38, 37, 40, 48 us per row at 4, 8, 16, 32, 64 rows."""
 
-OPERATOR_THREADS_BYTES: Final = 8 << 20
-"""Weights of a block from which a batch too small to cut runs with threads inside the operators: below, they cost more
-than they bring."""
+LEAST_ROWS_PER_PART: Final = 4
+"""Below, a second thread brings less than waking it costs."""
+
+OPERATOR_THREADS_BYTES: Final = 16 << 20
+"""Weights of a block from which a batch is not cut, and the threads work inside the operators: each part would read all
+weights from memory again. At 50 MB and 16 rows a step took 5.4 ms so, and 6.9 ms cut in two; at 13 MB 1.8 and 1.7."""
+
+CACHE_BYTES: Final = 1 << 30
+"""Attention caches of one part at most."""
 
 ACTIVATION_BYTES: Final = 128 << 20
 """Activations of one run of a forward or gradient graph; larger batches are run in pieces."""
@@ -54,37 +62,37 @@ class OrtCpuEngine:
     def __init__(self, bundle: Bundle) -> None:
         self._version: str = import_onnxruntime().__version__
         self.bundle = bundle
-        self.workers = usable_cpus()
         self._lock = threading.RLock()
         self._closed = False
         self._sessions: dict[tuple[object, ...], Session] = {}
         self._tables: dict[int, SequentialTables] = {}
         self._declined: dict[tuple[int, int, bool], str] = {}
         self._block_bytes = max(1, *(block.weights.stat().st_size for block in bundle.blocks))
-        self._operator_threads = self.workers if self._block_bytes >= OPERATOR_THREADS_BYTES else 1
+        self._wide = self._block_bytes >= OPERATOR_THREADS_BYTES
+        self._threads = usable_cpus()
+        self.workers = 1 if self._wide else self._threads
+        self._operator_threads = self._threads if self._wide else 1
 
     def parts(self, images: int, branches: int) -> Sequence[slice]:
-        """Equal parts of about ROWS_PER_PART rows, their number a multiple of the workers."""
-        if images < self.workers or self.workers == 1:
-            count = 1 if self.workers > 1 else math.ceil(images * branches / ROWS_PER_PART)
-        else:
-            rounds = math.ceil(images * branches / (ROWS_PER_PART * self.workers))
-            count = min(images, rounds * self.workers)
+        """Equal parts: about ROWS_PER_PART rows each where parts run side by side, else as many as memory allows."""
+        config, rows = self.bundle.config, images * branches
+        image_bytes = branches * 8 * config.layers * config.patches * config.width
+        count = math.ceil(images / max(1, CACHE_BYTES // image_bytes))
+        if not self._wide:
+            rounds = math.ceil(rows / (ROWS_PER_PART * self.workers))
+            count = max(count, min(rounds * self.workers, rows // LEAST_ROWS_PER_PART, images))
         edges = [images * i // count for i in range(count + 1)]
         return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
     def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
         """Patches [B, N, D], labels [B] -> (z [B, N, D], log|det| [B], nats) of one block."""
-        session = self._open(block, "forward", self.workers)
-        pieces = [session.run(feeds, "z", "log_det") for feeds in self._pieces(patches=patches, labels=labels)]
-        z, log_det = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+        z, log_det = self._run(self._open(block, "forward"), ("z", "log_det"), patches=patches, labels=labels)
         return z, log_det
 
     def gradient(self, block: int, patches: Floats, cotangent: Floats, labels: Integers | None) -> Floats:
         """Derivative of (cotangent . z + log|det|) of one block with respect to its `patches`, [B, N, D]."""
-        session = self._open(block, "gradient", self.workers)
-        feeds = self._pieces(patches=patches, cotangent=cotangent, labels=labels)
-        return np.concatenate([session.run(piece, "gradient")[0] for piece in feeds])
+        session = self._open(block, "gradient")
+        return self._run(session, ("gradient",), patches=patches, cotangent=cotangent, labels=labels)[0]
 
     def window(self, block: int, patches: Floats, noise: Floats, labels: Integers | None) -> Floats:
         """The step graph on N - 1 patches at once: finished patches [B, N, D] -> patches 1 .. N-1, block order."""
@@ -103,7 +111,7 @@ class OrtCpuEngine:
         }
         if labels is not None:
             feeds["labels"] = labels[None]
-        return np.asarray(self._open(block, "step", self.workers).run(feeds, "next")[0])
+        return np.asarray(self._open(block, "step").run(feeds, ("next",))[0])
 
     def stepper(
         self, block: int, *, noise: Floats, labels: Integers | None, guidance: Floats, inverse_temperature: Floats
@@ -117,11 +125,10 @@ class OrtCpuEngine:
             is_reversed=self._is_reversed(block),
             cache_dtype=self.bundle.cache_dtype,
         )
-        threads = self._operator_threads if len(noise) < self.workers else 1
         temperature = bool(np.any(inverse_temperature != 1.0))
-        opened = self._open_sequential(block, inputs.branches, temperature, threads)
+        opened = self._open_sequential(block, inputs.branches, temperature)
         if opened is None:
-            return PortableStepper(self._open(block, "step", threads), self.bundle.config, inputs)
+            return PortableStepper(self._open(block, "step"), self.bundle.config, inputs)
         session, tables = opened
         return SequentialStepper(session, self.bundle.config, inputs, tables)
 
@@ -130,7 +137,7 @@ class OrtCpuEngine:
         return {
             "engine": self.name,
             "onnxruntime": self._version,
-            "threads": self.workers,
+            "threads": self._threads,
             "step_graph": "portable" if self._declined else "rewritten",
             "declined": sorted({f"block {key[0]}: {reason}" for key, reason in self._declined.items()}),
         }
@@ -145,27 +152,33 @@ class OrtCpuEngine:
     def _is_reversed(self, block: int) -> bool:
         return self.bundle.blocks[block].order == "reversed"
 
-    def _pieces(self, **arrays: Any) -> list[dict[str, Any]]:
-        """Feeds of a few images each, so that the activations stay within ACTIVATION_BYTES."""
-        config = self.bundle.config
-        given = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
-        per_image = 4 * config.patches * (4 * config.heads * config.patches + 20 * config.width)
-        count = max(1, ACTIVATION_BYTES // per_image)
-        batch = len(arrays["patches"])
-        return [
-            {name: array[start : start + count] for name, array in given.items()} for start in range(0, batch, count)
-        ]
+    def _run(self, session: Session, outputs: tuple[str, ...], **arrays: Any) -> list[npt.NDArray[Any]]:
+        """Run a forward or gradient graph on a whole batch: a few images at a time, side by side where that is faster.
 
-    def _open(self, block: int, kind: str, threads: int) -> Session:
+        The activations of all runs together stay within ACTIVATION_BYTES, or are those of one image each.
+        """
+        config, batch = self.bundle.config, len(arrays["patches"])
+        given = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
+        image_bytes = 4 * config.patches * (4 * config.heads * config.patches + 20 * config.width)
+        size = max(1, min(ACTIVATION_BYTES // (image_bytes * self.workers), math.ceil(batch / self.workers)))
+        pieces = [{name: array[i : i + size] for name, array in given.items()} for i in range(0, batch, size)]
+        if len(pieces) == 1 or self.workers == 1:
+            results = [session.run(piece, outputs) for piece in pieces]
+        else:
+            with ThreadPoolExecutor(min(self.workers, len(pieces)), thread_name_prefix="tarflow") as pool:
+                results = list(pool.map(lambda piece: session.run(piece, outputs), pieces))
+        return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
+
+    def _open(self, block: int, kind: str) -> Session:
         """The session of a graph as the bundle has it."""
 
         def make() -> Session:
             path: Path = getattr(self.bundle.blocks[block], kind)
             self._parse(block, path)
-            return Session(path, folder=path.parent, threads=threads)
+            return Session(path, folder=path.parent, threads=self._operator_threads)
 
         with self._lock:
-            return self._cached(block, (kind, threads), make)
+            return self._cached(block, (kind,), make)
 
     def _parse(self, block: int, path: Path) -> Any:
         """The graph as a ModelProto, all of its external tensors in the block's weights."""
@@ -173,19 +186,19 @@ class OrtCpuEngine:
         proto.check_external_data(model, self.bundle.blocks[block].weights, where=str(path))
         return model
 
-    def _open_sequential(self, block: int, branches: int, temperature: bool, threads: int) -> tuple[Session, SequentialTables] | None:
+    def _open_sequential(self, block: int, branches: int, temperature: bool) -> tuple[Session, SequentialTables] | None:
         """The session of the rewritten step graph and its tables; None where the rewrites or ONNX Runtime declined."""
         kind = (branches, temperature)
 
         def make() -> Session:
             model = self._rewrite(block, branches, temperature)
-            return Session(model, folder=self.bundle.blocks[block].step.parent, threads=threads)
+            return Session(model, folder=self.bundle.blocks[block].step.parent, threads=self._operator_threads)
 
         with self._lock:
             if (block, *kind) in self._declined:
                 return None
             try:
-                return self._cached(block, (*kind, threads), make), self._tables[block]
+                return self._cached(block, kind, make), self._tables[block]
             except (PatternMismatch, EngineError) as error:
                 if self._closed:
                     raise

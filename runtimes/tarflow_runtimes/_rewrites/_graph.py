@@ -28,10 +28,21 @@ class Graph:
         self.initializers: dict[str, Any] = {tensor.name: tensor for tensor in model.graph.initializer}
         self.inputs: dict[str, Any] = {value.name: value for value in model.graph.input}
         self.outputs: dict[str, Any] = {value.name: value for value in model.graph.output}
+        self._producers: dict[str, Any] = {}
+        self._consumers: dict[str, list[Any]] = {}
+        self._index()
+
+    def _index(self) -> None:
+        """Look-ups by value; made again whenever the nodes change, because reading a message is slow."""
+        self._producers = {name: node for node in self.nodes for name in node.output if name}
+        self._consumers = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.input):
+                self._consumers.setdefault(name, []).append(node)
 
     def producer(self, value: str, *op_types: str) -> Any:
         """The node that makes `value`, which must be one of `op_types` when any are given."""
-        node = next((node for node in self.nodes if value in node.output), None)
+        node = self._producers.get(value)
         if node is None or (op_types and (node.op_type not in op_types or node.domain)):
             found = "no node" if node is None else node.op_type
             raise PatternMismatch(f"{value} comes from {found}, expected {' or '.join(op_types) or 'a node'}")
@@ -39,7 +50,7 @@ class Graph:
 
     def consumers(self, value: str) -> list[Any]:
         """All nodes that read `value`."""
-        return [node for node in self.nodes if value in node.input]
+        return list(self._consumers.get(value, ()))
 
     def consumer(self, value: str, *op_types: str) -> Any:
         """The only node that reads `value`, which must be one of `op_types` when any are given."""
@@ -56,13 +67,8 @@ class Graph:
             raise PatternMismatch(f"{value} is read by {len(nodes)} {op_type} nodes, expected one")
         return nodes[0]
 
-    def before_cast(self, value: str) -> str:
-        """`value`, or what it is a Cast of: float16 bundles have casts around linear layers."""
-        node = next((node for node in self.nodes if value in node.output), None)
-        return str(node.input[0]) if node is not None and node.op_type == "Cast" else value
-
     def after_cast(self, value: str) -> str:
-        """`value`, or the Cast of it when that is its only reader."""
+        """`value`, or the Cast of it when that is its only reader: float16 bundles cast around linear layers."""
         nodes = self.consumers(value)
         return str(nodes[0].output[0]) if len(nodes) == 1 and nodes[0].op_type == "Cast" else value
 
@@ -92,14 +98,18 @@ class Graph:
             if name in self.inputs:
                 found.add(name)
                 continue
-            node = next((node for node in self.nodes if name in node.output), None)
+            node = self._producers.get(name)
             if node is not None and node.op_type != "Shape":
                 todo.extend(node.input)
         return found
 
     def add(self, op_type: str, inputs: list[str], outputs: list[str], **attributes: Any) -> str:
         """Append a node; returns its first output. `domain` may be among the attributes."""
-        self.nodes.append(proto.node(op_type, inputs, outputs, **attributes))
+        node = proto.node(op_type, inputs, outputs, **attributes)
+        self.nodes.append(node)
+        self._producers |= dict.fromkeys(filter(None, outputs), node)
+        for name in dict.fromkeys(inputs):
+            self._consumers.setdefault(name, []).append(node)
         return outputs[0]
 
     def constant(self, name: str, array: npt.NDArray[Any]) -> str:
@@ -117,11 +127,13 @@ class Graph:
             for i, name in enumerate(node.input):
                 if name == old:
                     node.input[i] = new
+        self._index()
 
     def remove(self, nodes: Collection[Any]) -> None:
         """Drop nodes, so that others may make what they made."""
         gone = {id(node) for node in nodes}
         self.nodes = [node for node in self.nodes if id(node) not in gone]
+        self._index()
 
     def declare_input(self, name: str, elem_type: int, shape: tuple[int | str, ...]) -> str:
         """Add a graph input; letters in `shape` are symbolic axes."""
@@ -130,7 +142,7 @@ class Graph:
 
     def needed(self) -> list[Any]:
         """The nodes that the outputs need, each after the nodes that it reads."""
-        producers = {name: node for node in self.nodes for name in node.output if name}
+        producers = self._producers
         ordered: dict[int, Any] = {}
         stack: list[tuple[Any, bool]] = [
             (producers[name], False) for name in reversed(self.outputs) if name in producers
