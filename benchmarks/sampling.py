@@ -156,9 +156,7 @@ def main() -> None:
             "rounds": arguments.rounds,
         }
         print(json.dumps(header))
-        print(
-            f"{'batch':>5} {'guide':>5} {'ours ms/step':>13} {'original':>9} {'images/s':>9} {'speed-up':>9} {'(low..high)':>13} {'max diff':>9}"
-        )
+        print("batch guide  ours ms/step  original  images/s  speed-up  (low..high)   max diff")
         rows = []
         for batch in map(int, arguments.batch.split(",")):
             for guidance in map(float, arguments.guidance.split(",")):

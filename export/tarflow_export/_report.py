@@ -68,7 +68,7 @@ def peak_memory(plan: Plan, extent: Extent | None, parameters: int) -> int:
     [B*N, W] per layer, beside its weights twice (as they are and packed for the processor).
     """
     config = plan.config
-    base = 550 * 2**20 + 4 * parameters
+    base = 400 * 2**20 + 4 * parameters
     if extent is None:
         return base + plan.layout.nbytes
     attention = config.heads * config.patches**2 * (config.layers + 4)

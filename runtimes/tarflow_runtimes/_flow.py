@@ -173,6 +173,10 @@ class Flow:
         if noise is not None:
             if seed is not None:
                 raise InputError("both seed and noise were given", hint="leave one of them out")
+            if first_index:
+                raise InputError(
+                    "first_index counts images of a seed, but noise was given", hint="leave one of them out"
+                )
             noise = float_array("noise", noise, (n, config.patches, config.patch_values))
         else:
             seed = secrets.randbits(32) if seed is None else integer("seed", seed, below=2**64)

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,9 @@ from tarflow_runtimes._errors import InputError
 
 PADDING: Final = 2
 """White pixels between the images of a grid."""
+
+CAPTION_HEIGHT: Final = 14
+"""Pixels above an image for its caption."""
 
 
 def to_uint8(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
@@ -36,18 +39,33 @@ def to_uint8(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(levels.transpose(0, 2, 3, 1))
 
 
-def grid(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Images [B, height, width, C] row by row in a near-square sheet [height, width, C]."""
+def grid(
+    levels: npt.NDArray[np.uint8], *, columns: int | None = None, captions: Sequence[str] | None = None
+) -> npt.NDArray[np.uint8]:
+    """Images [B, height, width, C] row by row on a white sheet [height, width, C], near-square unless told otherwise.
+
+    Captions stand above their images; where every row has the same ones, above the first row only.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
     count, height, width, channels = levels.shape
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    sheet = np.full(
-        (rows * (height + PADDING) - PADDING, columns * (width + PADDING) - PADDING, channels), 255, np.uint8
-    )
+    heads = 0 if captions is None else 1 if list(captions) == [captions[i % columns] for i in range(count)] else rows
+    lefts = [column * (width + PADDING) for column in range(columns)]
+    tops = [row * (height + PADDING) + min(row + 1, heads) * CAPTION_HEIGHT for row in range(rows)]
+    shape = (tops[-1] + height, lefts[-1] + width)
+    sheet = Image.fromarray(np.full(shape if channels == 1 else (*shape, channels), 255, np.uint8))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for index, image in enumerate(levels):
-        top, left = index // columns * (height + PADDING), index % columns * (width + PADDING)
-        sheet[top : top + height, left : left + width] = image
-    return sheet
+        row, left = index // columns, lefts[index % columns]
+        sheet.paste(Image.fromarray(image[..., 0] if channels == 1 else image), (left, tops[row]))
+        if captions is not None and row < heads:
+            word = captions[index]
+            while word and draw.textlength(word, font=font) > width:
+                word = word[:-1]
+            draw.text((left + width // 2, tops[row] - CAPTION_HEIGHT // 2), word, fill=0, font=font, anchor="mm")
+    return np.asarray(sheet).reshape(*shape, channels)
 
 
 def save_images(

@@ -67,6 +67,7 @@ class EngineSubject:
         self.name = engine.name
         self.forward = engine.forward
         self.gradient = engine.gradient
+        self.window = engine.window
         self._engine = engine
 
     def inverse(

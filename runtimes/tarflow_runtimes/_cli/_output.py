@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import shutil
 import tempfile
@@ -16,12 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tarflow_runtimes._errors import InputError
-from tarflow_runtimes._image_files import PADDING, save_png, to_uint8
+from tarflow_runtimes._image_files import grid, save_png, to_uint8
 
 Kind = Literal[".png", ".npy", ".npz", "folder"]
-
-CAPTION_HEIGHT = 14
-"""Pixels above an image for its caption."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,35 +136,6 @@ def write_arrays(output: Output, main: npt.NDArray[Any], *, key: str, arrays: Ma
 
     _publish(output.path, save)
     return [output.path]
-
-
-def grid(
-    levels: npt.NDArray[np.uint8], *, columns: int | None = None, captions: Sequence[str] | None = None
-) -> npt.NDArray[np.uint8]:
-    """Images [B, height, width, C] row by row on a white sheet [height, width, C], near-square unless told otherwise.
-
-    Captions stand above their images; where every row has the same ones, above the first row only.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    count, height, width, channels = levels.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    heads = 0 if captions is None else 1 if list(captions) == [captions[i % columns] for i in range(count)] else rows
-    lefts = [column * (width + PADDING) for column in range(columns)]
-    tops = [row * (height + PADDING) + min(row + 1, heads) * CAPTION_HEIGHT for row in range(rows)]
-    shape = (tops[-1] + height, lefts[-1] + width)
-    sheet = Image.fromarray(np.full(shape if channels == 1 else (*shape, channels), 255, np.uint8))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for index, image in enumerate(levels):
-        row, left = index // columns, lefts[index % columns]
-        sheet.paste(Image.fromarray(image[..., 0] if channels == 1 else image), (left, tops[row]))
-        if captions is not None and row < heads:
-            word = captions[index]
-            while word and draw.textlength(word, font=font) > width:
-                word = word[:-1]
-            draw.text((left + width // 2, tops[row] - CAPTION_HEIGHT // 2), word, fill=0, font=font, anchor="mm")
-    return np.asarray(sheet).reshape(*shape, channels)
 
 
 def _publish(path: Path, save: Callable[[Path], None]) -> None:

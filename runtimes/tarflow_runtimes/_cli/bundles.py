@@ -31,8 +31,9 @@ def inspect(bundle: BundleArgument = None, as_json: Json = False) -> None:
     Reads the manifest and checks that every file is there with its size; it runs nothing and hashes nothing.
     """
     from tarflow_runtimes._bundle import open_bundle
+    from tarflow_runtimes._flow import shipped_bundle
 
-    facts = _facts(open_bundle(bundle or _shipped_bundle(), verify_digests=False))
+    facts = _facts(open_bundle(bundle or shipped_bundle(), verify_digests=False))
     if as_json:
         print_json(facts)
     else:
@@ -85,15 +86,6 @@ def comparison_table(records: Iterable[Record]) -> str:
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
-
-
-def _shipped_bundle() -> Path:
-    """Where the bundle of the package lies; opening it says when it is not there."""
-    from importlib.resources import files
-
-    from tarflow_runtimes._flow import SHIPPED
-
-    return Path(str(files("tarflow_runtimes") / "models" / SHIPPED))
 
 
 def _facts(bundle: Bundle) -> dict[str, Any]:
