@@ -13,7 +13,7 @@ import math
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -50,11 +50,6 @@ class Subject(Protocol):
         self, block: int, z: Floats, labels: Labels, *, guidance: Floats, inverse_temperature: Floats, steps: int
     ) -> Floats:
         """The first `steps` of the sequential inverse of z [B, N, D]; labels [G, B], guidance [2, N]."""
-
-
-@runtime_checkable
-class Windowed(Protocol):
-    """A subject that can also run the step graph on many patches at once."""
 
     def window(self, block: int, patches: Floats, noise: Floats, labels: Labels) -> Floats:
         """All of patches 1 .. N-1 in block order, [B, N-1, D], from the finished patches [B, N, D] before each."""
@@ -238,9 +233,8 @@ class _Run:
         self.record(where, "log_det", log_det, reference.log_det[k])
         gradient = self.subject.gradient(k, x, reference.cotangent[k + 1], labels)
         self.record(where, "gradient", gradient, reference.cotangent[k])
-        if isinstance(self.subject, Windowed):
-            window = self.subject.window(k, x, z, labels)
-            self.record(where, "window", window, self.in_order(k, x)[:, 1:])
+        window = self.subject.window(k, x, z, labels)
+        self.record(where, "window", window, self.in_order(k, x)[:, 1:])
         self.record(
             f"{where} unguided", "inverse", self.first(k, self.inverse(k, z, guided=False)), reference.unguided[k]
         )
