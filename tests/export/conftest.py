@@ -1,7 +1,7 @@
 """Tiny models, their graphs run straight through ONNX Runtime, and the PyTorch side of each comparison."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,6 @@ CONFIGS: dict[str, FlowConfig] = {
     "five_channels": tiny_config(image_channels=5, patch_size=2),
 }
 """The matrix of models that every graph is compared on."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On tiny tensors a second thread costs a hundred times what it brings when the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,15 +30,6 @@ CONFIGS: dict[str, FlowConfig] = {
 """The matrix of models."""
 
 
-@pytest.fixture(autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    """On tiny tensors a second thread costs a hundred times what it brings when the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @dataclasses.dataclass(frozen=True)
 class Exported:
     """A model and its bundle."""
