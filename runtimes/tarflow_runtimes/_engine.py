@@ -25,6 +25,16 @@ class Stepper(Protocol):
         """The patches [B, N, D] in image order; those not finished yet hold their noise."""
 
 
+class Windows(Protocol):
+    """The state of one inverse of one block for one image that is evaluated on windows of patches."""
+
+    def evaluate(self, first: int, patches: Floats) -> Floats:
+        """Patches first .. first + S - 1 in block order, [S, D] -> the patches one further, [S, D].
+
+        Writes their keys and values, and reads those of the patches before them, which must have been written.
+        """
+
+
 class Engine(Protocol):
     """Runs the graphs of one bundle.
 
@@ -52,9 +62,31 @@ class Engine(Protocol):
         """One call of the step graph on finished patches [B, N, D] -> patches 1 .. N-1 in block order, [B, N-1, D]."""
 
     def stepper(
-        self, block: int, *, noise: Floats, labels: Integers | None, guidance: Floats, inverse_temperature: Floats
+        self,
+        block: int,
+        *,
+        noise: Floats,
+        labels: Integers | None,
+        guidance: Floats,
+        inverse_temperature: Floats,
+        alone: bool,
     ) -> Stepper:
-        """Start an inverse: noise [B, N, D], labels [G, B], guidance [2, N], inverse_temperature [G]."""
+        """Start an inverse: noise [B, N, D], labels [G, B], guidance [2, N], inverse_temperature [G].
+
+        `alone`: no other part runs meanwhile, so that this one may have all threads.
+        """
+
+    def windows(
+        self,
+        block: int,
+        *,
+        noise: Floats,
+        labels: Integers | None,
+        guidance: Floats,
+        inverse_temperature: Floats,
+        alone: bool,
+    ) -> Windows:
+        """Start an inverse by windows of one image: noise [N, D] in block order, labels [G], the others as above."""
 
     def report(self) -> Mapping[str, Any]:
         """What runs where: versions, threads, rewrites taken or declined. JSON values."""

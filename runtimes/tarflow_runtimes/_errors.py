@@ -29,3 +29,7 @@ class Cancelled(TarFlowError):  # noqa: N818 - a request, not a fault
 
 class VerificationError(TarFlowError):
     """A comparison with the reference outputs that misses its tolerance."""
+
+
+class DecodeWarning(UserWarning):
+    """A block that went on sequentially, or images that hold values which are not finite."""

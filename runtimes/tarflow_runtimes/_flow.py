@@ -6,10 +6,11 @@ import importlib.resources
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +20,12 @@ from tarflow_runtimes._bundle import Bundle, ModelConfig, open_bundle
 from tarflow_runtimes._density import PIXEL_SCALE_BITS, encode_patches, log_prob_of, patchify, score, unpatchify
 from tarflow_runtimes._engine import Engine, Floats, Integers
 from tarflow_runtimes._engines import open_engine
-from tarflow_runtimes._errors import BundleError, InputError
+from tarflow_runtimes._errors import BundleError, DecodeWarning, InputError
 from tarflow_runtimes._noise import standard_normal
+from tarflow_runtimes._plan import DecodeReport, Parallel, Plan, Sequential, Strategy
 from tarflow_runtimes._sample import Sample
 from tarflow_runtimes._sampler import Guidance, OnStep, decode_patches, progress
+from tarflow_runtimes._tuned import Identity, TunedPlans, identity_of, plans_path, read_plans
 
 SHIPPED: Final = "mnist.tarflow"
 """The bundle that comes with the package, in its folder `models`."""
@@ -32,6 +35,7 @@ BATCH_SIZE: Final = 64
 
 Doubles = npt.NDArray[np.float64]
 Labels = Sequence[Label] | npt.NDArray[Any] | None
+PlanArgument = Plan | Strategy | TunedPlans | Literal["auto"] | None
 
 
 def shipped_bundle() -> Path:
@@ -48,22 +52,32 @@ def shipped_bundle() -> Path:
     return path
 
 
-def load(path: str | os.PathLike[str] | None = None, engine: str = "ort-cpu", *, verify_digests: bool = True) -> Flow:
+def load(
+    path: str | os.PathLike[str] | None = None,
+    engine: str = "ort-cpu",
+    *,
+    weights: str = "stored",
+    verify_digests: bool = True,
+) -> Flow:
     """Open the bundle at `path`, or the one that comes with the package, on an engine: `ort-cpu` or `auto`.
 
+    `weights="int8"` rounds the linear layers to 8 bits for sampling and decoding: about three times as fast on wide
+    models at small batches, and not the same images (`tarflow verify --weights int8` measures the difference). All
+    else, the density and the denoiser, runs on the weights as they are stored.
     `verify_digests=False` skips the SHA-256 of the files (seconds for a bundle of gigabytes); sizes and paths are
     always checked.
 
     Raises:
         BundleError: when the bundle is missing, damaged, unsafe or too new.
         EngineError: when the engine is unknown or not installed.
+        InputError: when `weights` are neither "stored" nor "int8".
 
     >>> import tarflow_runtimes as tfr
     >>> with tfr.load() as flow:  # doctest: +SKIP
     ...     flow.sample(10, labels=range(10), seed=0, guidance=1.5).save("grid.png")
     """
     bundle = open_bundle(shipped_bundle() if path is None else path, verify_digests)
-    opened, reason = open_engine(engine, bundle)
+    opened, reason = open_engine(engine, bundle, weights)
     return Flow(bundle, opened, reason)
 
 
@@ -125,6 +139,21 @@ class Flow:
         """The engine itself, block by block, for verification; it belongs to this Flow."""
         return self._engine
 
+    def tuned_plans(self, path: str | os.PathLike[str] | None = None) -> TunedPlans:
+        """The plans of a file that were tuned for this bundle on this machine and engine; `plan` takes them.
+
+        The default is the file beside the bundle, and what `plan="auto"` uses. Where nothing was tuned, or for another
+        machine or version, there are no entries and a `reason`, and decoding is sequential: exact, and safe anywhere.
+
+        Raises:
+            InputError: when the file is damaged.
+        """
+        return read_plans(plans_path(self._bundle.path) if path is None else Path(path), self.identity())
+
+    def identity(self) -> Identity:
+        """What a tuned plan holds for: this bundle on this engine, its version and this machine."""
+        return identity_of(self._bundle, self._engine)
+
     def close(self) -> None:
         """Free the engine's sessions."""
         self._engine.close()
@@ -142,6 +171,7 @@ class Flow:
         attention_temperature: float = 1.0,
         anneal_guidance: bool = False,
         denoise: bool = True,
+        plan: PlanArgument = None,
         batch_size: int | None = None,
         on_step: OnStep | None = None,
     ) -> Sample:
@@ -155,6 +185,10 @@ class Flow:
         Image i is a function of the seed and first_index + i alone, in whatever batch it is drawn; without a seed one
         is drawn and reported. `noise` float32 [n, N, D] replaces the seeded noise. `on_step(Step)` may return False
         to cancel.
+
+        `plan` says how the blocks are inverted: None for one patch after the other, `Parallel(...)` or `Sequential()`
+        for all blocks, a `Plan` with a strategy for each, or "auto" for what `tarflow tune` found fastest on this
+        machine for this batch (sequential where nothing was measured). `Sample.report` says how it went.
 
         Raises:
             InputError: on arguments out of range or that contradict each other.
@@ -190,10 +224,11 @@ class Flow:
         def finish(x: Floats, chunk: Integers | None) -> Floats:
             return x + np.float32(sigma**2) * score(self._engine, self._bundle, x, chunk) if denoise else x
 
-        images = self._decode(n, latents, numbers, chosen, batch_size, on_step, finish)
+        images, report = self._decode(n, latents, numbers, chosen, plan, batch_size, on_step, finish)
         metadata = {
             "digest": self._bundle.digest,
             "engine": self.engine,
+            "weights": str(self.engine_report["weights"]),
             "seed": "none" if seed is None else str(seed),
             "first_index": str(first_index),
             "guidance": repr(chosen.weight),
@@ -201,8 +236,9 @@ class Flow:
             "attention_temperature": repr(chosen.temperature),
             "anneal_guidance": str(chosen.anneal).lower(),
             "denoise": str(bool(denoise)).lower(),
+            "decode": "sequential" if plan is None else plan if isinstance(plan, str) else repr(plan),
         }
-        return Sample(images=images, seed=seed, first_index=first_index, metadata=metadata)
+        return Sample(images=images, seed=seed, first_index=first_index, metadata=metadata, report=report)
 
     def decode(
         self,
@@ -213,6 +249,7 @@ class Flow:
         guide: str = "ab",
         attention_temperature: float = 1.0,
         anneal_guidance: bool = False,
+        plan: PlanArgument = None,
         batch_size: int | None = None,
         on_step: OnStep | None = None,
     ) -> Floats:
@@ -229,9 +266,10 @@ class Flow:
         chosen = guidance_of(
             guidance, guide, attention_temperature, anneal_guidance, labels=numbers, config=self.config
         )
-        return self._decode(
-            len(z), lambda start, stop: z[start:stop], numbers, chosen, batch_size, on_step, lambda x, _: x
+        images, _ = self._decode(
+            len(z), lambda start, stop: z[start:stop], numbers, chosen, plan, batch_size, on_step, lambda x, _: x
         )
+        return images
 
     def encode(self, images: Floats, labels: Labels = None) -> tuple[Floats, Doubles]:
         """Images -> (z [B, N, D], standard normal under the model, log|det dz/dx| [B], nats, float64).
@@ -302,23 +340,49 @@ class Flow:
         latents: Callable[[int, int], Floats],
         labels: Integers | None,
         guidance: Guidance,
+        plan: PlanArgument,
         batch_size: int | None,
         on_step: OnStep | None,
         finish: Callable[[Floats, Integers | None], Floats],
-    ) -> Floats:
+    ) -> tuple[Floats, DecodeReport]:
         """Latents of n images, chunk by chunk, to images."""
         size = BATCH_SIZE if batch_size is None else integer("batch_size", batch_size, minimum=1)
         steps = self.config.blocks * (self.config.patches - 1)
         starts = range(0, n, size)
-        finished = []
+        chosen = self._plans_of(plan, guidance, {min(size, n - start) for start in starts})
+        finished, report = [], DecodeReport()
         for chunk, start in enumerate(starts):
             stop = min(n, start + size)
             y = None if labels is None else labels[start:stop]
             on_done = progress(on_step, chunk=chunk, chunks=len(starts), steps=steps)
-            finished.append(
-                finish(decode_patches(self._engine, self._bundle, latents(start, stop), y, guidance, on_done), y)
+            x, how = decode_patches(
+                self._engine, self._bundle, latents(start, stop), y, guidance, on_done, chosen[stop - start]
             )
-        return self._to_images(np.concatenate(finished))
+            finished.append(finish(x, y))
+            report = report.extended(how, start)
+        _warn(report)
+        return self._to_images(np.concatenate(finished)), report
+
+    def _plans_of(self, plan: PlanArgument, guidance: Guidance, batches: Collection[int]) -> dict[int, Plan | None]:
+        """The plan for batches of each of these sizes."""
+        blocks = self.config.blocks
+        match plan:
+            case None:
+                return dict.fromkeys(batches)
+            case "auto":
+                plan = self.tuned_plans()
+            case Sequential() | Parallel():
+                plan = Plan(blocks=(plan,) * blocks)
+        if isinstance(plan, TunedPlans):
+            plans = plan
+            return {images: plans.plan(images, guidance.branches, blocks) for images in batches}
+        if not isinstance(plan, Plan):
+            raise InputError(
+                f"plan must be None, 'auto', Sequential(), Parallel(...), a Plan or TunedPlans, got {plan!r}"
+            )
+        if len(plan.blocks) != blocks:
+            raise InputError(f"the plan has {len(plan.blocks)} strategies, the model {blocks} blocks")
+        return dict.fromkeys(batches, plan)
 
     def _chunks(self, images: Floats, labels: Labels) -> Iterator[tuple[Floats, Integers | None]]:
         """Patches and class numbers of at most BATCH_SIZE images at a time; the arguments are checked first."""
@@ -331,3 +395,21 @@ class Flow:
 
     def _to_images(self, patches: Floats) -> Floats:
         return unpatchify(patches, self.config.image_channels, self.config.image_size, self.config.patch_size)
+
+
+def _warn(report: DecodeReport) -> None:
+    """Say once per call what went another way than asked."""
+    for block in report.blocks:
+        if block.sequential_images:
+            warnings.warn(
+                f"block {block.block}: parallel decoding met values that are not finite, so that"
+                f" {len(block.sequential_images)} of {len(block.calls)} images were decoded sequentially there",
+                DecodeWarning,
+                stacklevel=4,
+            )
+    if report.non_finite:
+        warnings.warn(
+            f"{len(report.non_finite)} images hold values that are not finite: the model overflowed",
+            DecodeWarning,
+            stacklevel=4,
+        )

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tarflow_runtimes._image_files import save_images, to_uint8
+from tarflow_runtimes._plan import DecodeReport
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -18,13 +19,15 @@ class Sample:
     """Images drawn by `Flow.sample`.
 
     `images` is float32 [B, C, height, width] in the model's range, about [-1, 1] and not clipped; `seed` is that of the
-    noise, None when the caller gave the noise; `metadata` says how the images were made, and goes into PNG files.
+    noise, None when the caller gave the noise; `metadata` says how the images were made, and goes into PNG files;
+    `report` says how the blocks were inverted.
     """
 
     images: npt.NDArray[np.float32]
     seed: int | None
     first_index: int = 0
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    report: DecodeReport = dataclasses.field(default_factory=DecodeReport)
 
     def uint8(self) -> npt.NDArray[np.uint8]:
         """The images as 8-bit values [B, height, width, C]: rint(127.5 * clip(x, -1, 1) + 127.5).

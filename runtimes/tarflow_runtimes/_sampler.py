@@ -8,14 +8,16 @@ Source: Zhai et al. 2024 (arXiv 2412.06329), equations 4 to 9.
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable
 
 import numpy as np
 
 from tarflow_runtimes._bundle import Bundle
+from tarflow_runtimes._crew import Crew
 from tarflow_runtimes._engine import Engine, Floats, Integers
 from tarflow_runtimes._errors import Cancelled
+from tarflow_runtimes._parallel import inverse_block_parallel
+from tarflow_runtimes._plan import BlockReport, DecodeReport, Plan, Sequential
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,10 +70,12 @@ def decode_patches(  # noqa: PLR0917 - mathematics, called with names where it h
     labels: Integers | None,
     guidance: Guidance,
     on_done: Callable[[int, int], None] | None = None,
-) -> Floats:
-    """Standard normal latents u [B, N, D], labels [B] (null = classes) -> patches of the image [B, N, D].
+    plan: Plan | None = None,
+) -> tuple[Floats, DecodeReport]:
+    """Standard normal latents u [B, N, D], labels [B] (null = classes) -> patches of the image [B, N, D], and how.
 
     `on_done(block, steps)` hears how many of the K * (N - 1) steps are done; an error that it raises ends the run.
+    Without a plan every block is sequential.
     """
     config = bundle.config
     x = u if bundle.prior is None else u * np.sqrt(bundle.prior)
@@ -80,14 +84,24 @@ def decode_patches(  # noqa: PLR0917 - mathematics, called with names where it h
         branch_labels = np.stack([labels, np.full_like(labels, config.classes)][: guidance.branches])
     weights, inverse_temperature = guidance.weights(config.patches), guidance.inverse_temperature()
     steps = config.patches - 1
+    reports = []
     for turn, block in enumerate(reversed(range(config.blocks))):
 
         def on_step(done: int, block: int = block, before: int = turn * steps) -> None:
             if on_done is not None:
                 on_done(block, before + done)
 
-        x = inverse_block(engine, block, x, branch_labels, weights, inverse_temperature, on_step=on_step)
-    return x
+        strategy = Sequential() if plan is None else plan.blocks[block]
+        given = (engine, block, x, branch_labels, weights, inverse_temperature)
+        if isinstance(strategy, Sequential):
+            x = inverse_block(*given, on_step=on_step)
+            reports.append(BlockReport(block=block, strategy=strategy, calls=(steps,) * len(x)))
+        else:
+            is_reversed = bundle.blocks[block].order == "reversed"
+            x, report = inverse_block_parallel(*given, strategy=strategy, is_reversed=is_reversed, on_step=on_step)
+            reports.append(report)
+    overflowed = np.flatnonzero(~np.isfinite(x).all(axis=(1, 2)))
+    return x, DecodeReport(blocks=tuple(reports), non_finite=tuple(map(int, overflowed)))
 
 
 def inverse_block(  # noqa: PLR0917 - the same
@@ -108,7 +122,7 @@ def inverse_block(  # noqa: PLR0917 - the same
     """
     steps = z.shape[1] - 1 if steps is None else min(steps, z.shape[1] - 1)
     parts = engine.parts(len(z), len(inverse_temperature))
-    crew = _Crew(len(parts), on_step)
+    crew = Crew(len(parts), on_step)
 
     def run(index: int) -> None:
         part = parts[index]
@@ -118,81 +132,18 @@ def inverse_block(  # noqa: PLR0917 - the same
             labels=None if labels is None else labels[:, part],
             guidance=guidance,
             inverse_temperature=inverse_temperature,
+            alone=len(parts) == 1,
         )
-        for _ in range(steps):
+        for done in range(steps):
             stepper.advance()
             if crew.stop:
                 return
-            crew.report(index)
+            crew.report(index, done + 1)
         results[index] = stepper.result()
 
     results: list[Floats] = [z] * len(parts)
     crew.work(run, workers=min(engine.workers, len(parts)))
     return results[0] if len(parts) == 1 else np.concatenate(results)
-
-
-class _Crew:
-    """Runs the parts of a batch in threads; the caller's thread works too, and alone talks to the callback."""
-
-    def __init__(self, parts: int, on_step: Callable[[int], None] | None) -> None:
-        self.stop = False
-        self._done = [0] * parts
-        self._reported = 0
-        self._on_step = on_step
-        self._caller = threading.get_ident()
-        self._lock = threading.Lock()
-        self._next = 0
-        self._error: BaseException | None = None
-
-    def report(self, index: int) -> None:
-        """Count a step of a part."""
-        self._done[index] += 1
-        if self._on_step is not None and threading.get_ident() == self._caller:
-            self._tell()
-
-    def work(self, run: Callable[[int], None], *, workers: int) -> None:
-        """Run every part; the first error stops the others, and is raised when all threads have ended."""
-        threads = [
-            threading.Thread(target=self._take_parts, args=(run,), name="tarflow-part", daemon=True)
-            for _ in range(workers - 1)
-        ]
-        try:
-            for thread in threads:
-                thread.start()
-            self._take_parts(run, reraise=True)
-            for thread in threads:
-                thread.join()
-        except BaseException:  # Ctrl-C too, wherever it strikes: no thread may go on after the call has ended
-            self.stop = True
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-            raise
-        if self._error is not None:
-            raise self._error
-        if self._on_step is not None:
-            self._tell()
-
-    def _take_parts(self, run: Callable[[int], None], *, reraise: bool = False) -> None:
-        try:
-            while not self.stop:
-                with self._lock:
-                    index, self._next = self._next, self._next + 1
-                if index >= len(self._done):
-                    return
-                run(index)
-        except BaseException as error:
-            self.stop = True
-            if reraise:
-                raise
-            self._error = error
-
-    def _tell(self) -> None:
-        """Report the mean progress of the parts when it has grown by a whole step."""
-        done = sum(self._done) // len(self._done)
-        if done > self._reported and self._on_step is not None:
-            self._reported = done
-            self._on_step(done)
 
 
 def progress(on_step: OnStep | None, *, chunk: int, chunks: int, steps: int) -> Callable[[int, int], None] | None:

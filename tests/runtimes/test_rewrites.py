@@ -13,7 +13,7 @@ import tarflow_runtimes as tfr
 from tarflow_runtimes import _onnx_proto as proto
 from tarflow_runtimes._engines._session import Session
 from tarflow_runtimes._engines._steppers import PortableStepper, SequentialStepper, StepInputs
-from tarflow_runtimes._rewrites import attention, sequential_graph, sequential_input, sequential_output, skip_norm
+from tarflow_runtimes._rewrites import attention, sequential_graph, sequential_input, sequential_output
 from tarflow_runtimes._rewrites._graph import Graph, PatternMismatch
 
 CASES = [
@@ -83,7 +83,7 @@ def test_rewritten_graph_equals_the_portable_one(  # noqa: PLR0917 - fixtures an
         files = flow.bundle.blocks[block]
         portable = PortableStepper(Session(files.step, folder=files.step.parent, threads=1), config, inputs)
         engine = flow._engine
-        session, tables = engine._open_sequential(block, branches, temperature != 1.0)
+        session, tables = engine._open_rewritten(block, branches, temperature != 1.0)
         rewritten = SequentialStepper(session, config, inputs, tables)
         tolerance = 2e-6 if dtype == "float32" else 4e-3
         for _ in range(config.patches - 1):
@@ -100,36 +100,12 @@ def test_the_rewrites_leave_no_portable_attention(exported):
     graph = sequential_graph(step_model(source), config, branches=2, temperature=True)
     ops = op_types(graph.model)
     assert ops.count("GroupQueryAttention") == config.layers
-    assert ops.count("SkipLayerNormalization") == 2 * config.layers
     assert not {"TensorScatter", "Softmax", "Range", "GatherND", "Gather", "Shape", "Expand"} & set(ops)
     assert set(graph.inputs) == {"rows", "embedding", "z", "g", "lengths", "total", "query_factor"} | {
         f"{kind}_{layer}" for kind in ("key", "value") for layer in range(config.layers)
     }
     plain = sequential_graph(step_model(source), config, branches=1, temperature=False)
     assert not {"g", "query_factor"} & set(plain.inputs)
-
-
-def test_skip_norm_alone_changes_no_number(exported):
-    source = exported("class")
-    graph = Graph(step_model(source))
-    skip_norm.rewrite(graph)
-    config = tfr.load(source.path).config
-    inputs = StepInputs(
-        noise=source.latents(2),
-        labels=np.array([[0, 3]]),
-        guidance=np.zeros((2, config.patches), np.float32),
-        inverse_temperature=np.ones(1, np.float32),
-        is_reversed=False,
-        cache_dtype="float32",
-    )
-    folder = source.path / "block_00"
-    results = []
-    for model in (graph.serialized(), folder / "step.onnx"):
-        stepper = PortableStepper(Session(model, folder=folder, threads=1), config, inputs)
-        for _ in range(config.patches - 1):
-            stepper.advance()
-        results.append(stepper.result())
-    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-6)
 
 
 def find(graph: Graph, op_type: str, index: int = 0) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tarflow_runtimes._cli._decode import check_decode, plan_of, warnings_told
 from tarflow_runtimes._cli._shell import command, new_app, note, print_json, run
 from tarflow_runtimes._errors import InputError
 
@@ -61,6 +62,20 @@ def infer(
         Path | None,
         typer.Option(metavar="FILE.npy", help="Start from this noise, float32 [COUNT, N, D], not from a seed."),
     ] = None,
+    decode: Annotated[
+        str,
+        typer.Option(metavar="sequential|parallel|auto", help="How blocks are inverted; auto takes the tuned plan."),
+    ] = "sequential",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(metavar="MOVE", help="What counts as settled when decoding in parallel. [default: 0.0001]"),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(metavar="PATCHES", help="Patches per parallel evaluation. [default: the whole block]")
+    ] = None,
+    plans: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Tuned plans for auto. [default: those beside the bundle]")
+    ] = None,
     no_denoise: Annotated[bool, typer.Option("--no-denoise", help="Leave the training noise in the images.")] = False,
     output: Annotated[
         str,
@@ -89,6 +104,7 @@ def infer(
         "batch_size": batch_size,
     }
     _check_options(n=n, seed=seed, noise=noise, **options)
+    check_decode(decode, tolerance, window, plans)
 
     # These load NumPy and Pillow: not before --help and the checks above.
     import numpy as np
@@ -122,9 +138,13 @@ def infer(
         names = [f"{first_index + index:06d}.png" for index in range(count)]
         check_pictures(target, channels=config.image_channels, names=names)
         loaded = time.perf_counter()
-        with clock:
-            sample = flow.sample(count, labels=classes, seed=seed, noise=given, on_step=clock.on_step, **options)
+        plan = plan_of(flow, decode, tolerance, window, plans)
+        with clock, warnings_told():
+            sample = flow.sample(
+                count, labels=classes, seed=seed, noise=given, plan=plan, on_step=clock.on_step, **options
+            )
         facts = {"engine": flow.engine, "digest": flow.bundle.digest, "seed": sample.seed, "count": count} | options
+        facts["decode"] = {"asked": decode} | sample.report.to_json()
         bundle = flow.bundle.path
     words = [label_name(label, config.labels) for label in classes or [-1] * count]
     files = write_pictures(

@@ -31,6 +31,8 @@ VERBS = {
     ),
     "score": Verb(target="tarflow_runtimes._cli.images:score_app", summary="Log-probability and bits/dim of images."),
     "classify": Verb(target="tarflow_runtimes._cli.images:classify_app", summary="Class posteriors of images."),
+    "bench": Verb(target="tarflow_runtimes._cli.bench:app", summary="Measure how fast a bundle decodes here."),
+    "tune": Verb(target="tarflow_runtimes._cli.tune:app", summary="Find the fastest way to decode on this machine."),
     "inspect": Verb(target="tarflow_runtimes._cli.bundles:inspect_app", summary="Say what a bundle holds."),
     "verify": Verb(
         target="tarflow_runtimes._cli.bundles:verify_app", summary="Repeat a bundle's verification on an engine."

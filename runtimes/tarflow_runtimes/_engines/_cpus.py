@@ -1,9 +1,11 @@
-"""`usable_cpus`: how many processors this process may use; containers and schedulers make them fewer."""
+"""`usable_cpus`: how many processors this process may use (containers and schedulers make them fewer); `cpu_name`."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import platform
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +17,15 @@ def usable_cpus(cgroup: Path = CGROUP) -> int:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(cgroup)
     return max(1, min(cpus, math.ceil(quota)) if quota else cpus)
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it, or its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _quota(cgroup: Path) -> float | None:

@@ -20,14 +20,16 @@ import numpy.typing as npt
 
 from tarflow_runtimes import _onnx_proto as proto
 from tarflow_runtimes._bundle import Bundle
-from tarflow_runtimes._engine import Floats, Integers, Stepper
-from tarflow_runtimes._engines._cpus import usable_cpus
+from tarflow_runtimes._engine import Floats, Integers, Stepper, Windows
+from tarflow_runtimes._engines._cpus import cpu_name, usable_cpus
 from tarflow_runtimes._engines._ort_import import import_onnxruntime
 from tarflow_runtimes._engines._session import Session
 from tarflow_runtimes._engines._steppers import PortableStepper, SequentialStepper, SequentialTables, StepInputs
+from tarflow_runtimes._engines._windows import PortableWindows, RewrittenWindows
 from tarflow_runtimes._errors import EngineError
-from tarflow_runtimes._rewrites import sequential_graph
+from tarflow_runtimes._rewrites import int8_weights, sequential_graph
 from tarflow_runtimes._rewrites._graph import PatternMismatch
+from tarflow_runtimes._rewrites.int8_weights import Bytes
 
 ROWS_PER_PART: Final = 8
 """Cache rows of one part. On the MNIST shape a step took 31, 38, 37, 40, 48 us per row at 4, 8, 16, 32, 64 rows."""
@@ -38,6 +40,10 @@ LEAST_ROWS_PER_PART: Final = 4
 OPERATOR_THREADS_BYTES: Final = 16 << 20
 """Weights of a block from which a batch is not cut, and the threads work inside the operators: each part would read all
 weights from memory again. At 50 MB and 16 rows a step took 5.4 ms so, and 6.9 ms cut in two; at 13 MB 1.8 and 1.7."""
+
+ALONE_THREADS_BYTES: Final = 4 << 20
+"""Weights of a block from which a part that runs alone has its operators threaded. At 7 MB a step of one image took
+123 us with two threads and 197 with one, at 3 MB 117 and 116."""
 
 CACHE_BYTES: Final = 1 << 30
 """Attention caches of one part at most."""
@@ -53,20 +59,23 @@ SESSIONS_BYTES: Final = 3 << 30
 class OrtCpuEngine:
     """ONNX Runtime on the CPU, float32 or float16 bundles.
 
+    With weights "int8" the inverse runs on the rewrite of `int8_weights`; forward and gradient as they are stored.
+
     Raises:
         EngineError: when ONNX Runtime is missing, too old or installed twice.
     """
 
     name = "ort-cpu"
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, weights: str = "stored") -> None:
         self._version: str = import_onnxruntime().__version__
         self.bundle = bundle
+        self._int8 = weights == "int8"
         self._lock = threading.RLock()
         self._closed = False
         self._sessions: dict[tuple[object, ...], Session] = {}
         self._tables: dict[int, SequentialTables] = {}
-        self._declined: dict[tuple[int, int, bool], str] = {}
+        self._declined: dict[tuple[int, int, bool, bool], str] = {}
         self._block_bytes = max(1, *(block.weights.stat().st_size for block in bundle.blocks))
         self._wide = self._block_bytes >= OPERATOR_THREADS_BYTES
         self._threads = usable_cpus()
@@ -114,7 +123,14 @@ class OrtCpuEngine:
         return np.asarray(self._open(block, "step").run(feeds, ("next",))[0])
 
     def stepper(
-        self, block: int, *, noise: Floats, labels: Integers | None, guidance: Floats, inverse_temperature: Floats
+        self,
+        block: int,
+        *,
+        noise: Floats,
+        labels: Integers | None,
+        guidance: Floats,
+        inverse_temperature: Floats,
+        alone: bool,
     ) -> Stepper:
         """Start an inverse: noise [B, N, D], labels [G, B], guidance [2, N], inverse_temperature [G]."""
         inputs = StepInputs(
@@ -125,12 +141,36 @@ class OrtCpuEngine:
             is_reversed=self._is_reversed(block),
             cache_dtype=self.bundle.cache_dtype,
         )
-        temperature = bool(np.any(inverse_temperature != 1.0))
-        opened = self._open_sequential(block, inputs.branches, temperature)
+        opened = self._open_rewritten(block, inputs, windows=False, threads=self._threads_of(alone))
         if opened is None:
             return PortableStepper(self._open(block, "step"), self.bundle.config, inputs)
         session, tables = opened
         return SequentialStepper(session, self.bundle.config, inputs, tables)
+
+    def windows(
+        self,
+        block: int,
+        *,
+        noise: Floats,
+        labels: Integers | None,
+        guidance: Floats,
+        inverse_temperature: Floats,
+        alone: bool,
+    ) -> Windows:
+        """Start an inverse by windows of one image: noise [N, D] in block order, labels [G], the others as above."""
+        inputs = StepInputs(
+            noise=noise[None],
+            labels=None if labels is None else labels[:, None],
+            guidance=guidance,
+            inverse_temperature=inverse_temperature,
+            is_reversed=self._is_reversed(block),
+            cache_dtype=self.bundle.cache_dtype,
+        )
+        opened = self._open_rewritten(block, inputs, windows=True, threads=self._threads_of(alone))
+        if opened is None:
+            return PortableWindows(self._open(block, "step"), self.bundle.config, inputs)
+        session, tables = opened
+        return RewrittenWindows(session, self.bundle.config, inputs, tables)
 
     def report(self) -> Mapping[str, Any]:
         """Versions, threads, and why a step graph runs without its rewrites, if one does."""
@@ -138,6 +178,8 @@ class OrtCpuEngine:
             "engine": self.name,
             "onnxruntime": self._version,
             "threads": self._threads,
+            "weights": "int8" if self._int8 else self.bundle.dtype,
+            "device": f"{cpu_name()}, {self._threads} CPUs",
             "step_graph": "portable" if self._declined else "rewritten",
             "declined": sorted({f"block {key[0]}: {reason}" for key, reason in self._declined.items()}),
         }
@@ -148,6 +190,10 @@ class OrtCpuEngine:
             self._closed = True
             self._sessions.clear()
             self._tables.clear()
+
+    def _threads_of(self, alone: bool) -> int:
+        """Threads inside the operators of a part that runs alone or beside others."""
+        return self._threads if alone and self._block_bytes >= ALONE_THREADS_BYTES else self._operator_threads
 
     def _is_reversed(self, block: int) -> bool:
         return self.bundle.blocks[block].order == "reversed"
@@ -186,36 +232,43 @@ class OrtCpuEngine:
         proto.check_external_data(model, self.bundle.blocks[block].weights, where=str(path))
         return model
 
-    def _open_sequential(self, block: int, branches: int, temperature: bool) -> tuple[Session, SequentialTables] | None:
+    def _open_rewritten(
+        self, block: int, inputs: StepInputs, *, windows: bool, threads: int
+    ) -> tuple[Session, SequentialTables] | None:
         """The session of the rewritten step graph and its tables; None where the rewrites or ONNX Runtime declined."""
-        kind = (branches, temperature)
+        temperature = bool(np.any(inputs.inverse_temperature != 1.0))
+        kind = (inputs.branches, temperature, windows)
 
         def make() -> Session:
-            model = self._rewrite(block, branches, temperature)
-            return Session(model, folder=self.bundle.blocks[block].step.parent, threads=self._operator_threads)
+            model, given = self._rewrite(block, *kind)
+            return Session(model, folder=self.bundle.blocks[block].step.parent, threads=threads, given=given)
 
         with self._lock:
             if (block, *kind) in self._declined:
                 return None
             try:
-                return self._cached(block, kind, make), self._tables[block]
+                return self._cached(block, (*kind, threads), make), self._tables[block]
             except (PatternMismatch, EngineError) as error:
                 if self._closed:
                     raise
+                if self._int8:
+                    raise EngineError(
+                        f"block {block} cannot run with int8 weights: {error}", hint="load the bundle's own weights"
+                    ) from error
                 self._declined[(block, *kind)] = str(error)
                 return None
 
-    def _rewrite(self, block: int, branches: int, temperature: bool) -> bytes:
-        """The rewritten step graph of a block; its tables are read on the way."""
+    def _rewrite(self, block: int, branches: int, temperature: bool, windows: bool) -> tuple[bytes, dict[str, Bytes]]:
+        """The rewritten step graph of a block and what it is given beside it; its tables are read on the way."""
         files = self.bundle.blocks[block]
         model = self._parse(block, files.step)
-        graph = sequential_graph(model, self.bundle.config, branches=branches, temperature=temperature)
+        graph = sequential_graph(model, self.bundle.config, branches=branches, temperature=temperature, windows=windows)
         if block not in self._tables:
             pos_embed = proto.external_array(graph.pos_embed, files.weights)
             class_embed = None if graph.class_embed is None else proto.external_array(graph.class_embed, files.weights)
             ordered = np.ascontiguousarray(pos_embed[::-1]) if self._is_reversed(block) else pos_embed
             self._tables[block] = SequentialTables(pos_embed=ordered, class_embed=class_embed)
-        return graph.model
+        return int8_weights.rewrite(graph.model, self.bundle.config, files.weights) if self._int8 else (graph.model, {})
 
     def _cached(self, block: int, key: tuple[object, ...], make: Callable[[], Session]) -> Session:
         """The session under that key, opened when it is not there; the one used longest ago goes when many are."""

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from tarflow_runtimes._bundle import ModelConfig
-from tarflow_runtimes._rewrites import attention, sequential_input, sequential_output, skip_norm
+from tarflow_runtimes._rewrites import attention, sequential_input, sequential_output
 from tarflow_runtimes._rewrites._graph import Graph
 
 
@@ -24,17 +24,20 @@ class SequentialGraph:
     class_embed: Any | None
 
 
-def sequential_graph(model: Any, config: ModelConfig, *, branches: int, temperature: bool) -> SequentialGraph:
+def sequential_graph(
+    model: Any, config: ModelConfig, *, branches: int, temperature: bool, windows: bool = False
+) -> SequentialGraph:
     """Rewrite the portable step graph (a ModelProto) for G = `branches`; `temperature` when any tau is not 1.
+
+    With `windows` it takes S patches of one image, S the same in all inputs, instead of one patch of each image.
 
     Raises:
         PatternMismatch: when the graph is not of the form that the rewrites know.
     """
     graph = Graph(model)
-    attention.rewrite(graph, config, temperature=temperature)
+    attention.rewrite(graph, config, branches=branches, temperature=temperature, windows=windows)
     tables = sequential_input.rewrite(graph, config)
-    sequential_output.rewrite(graph, config, branches=branches)
-    skip_norm.rewrite(graph)
+    sequential_output.rewrite(graph, config, branches=branches, windows=windows)
     data = graph.serialized()
     return SequentialGraph(
         model=data, inputs=tuple(graph.inputs), pos_embed=tables.pos_embed, class_embed=tables.class_embed

@@ -171,7 +171,8 @@ class Graph:
         graph.initializer.extend(tensor for name, tensor in self.initializers.items() if name in read)
         graph.input.extend(value for name, value in self.inputs.items() if name in read)
         graph.output.extend(self.outputs.values())
-        if any(node.domain == "com.microsoft" for node in nodes):
+        imported = {entry.domain for entry in model.opset_import}
+        if "com.microsoft" not in imported and any(node.domain == "com.microsoft" for node in nodes):
             model.opset_import.add(domain="com.microsoft", version=1)
         self.inputs = {value.name: value for value in graph.input}
         return bytes(model.SerializeToString())

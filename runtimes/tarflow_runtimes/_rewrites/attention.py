@@ -5,9 +5,11 @@ Pattern, for each layer:
     qkv [R, 3W] -Split-> three of (Reshape, Transpose) -> q, k, v [R, H, 1, E]
     next_key = TensorScatter(key, k, position), next_value likewise
     MatMul(Mul(q, scale), Transpose(next_key)) -Add(mask)-> Softmax -MatMul(next_value)-> Transpose -> Reshape [R, W]
-Rewrite, for S = 1:
+Rewrite, for S = 1 (one patch of each row) or for S patches of one image:
     GroupQueryAttention(Reshape(qkv * [1/tau, 1, 1]), key, value, lengths, total) -> Reshape [R, W]
 The operator reads position + 1 = `lengths` + 1 rows of the caches instead of N masked ones, and writes in place.
+For windows of S patches of one image, the operator takes one row at a time: each branch has its own, with caches
+`key_l`, `value_l` for the first and `key_l_null`, `value_l_null` for the second.
 The temperature stays a factor on q: the columns of `query_factor` [R, 3W], which the caller fills, are 1/tau for q and
 1 for k and v; without temperature there is no such input.
 
@@ -17,7 +19,7 @@ Source: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQueryAttention 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Final
 
 from tarflow_runtimes import _onnx_proto as proto
 from tarflow_runtimes._bundle import ModelConfig
@@ -29,7 +31,11 @@ MASKED = -1e4
 """What is added to logits that must not count is at most this: exp of it is 0."""
 
 
-def rewrite(graph: Graph, config: ModelConfig, *, temperature: bool) -> None:
+NULL_BRANCH: Final = "_null"
+"""What the names of the second branch's caches end with where a graph takes windows."""
+
+
+def rewrite(graph: Graph, config: ModelConfig, *, branches: int, temperature: bool, windows: bool) -> None:
     """Rewrite every layer. New inputs: `lengths` int32 [R], `total` int32 [1], and `query_factor` when `temperature`.
 
     Raises:
@@ -45,19 +51,45 @@ def rewrite(graph: Graph, config: ModelConfig, *, temperature: bool) -> None:
                 cache_type = graph.inputs["key_0"].type.tensor_type.elem_type
                 graph.declare_input("query_factor", cache_type, ("R", 3 * config.width))
             packed = graph.add("Mul", [packed, "query_factor"], [f"scaled_qkv_{layer}"])
-        packed = graph.add("Reshape", [packed, graph.shape(-1, 1, 3 * config.width)], [f"packed_qkv_{layer}"])
         graph.remove(replaced)
-        out = graph.add(
-            "GroupQueryAttention",
-            [packed, "", "", f"key_{layer}", f"value_{layer}", "lengths", "total"],
-            [f"attended_{layer}", f"next_key_{layer}", f"next_value_{layer}"],
-            domain="com.microsoft",
-            num_heads=config.heads,
-            kv_num_heads=config.heads,
-            scale=config.head_dim**-0.5,
-        )
-        flat = graph.add("Reshape", [out, graph.shape(-1, config.width)], [f"flat_attended_{layer}"])
+        if windows and branches == 2:
+            thirds = [f"qkv_{layer}", f"qkv_{layer}{NULL_BRANCH}"]
+            graph.add("Split", [packed], thirds, axis=0, num_outputs=2)
+            _second_caches(graph, layer)
+            rows = [
+                _attention(graph, config, third, rows=(1, -1), layer=layer, suffix=suffix)
+                for third, suffix in zip(thirds, ("", NULL_BRANCH), strict=True)
+            ]
+            flat = graph.add("Concat", rows, [f"attended_rows_{layer}"], axis=0)
+        else:
+            flat = _attention(graph, config, packed, rows=(1, -1) if windows else (-1, 1), layer=layer, suffix="")
         graph.replace(attended, flat)
+
+
+def _attention(graph: Graph, config: ModelConfig, qkv: str, *, rows: tuple[int, int], layer: int, suffix: str) -> str:
+    """GroupQueryAttention of `qkv` [., 3W], seen as `rows` = (R, S), over the caches of that suffix -> [., W]."""
+    packed = graph.add("Reshape", [qkv, graph.shape(*rows, 3 * config.width)], [f"packed_qkv_{layer}{suffix}"])
+    key, value = f"key_{layer}{suffix}", f"value_{layer}{suffix}"
+    out = graph.add(
+        "GroupQueryAttention",
+        [packed, "", "", key, value, "lengths", "total"],
+        [f"attended_{layer}{suffix}", f"next_{key}", f"next_{value}"],
+        domain="com.microsoft",
+        num_heads=config.heads,
+        kv_num_heads=config.heads,
+        scale=config.head_dim**-0.5,
+    )
+    return graph.add("Reshape", [out, graph.shape(-1, config.width)], [f"flat_attended_{layer}{suffix}"])
+
+
+def _second_caches(graph: Graph, layer: int) -> None:
+    """Declare the caches of the second branch like those of the first."""
+    for name in (f"key_{layer}", f"value_{layer}"):
+        for values, declared in ((graph.inputs, name), (graph.outputs, f"next_{name}")):
+            tensor = values[declared].type.tensor_type
+            shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+            second = f"{declared}{NULL_BRANCH}"
+            values[second] = proto.value_info(second, tensor.elem_type, shape)
 
 
 def _match(graph: Graph, config: ModelConfig, layer: int) -> tuple[str, str, list[Any]]:

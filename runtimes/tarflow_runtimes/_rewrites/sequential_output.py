@@ -21,8 +21,8 @@ from tarflow_runtimes._rewrites._graph import Graph, PatternMismatch
 EXPECTED = {"Reshape", "Gather", "Sub", "Split", "Mul", "Add", "Exp", "GatherND", "Unsqueeze", "Cast"}
 
 
-def rewrite(graph: Graph, config: ModelConfig, *, branches: int) -> None:
-    """Rewrite the end of the graph for `branches` (1 or 2).
+def rewrite(graph: Graph, config: ModelConfig, *, branches: int, windows: bool) -> None:
+    """Rewrite the end of the graph for `branches` (1 or 2); with `windows`, B counts patches, each with a row of g.
 
     Raises:
         PatternMismatch: when the end is of another form.
@@ -35,7 +35,8 @@ def rewrite(graph: Graph, config: ModelConfig, *, branches: int) -> None:
     if branches == 2:
         first, second = "out_first", "out_last"
         graph.add("Split", [out], [first, second], axis=0, num_outputs=2)
-        graph.declare_input("g", proto.FLOAT, (1, values * (2 if config.nvp else 1)))
+        rows = "B" if windows else 1
+        graph.declare_input("g", proto.FLOAT, (rows, values * (2 if config.nvp else 1)))
         weighted = graph.add("Mul", [graph.add("Sub", [first, second], ["out_difference"]), "g"], ["out_weighted"])
         out = graph.add("Add", [first, weighted], ["out_guided"])
     graph.declare_input("z", proto.FLOAT, ("B", values))
