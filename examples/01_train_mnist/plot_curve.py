@@ -1,6 +1,7 @@
-"""Draw curve.png from log.csv: held-out bits/dim and Bayes accuracy over the epochs."""
+"""Draw curve.png from the log.csv of a folder (this one): held-out bits/dim and Bayes accuracy over the epochs."""
 
 import csv
+import sys
 from pathlib import Path
 
 import matplotlib as mpl
@@ -8,7 +9,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent
 
 with (FOLDER / "log.csv").open(newline="") as file:
     rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
