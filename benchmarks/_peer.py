@@ -17,29 +17,45 @@ from typing import Any
 import numpy as np
 
 
+class PeerError(SystemExit):
+    """A peer's process ended early; its own words are on standard error."""
+
+
 class Peer:
-    """A worker process started as `python SCRIPT --serve NAME ARGUMENTS`."""
+    """A worker process started as `python SCRIPT --serve NAME ARGUMENTS`.
+
+    `ready` is what it said about itself, `detail` what it said about its last call.
+
+    Raises:
+        PeerError: from any method, when the process has ended.
+    """
 
     def __init__(self, name: str, script: str, *arguments: str) -> None:
         self.name = name
         command = [sys.executable, script, "--serve", name, *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.detail: Any = None
         self.ready: dict[str, Any] = self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} stopped with exit code {self.process.wait()}")
+            raise PeerError(f"{self.name} stopped with exit code {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def call(self, **request: Any) -> float:
         """Run one request and return its seconds."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return float(self._answer()["seconds"])
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError as error:
+            raise PeerError(f"{self.name} stopped with exit code {self.process.wait()}") from error
+        answer = self._answer()
+        self.detail = answer["detail"]
+        return float(answer["seconds"])
 
     def close(self) -> None:
         """End the process."""
@@ -48,10 +64,11 @@ class Peer:
         self.process.wait(timeout=30)
 
 
-def serve(work: Callable[..., np.ndarray], **ready: Any) -> None:
+def serve(work: Callable[..., np.ndarray | tuple[np.ndarray, Any]], **ready: Any) -> None:
     """Answer requests on standard input with `work(**request)` until it is closed.
 
-    `request["save"]`, when given, is where the result of the call is written, after the clock has stopped.
+    The work returns an array, or an array and JSON values that describe the call. `request["save"]`, when given, is
+    where the array is written, after the clock has stopped.
     """
     print(json.dumps(ready), flush=True)
     for line in sys.stdin:
@@ -60,6 +77,7 @@ def serve(work: Callable[..., np.ndarray], **ready: Any) -> None:
         started = time.perf_counter()
         result = work(**request)
         seconds = time.perf_counter() - started
+        array, detail = result if isinstance(result, tuple) else (result, None)
         if save is not None:
-            np.save(Path(save), result)
-        print(json.dumps({"seconds": seconds}), flush=True)
+            np.save(Path(save), array)
+        print(json.dumps({"seconds": seconds, "detail": detail}), flush=True)

@@ -1,13 +1,13 @@
 """Parallel decoding: a triangular fixed point, iterated on a window that slides over the patches of one image.
 
 In block order x_0 = z_0 and x_{i+1} = f_i(x_0, ..., x_i). One call of the step graph evaluates f on a window of
-patches at once, with the keys and values of the patches before it cached. What it yields for a patch is final when
-everything it was computed from is: settled before, or moved by at most the tolerance since the last call. The patch
-right after the settled ones always qualifies, hence at most N - 1 calls, the sequential answer at tolerance 0, and
-errors that cannot run back, because f_i reads nothing after x_i.
+patches at once, with the keys and values of the patches before it cached. The window starts at the last settled patch,
+so that what it yields first is exact: that patch is settled. The next one is settled as it stands when f, of settled
+patches only, yields the same within the tolerance; and so on, up to the first that moved, which takes its new value and
+is settled, too. Hence at most N - 1 calls, |x_{i+1} - f_i(x_0, ..., x_i)| <= tolerance for every patch, and the
+sequential answer at tolerance 0.
 
-The window starts at the first patch whose cached key and value came from an earlier value than its final one; they are
-written again on the way, so that no later patch ever reads a stale cache.
+A patch that is settled keeps the value that its cached key and value were computed from: no cache is ever stale.
 """
 
 from __future__ import annotations
@@ -102,40 +102,36 @@ def settle(
     size = strategy.window or count - 1
     x = noise.copy() if strategy.init == "noise" else np.zeros_like(noise)
     x[0] = noise[0]
-    cached, settled = 0, 1  # patches whose keys and values are final; patches that are
+    settled = 1
     committed: list[int] = []
     residual = 0.0
     while settled < count:
-        stop = min(cached + size, count - 1)
-        new = windows.evaluate(cached, x[cached:stop])[settled - cached - 1 :]
+        stop = min(settled - 1 + size, count - 1)
+        new = windows.evaluate(settled - 1, x[settled - 1 : stop])
         if not np.isfinite(new).all():
-            finished = _one_by_one(windows, x, cached, settled, on_settled)
-            return Settled(patches=x, committed=(*committed, *[1] * finished), residual=residual, overflowed=True)
+            left = count - settled
+            _one_by_one(windows, x, settled, on_settled)
+            return Settled(patches=x, committed=(*committed, *[1] * left), residual=residual, overflowed=True)
         with np.errstate(over="ignore"):  # iterates far from the answer may be huge
             moved = np.abs(new - x[settled : stop + 1]).max(axis=1)
-        still = _leading(moved <= strategy.tolerance)
-        final = min(still + 1, len(new))
-        residual = max(residual, float(moved[: final - 1].max(initial=0.0)))
-        x[settled : stop + 1] = new
-        cached = min(settled + _leading(moved == 0.0), settled + final, stop)
-        settled += final
-        committed.append(final)
+        still = _leading(
+            moved[: stop - settled] <= strategy.tolerance
+        )  # the last has no key yet, so it takes its value
+        residual = max(residual, float(moved[:still].max(initial=0.0)))
+        x[settled + still : stop + 1] = new[still:]
+        settled += still + 1
+        committed.append(still + 1)
         if on_settled is not None:
             on_settled(settled - 1)
     return Settled(patches=x, committed=tuple(committed), residual=residual)
 
 
-def _one_by_one(
-    windows: Windows, x: Floats, cached: int, settled: int, on_settled: Callable[[int], None] | None
-) -> int:
-    """Finish x in place sequentially; returns the number of patches that were left."""
-    for i in range(cached, len(x) - 1):
-        following = windows.evaluate(i, x[i : i + 1])
-        if i + 1 >= settled:
-            x[i + 1] = following[0]
-            if on_settled is not None:
-                on_settled(i + 1)
-    return len(x) - settled
+def _one_by_one(windows: Windows, x: Floats, settled: int, on_settled: Callable[[int], None] | None) -> None:
+    """Finish x in place sequentially."""
+    for i in range(settled - 1, len(x) - 1):
+        x[i + 1] = windows.evaluate(i, x[i : i + 1])[0]
+        if on_settled is not None:
+            on_settled(i + 1)
 
 
 def _leading(flags: np.ndarray) -> int:

@@ -11,8 +11,8 @@ from tarflow_runtimes._errors import InputError
 Init = Literal["noise", "zeros"]
 INITS: Final = get_args(Init)
 
-DEFAULT_TOLERANCE: Final = 1e-4
-"""In units of the patches. Images then differ from sequential ones by less than 1e-3 (docs/DECODING.md)."""
+DEFAULT_TOLERANCE: Final = 2e-5
+"""In units of the patches; how far images then are from sequential ones is measured in docs/DECODING.md."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,9 +25,9 @@ class Parallel:
     """Fixed-point iteration on a sliding window of patches, each image by itself.
 
     x_{i+1} <- z_{i+1} * exp(a_i) + b_i for `window` patches at once (0: all of them), each from the window's own last
-    values, until what a patch was computed from moved by no more than `tolerance` (maximum norm). A patch that only
-    settled patches precede is exact whatever the window did, so that no image takes more than N - 1 calls. Patches
-    start as the block's `noise` or as `zeros`.
+    values, until each patch is what the settled patches before it yield, within `tolerance` (maximum norm). The patch
+    right after the settled ones is exact whatever the window did, so that no image takes more than N - 1 calls.
+    Patches start as the block's `noise` or as `zeros`.
 
     Raises:
         InputError: on a value out of range.
@@ -92,9 +92,9 @@ class BlockReport:
     """How one block was inverted.
 
     `calls[i]` is the number of evaluations of the block for image i, N - 1 when sequential; `committed[i]` says how
-    many patches each of them settled (empty when sequential); `residual` is the largest move, over all images, of a
-    value that a settled patch was computed from; `sequential_images` are those that went on sequentially because the
-    iteration met a value that is not finite.
+    many patches each of them settled (empty when sequential); `residual` is the largest
+    |x_{i+1} - (z_{i+1} * exp(a_i) + b_i)| over all images and patches, 0 when sequential; `sequential_images` are
+    those that went on sequentially because the iteration met a value that is not finite.
     """
 
     block: int

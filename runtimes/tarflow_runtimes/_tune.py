@@ -23,7 +23,7 @@ from tarflow_runtimes._plan import DEFAULT_TOLERANCE, INITS, Parallel, Plan, Seq
 from tarflow_runtimes._sampler import Guidance, decode_patches, inverse_block
 from tarflow_runtimes._tuned import TunedPlan, TunedPlans
 
-WINDOWS: Final = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+WINDOWS: Final = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Window sizes that are tried, below N - 1; the whole block is tried too."""
 
 MARGIN: Final = 0.93

@@ -136,6 +136,19 @@ def test_parts_cover_the_batch_once(flows, workers, images, branches, monkeypatc
     assert len(parts) == 1 or max(p.stop - p.start for p in parts) * branches <= 16
 
 
+def test_parts_keep_their_caches_small(flows, monkeypatch):
+    engine = flows("class")._engine
+    config = engine.bundle.config
+    row_bytes = 2 * 4 * config.layers * config.patches * config.width
+    monkeypatch.setattr(engine, "workers", 2)
+    assert [len(engine.parts(images, 1)) for images in (1, 11, 12, 32, 33, 64)] == [1, 1, 2, 2, 4, 4]
+    monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.PART_CACHE_BYTES", 8 * row_bytes)
+    assert [part.stop - part.start for part in engine.parts(32, 1)] == [8, 8, 8, 8]
+    assert [part.stop - part.start for part in engine.parts(16, 2)] == [4, 4, 4, 4]
+    monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.PART_CACHE_BYTES", 1)
+    assert [part.stop - part.start for part in engine.parts(24, 1)] == [6, 6, 6, 6]
+
+
 def test_large_batches_run_in_pieces(exported, monkeypatch):
     source = exported("class")
     with tfr.load(source.path) as flow:

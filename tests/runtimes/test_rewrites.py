@@ -82,8 +82,7 @@ def test_rewritten_graph_equals_the_portable_one(  # noqa: PLR0917 - fixtures an
         )
         files = flow.bundle.blocks[block]
         portable = PortableStepper(Session(files.step, folder=files.step.parent, threads=1), config, inputs)
-        engine = flow._engine
-        session, tables = engine._open_rewritten(block, branches, temperature != 1.0)
+        session, tables = flow._engine._open_rewritten(block, inputs, windows=False, threads=1)
         rewritten = SequentialStepper(session, config, inputs, tables)
         tolerance = 2e-6 if dtype == "float32" else 4e-3
         for _ in range(config.patches - 1):
@@ -165,7 +164,7 @@ def test_another_graph_is_declined(exported, damage):
 def test_a_model_of_another_shape_is_declined(exported):
     config = tfr.load(exported("class").path).config
     for rewrite in (
-        lambda graph: attention.rewrite(graph, config, temperature=False),
+        lambda graph: attention.rewrite(graph, config, branches=1, temperature=False, windows=False),
         lambda graph: sequential_input.rewrite(graph, config),
         lambda graph: sequential_output.rewrite(graph, config, branches=1),
     ):

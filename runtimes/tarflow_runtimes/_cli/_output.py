@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tarflow_runtimes._errors import InputError
 from tarflow_runtimes._image_files import grid, save_png, to_uint8
 
-Kind = Literal[".png", ".npy", ".npz", "folder"]
+Kind = Literal[".png", ".npy", ".npz", ".json", "folder"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +101,7 @@ def write_pictures(
     levels = to_uint8(pixels)
     if output.kind == ".png":
         sheet = grid(levels, columns=columns, captions=captions)
-        _publish(output.path, lambda path: save_png(path, sheet, text))
+        publish(output.path, lambda path: save_png(path, sheet, text))
         return [output.path]
     with _new_folder(output.path), _scratch_folder(output.path) as scratch:
         for name, image in zip(names, levels, strict=True):
@@ -134,11 +134,11 @@ def write_arrays(output: Output, main: npt.NDArray[Any], *, key: str, arrays: Ma
             else:
                 np.savez(file, **{key: main, **arrays})
 
-    _publish(output.path, save)
+    publish(output.path, save)
     return [output.path]
 
 
-def _publish(path: Path, save: Callable[[Path], None]) -> None:
+def publish(path: Path, save: Callable[[Path], None]) -> None:
     """Write beside `path` and rename into place, so that a reader never sees half a file."""
     with _scratch_folder(path.parent) as scratch:
         save(scratch / path.name)

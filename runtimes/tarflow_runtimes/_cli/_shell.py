@@ -125,8 +125,13 @@ def note(text: str) -> None:
 
 
 def print_json(document: object) -> None:
-    """Data for the next program: one JSON object on stdout; JSON has no infinity and no NaN, so these are null."""
-    typer.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+    """Data for the next program: one JSON object on stdout."""
+    typer.echo(json_text(document))
+
+
+def json_text(document: object) -> str:
+    """One JSON object; JSON has no infinity and no NaN, so these are null."""
+    return json.dumps(_finite(document), indent=2, allow_nan=False)
 
 
 def _finite(document: Any) -> Any:

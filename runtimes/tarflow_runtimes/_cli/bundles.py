@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tarflow_runtimes._cli._shell import command, new_app, note, print_json, printable
+from tarflow_runtimes._cli._shell import command, json_text, new_app, note, print_json, printable
 
 if TYPE_CHECKING:
     from tarflow_runtimes._bundle import Bundle
@@ -45,12 +45,19 @@ def verify(
     bundle: BundleArgument = None,
     *,
     engine: Annotated[str, typer.Option(metavar="NAME", help="What runs the graphs.")] = "ort-cpu",
+    weights: Annotated[
+        str, typer.Option(metavar="stored|int8", help="int8: measure what rounding does, against the stored weights.")
+    ] = "stored",
     as_json: Json = False,
 ) -> None:
     """Run an engine on the inputs that a bundle carries and compare with PyTorch's outputs, without PyTorch.
 
-    The exit code is 1 when a tolerance is missed.
+    The exit code is 1 when a tolerance is missed. With --weights int8, draw images from the same noise with rounded and
+    stored weights instead, and write how far they differ to NAME.int8.json beside the bundle.
     """
+    if weights != "stored":
+        _measure_effect(bundle, engine, weights, as_json=as_json)
+        return
     import tarflow_runtimes as tfr
     from tarflow_runtimes._cli._progress import StepClock
     from tarflow_runtimes._parity import require_passed
@@ -67,6 +74,42 @@ def verify(
         print_json(facts | {"passed": passed, "seconds": clock.seconds, "records": listed})
     require_passed(records)
     note(f"all {len(records)} comparisons passed on {facts['engine']} ({clock.seconds:.1f} s)")
+
+
+def _measure_effect(path: Path | None, engine: str, weights: str, *, as_json: bool) -> None:
+    """`verify` with other weights than the bundle stores: a table, and a file beside the bundle."""
+    import tarflow_runtimes as tfr
+    from tarflow_runtimes._cli._output import check_output, publish
+    from tarflow_runtimes._cli._progress import StepClock
+    from tarflow_runtimes._effect import measure_effect
+    from tarflow_runtimes._errors import InputError
+
+    with tfr.load(path, engine=engine, weights=weights) as changed:
+        bundle = changed.bundle
+        folder = bundle.path.resolve()
+        target = folder.with_name(f"{folder.name.removesuffix('.tarflow')}.{weights}.json")
+        try:
+            check_output(str(target), kinds=(".json",), overwrite=True, option="the measurement")
+        except InputError as error:
+            raise InputError(str(error), hint="copy the bundle to a folder that you may write to") from error
+        with tfr.load(path, engine=engine, verify_digests=False) as stored, StepClock("measuring") as clock:
+            effect = measure_effect(stored, changed, on_step=clock.show)
+        report = changed.engine_report
+    facts = {"digest": bundle.digest, "stored": bundle.dtype, "seconds": clock.seconds} | {
+        name: report[name] for name in ("engine", "weights", "onnxruntime", "device") if name in report
+    }
+    document = facts | effect.to_json()
+
+    def save(file: Path) -> None:
+        file.write_text(json_text(document) + "\n")
+
+    publish(target, save)
+    if as_json:
+        print_json({"bundle": str(bundle.path), "file": str(target)} | document)
+    note(f"{'measure':20}  {'mean':>8}  {'worst':>8}")
+    for name, (mean, worst) in effect.summary().items():
+        note(f"{name:20}  {mean:8.4f}  {worst:8.4f}")
+    note(f"wrote {target}: {weights} against stored weights, {len(effect.psnr)} images ({clock.seconds:.1f} s)")
 
 
 def comparison_table(records: Iterable[Record]) -> str:

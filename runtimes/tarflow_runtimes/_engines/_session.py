@@ -48,20 +48,11 @@ def share_allocator() -> bool:
 class Session:
     """One graph, ready to run; `model` is a file, or bytes whose external data lies in `folder`.
 
-    `given` are initializers by name that the model declares as external data without a file; they are copied.
-
     Raises:
         EngineError: when ONNX Runtime refuses the graph.
     """
 
-    def __init__(
-        self,
-        model: Path | bytes,
-        *,
-        folder: Path,
-        threads: int,
-        given: Mapping[str, npt.NDArray[Any]] | None = None,
-    ) -> None:
+    def __init__(self, model: Path | bytes, *, folder: Path, threads: int) -> None:
         ort = import_onnxruntime()
         share_allocator()
         options = ort.SessionOptions()
@@ -71,9 +62,6 @@ class Session:
         options.add_session_config_entry("session.use_env_allocators", "1")
         if isinstance(model, bytes):
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        if given:
-            values = [ort.OrtValue.ortvalue_from_numpy(array) for array in given.values()]
-            options.add_external_initializers(list(given), values)
         source = model if isinstance(model, bytes) else str(model)
         try:
             self.session = ort.InferenceSession(

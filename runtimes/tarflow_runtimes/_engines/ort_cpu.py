@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,13 +30,18 @@ from tarflow_runtimes._engines._windows import PortableWindows, RewrittenWindows
 from tarflow_runtimes._errors import EngineError
 from tarflow_runtimes._rewrites import int8_weights, sequential_graph
 from tarflow_runtimes._rewrites._graph import PatternMismatch
-from tarflow_runtimes._rewrites.int8_weights import Bytes
 
-ROWS_PER_PART: Final = 8
-"""Cache rows of one part. On the MNIST shape a step took 31, 38, 37, 40, 48 us per row at 4, 8, 16, 32, 64 rows."""
+ROWS_PER_PART: Final = 16
+"""Cache rows of one part. The products with the weights take 28, 23, 23, 23 us per row and core at 8, 12, 16, 32 rows
+of the MNIST shape. A step of 128 rows on two cores took 2030, 1905, 1963 us in parts of 8, 16, 32 rows."""
 
-LEAST_ROWS_PER_PART: Final = 4
-"""Below, a second thread brings less than waking it costs."""
+LEAST_ROWS_PER_PART: Final = 6
+"""Below, a second thread brings less than it costs: 8 rows of the MNIST shape took 246 us whole and 261 us cut in two,
+12 rows 345 and 267."""
+
+PART_CACHE_BYTES: Final = 16 << 20
+"""Attention caches of one part at most, as far as LEAST_ROWS_PER_PART allows: what all parts read per step should stay
+in the last-level cache. At 1.6 MB a row, 64 rows took 3314, 3700, 3894 us in parts of 8, 16, 32 rows."""
 
 OPERATOR_THREADS_BYTES: Final = 16 << 20
 """Weights of a block from which a batch is not cut, and the threads work inside the operators: each part would read all
@@ -83,12 +89,13 @@ class OrtCpuEngine:
         self._operator_threads = self._threads if self._wide else 1
 
     def parts(self, images: int, branches: int) -> Sequence[slice]:
-        """Equal parts: about ROWS_PER_PART rows each where parts run side by side, else as many as memory allows."""
+        """Equal parts: at most about ROWS_PER_PART rows each where parts run side by side, else what memory allows."""
         config, rows = self.bundle.config, images * branches
-        image_bytes = branches * 8 * config.layers * config.patches * config.width
-        count = math.ceil(images / max(1, CACHE_BYTES // image_bytes))
+        row_bytes = 8 * config.layers * config.patches * config.width
+        count = math.ceil(images / max(1, CACHE_BYTES // (branches * row_bytes)))
         if not self._wide:
-            rounds = math.ceil(rows / (ROWS_PER_PART * self.workers))
+            rows_per_part = min(ROWS_PER_PART, max(LEAST_ROWS_PER_PART, PART_CACHE_BYTES // row_bytes))
+            rounds = math.ceil(rows / (rows_per_part * self.workers))
             count = max(count, min(rounds * self.workers, rows // LEAST_ROWS_PER_PART, images))
         edges = [images * i // count for i in range(count + 1)]
         return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
@@ -240,8 +247,12 @@ class OrtCpuEngine:
         kind = (inputs.branches, temperature, windows)
 
         def make() -> Session:
-            model, given = self._rewrite(block, *kind)
-            return Session(model, folder=self.bundle.blocks[block].step.parent, threads=threads, given=given)
+            model, files = self._rewrite(block, *kind), self.bundle.blocks[block]
+            if not self._int8:
+                return Session(model, folder=files.step.parent, threads=threads)
+            with tempfile.TemporaryDirectory(prefix="tarflow-", ignore_cleanup_errors=True) as name:
+                model = int8_weights.rewrite(model, self.bundle.config, files.weights, folder=Path(name))
+                return Session(model, folder=Path(name), threads=threads)
 
         with self._lock:
             if (block, *kind) in self._declined:
@@ -253,13 +264,13 @@ class OrtCpuEngine:
                     raise
                 if self._int8:
                     raise EngineError(
-                        f"block {block} cannot run with int8 weights: {error}", hint="load the bundle's own weights"
+                        f"block {block} cannot run with int8 weights: {error}", hint="use the weights as stored"
                     ) from error
                 self._declined[(block, *kind)] = str(error)
                 return None
 
-    def _rewrite(self, block: int, branches: int, temperature: bool, windows: bool) -> tuple[bytes, dict[str, Bytes]]:
-        """The rewritten step graph of a block and what it is given beside it; its tables are read on the way."""
+    def _rewrite(self, block: int, branches: int, temperature: bool, windows: bool) -> bytes:
+        """The rewritten step graph of a block; its tables are read on the way."""
         files = self.bundle.blocks[block]
         model = self._parse(block, files.step)
         graph = sequential_graph(model, self.bundle.config, branches=branches, temperature=temperature, windows=windows)
@@ -268,7 +279,7 @@ class OrtCpuEngine:
             class_embed = None if graph.class_embed is None else proto.external_array(graph.class_embed, files.weights)
             ordered = np.ascontiguousarray(pos_embed[::-1]) if self._is_reversed(block) else pos_embed
             self._tables[block] = SequentialTables(pos_embed=ordered, class_embed=class_embed)
-        return int8_weights.rewrite(graph.model, self.bundle.config, files.weights) if self._int8 else (graph.model, {})
+        return graph.model
 
     def _cached(self, block: int, key: tuple[object, ...], make: Callable[[], Session]) -> Session:
         """The session under that key, opened when it is not there; the one used longest ago goes when many are."""

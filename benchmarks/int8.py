@@ -1,0 +1,217 @@
+"""Steps of a wide model: the original eager PyTorch sampler, this SDK in float32, and with int8 weights.
+
+    python benchmarks/int8.py --reference PATH/TO/ml-tarflow [--batch 1,4,16] [--blocks 2] [--json FILE]
+
+The shape is that of the published AFHQ model, 256 x 256 x 3, patch 8, width 768, 8 layers, with random weights, and by
+default 2 of its 8 blocks. Each side lives in a process of its own and is called in turn; times are those of the first
+steps of every block, where the original's caches, which it copies at each step, are still short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _peer import Peer, serve
+
+SHAPE = {"image_size": 256, "image_channels": 3, "patch_size": 8, "width": 768, "layers": 8, "classes": 3}
+PATCHES, PATCH_VALUES, LABEL = 1024, 192, 1
+ORIGINAL_SHAPE = {
+    "in_channels": 3, "img_size": 256, "patch_size": 8, "channels": 768, "layers_per_block": 8, "nvp": True,
+    "num_classes": 3,
+}  # fmt: skip
+
+
+def prepare(folder: Path, blocks: int) -> None:
+    """Write the original checkpoint and the bundle, unless they are there."""
+    from tarflow_export import export_bundle
+    from tarflow_sdk import FlowConfig, save_checkpoint
+    from tarflow_sdk.testing import random_model
+
+    if (folder / "wide.tarflow").exists():
+        return
+    model = random_model(FlowConfig(**SHAPE, blocks=blocks, noise_std=0.07))
+    save_checkpoint(model, folder / "wide.pth")
+    export_bundle(model, folder / "wide.tarflow", verify=False)
+
+
+def resident(field: str) -> float:
+    """Resident memory of this process, MB: `VmRSS` now, `VmHWM` at its peak."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) / 1e3
+
+
+def serve_ours(folder: str, weights: str) -> None:
+    """This SDK: the steppers of `ort-cpu`, block by block."""
+    import onnxruntime as ort
+
+    import tarflow_runtimes as tfr
+
+    imported = resident("VmRSS")
+    flow = tfr.load(Path(folder) / "wide.tarflow", weights=weights, verify_digests=False)
+    zeros, ones = np.zeros((2, PATCHES), np.float32), np.ones(1, np.float32)
+
+    def first_patches(block: int, z: np.ndarray, steps: int) -> np.ndarray:
+        labels = np.full((1, len(z)), LABEL)
+        stepper = flow.backend.stepper(
+            block, noise=z, labels=labels, guidance=zeros, inverse_temperature=ones, alone=True
+        )
+        for _ in range(steps):
+            stepper.advance()
+        x = stepper.result() if block % 2 == 0 else stepper.result()[:, ::-1]
+        return x[:, : steps + 1].copy()
+
+    def work(noise: str, steps: int) -> tuple[np.ndarray, Any]:
+        z = np.load(noise)
+        x = [first_patches(block, z, steps) for block in reversed(range(flow.config.blocks))]
+        return np.stack(x), resident("VmHWM")
+
+    serve(work, runtime=f"onnxruntime {ort.__version__}", imported=imported, weights=weights_in_use(flow, weights))
+
+
+def weights_in_use(flow: Any, weights: str) -> float:
+    """Bytes of all blocks as a sampler multiplies with them, MB."""
+    from tarflow_runtimes._rewrites.int8_weights import BLOCK
+
+    stored = sum(block.weights.stat().st_size for block in flow.bundle.blocks)
+    linear = 12 * flow.config.width**2 * flow.config.layers * flow.config.blocks
+    return (stored - (linear * (4 - 1 - 4 / BLOCK) if weights == "int8" else 0)) / 1e6
+
+
+def serve_original(folder: str, reference: str, blocks: str) -> None:
+    """The original code, imported from its own folder: each block's `reverse` on a sequence cut short, eager."""
+    sys.path.insert(0, reference)
+    import torch
+    import transformer_flow
+
+    imported = resident("VmRSS")
+    model = transformer_flow.Model(**ORIGINAL_SHAPE, num_blocks=int(blocks)).eval()
+    model.load_state_dict(torch.load(Path(folder) / "wide.pth", weights_only=True, mmap=True))
+    weights = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
+
+    @torch.no_grad()
+    def work(noise: str, steps: int) -> tuple[np.ndarray, Any]:
+        z = torch.from_numpy(np.load(noise))
+        y = torch.full((len(z),), LABEL)
+        x = []
+        for index in reversed(range(len(model.blocks))):
+            ordered = z if index % 2 == 0 else z.flip(1)
+            first = ordered[:, : steps + 1]
+            found = model.blocks[index].reverse(first.clone() if index % 2 == 0 else first.flip(1), y)
+            x.append(found if index % 2 == 0 else found.flip(1))
+        return torch.stack(x).numpy(), resident("VmHWM")
+
+    serve(
+        work,
+        runtime=f"torch {torch.__version__}, {torch.get_num_threads()} threads",
+        imported=imported,
+        weights=weights,
+    )
+
+
+def compare(
+    peers: list[Peer], folder: Path, *, batch: int, blocks: int, steps: int, rounds: int
+) -> list[dict[str, Any]]:
+    """All samplers in turn on the same noise, a row each: time per step, ratio to the first, difference from it."""
+    noise = np.random.default_rng(batch).standard_normal((batch, PATCHES, PATCH_VALUES), dtype=np.float32)
+    np.save(folder / "noise.npy", noise)
+    request = {"noise": str(folder / "noise.npy"), "steps": steps}
+    patches = []
+    for peer in peers:
+        peer.call(**request, save=str(folder / "x.npy"))
+        patches.append(np.load(folder / "x.npy").astype(np.float64))
+    times = np.array([[peer.call(**request) for peer in peers] for _ in range(rounds)])
+    rows = []
+    for index, peer in enumerate(peers):
+        ratios, difference = times[:, 0] / times[:, index], patches[index] - patches[0]
+        error = float(np.mean(difference**2))
+        rows.append(
+            {
+                "batch": batch,
+                "sampler": peer.name,
+                "ms_per_step": 1e3 * statistics.median(times[:, index]) / (blocks * steps),
+                "speedup": statistics.median(ratios),
+                "speedup_low": ratios.min(),
+                "speedup_high": ratios.max(),
+                "max_difference": float(np.abs(difference).max()),
+                "relative_difference": float(np.sqrt(error / np.mean(patches[0] ** 2))),
+                "peak_mb": peer.detail,
+                "weights_mb": peer.ready["weights"],
+                "peak_over_weights": peer.detail / peer.ready["weights"],
+                "growth_over_weights": (peer.detail - peer.ready["imported"]) / peer.ready["weights"],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", required=True, help="folder of the original code (transformer_flow.py)")
+    parser.add_argument("--batch", default="1", help="as 1,4,16")
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=32, help="of each block")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--folder", type=Path, help="keep checkpoint and bundle here")
+    parser.add_argument("--json", help="write the rows to this file")
+    arguments = parser.parse_args()
+    if not (Path(arguments.reference) / "transformer_flow.py").is_file():
+        parser.error(f"{arguments.reference} has no transformer_flow.py")
+    script, reference = str(Path(__file__).resolve()), str(Path(arguments.reference).resolve())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare(folder, arguments.blocks)
+        peers = [
+            Peer("original", script, str(folder), reference, str(arguments.blocks)),
+            Peer("float32", script, str(folder)),
+            Peer("int8", script, str(folder)),
+        ]
+        header = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs",
+            "shape": SHAPE | {"blocks": arguments.blocks},
+            "steps": arguments.steps,
+            "rounds": arguments.rounds,
+            "numpy": version("numpy"),
+            "runtimes": {peer.name: peer.ready["runtime"] for peer in peers},
+        }
+        print(json.dumps(header))
+        print("batch  sampler   ms/step  speed-up  (low..high)  relative diff  peak MB  weights MB  growth/weights")
+        rows = []
+        for batch in map(int, arguments.batch.split(",")):
+            for row in compare(
+                peers, folder, batch=batch, blocks=arguments.blocks, steps=arguments.steps, rounds=arguments.rounds
+            ):
+                rows.append(row)
+                print(
+                    f"{row['batch']:5d}  {row['sampler']:8s} {row['ms_per_step']:8.2f} {row['speedup']:8.2f}x"
+                    f" {row['speedup_low']:5.2f}..{row['speedup_high']:.2f} {row['relative_difference']:14.1e}"
+                    f" {row['peak_mb']:8.0f} {row['weights_mb']:11.0f} {row['growth_over_weights']:15.2f}",
+                    flush=True,
+                )
+        for peer in peers:
+            peer.close()
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps({"header": header, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        if sys.argv[2] == "original":
+            serve_original(*sys.argv[3:])
+        else:
+            serve_ours(sys.argv[3], "int8" if sys.argv[2] == "int8" else "stored")
+    else:
+        main()

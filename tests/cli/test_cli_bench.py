@@ -1,0 +1,116 @@
+"""`tarflow bench`: tables, files, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tarflow_runtimes import _bench, _ceilings
+
+QUICK = ("--rounds", "1", "--no-ceilings", "--batch", "1")
+
+
+def test_tables_and_files(tarflow: Callable, class_bundle: Path) -> None:
+    options = ("--decode", "sequential,parallel:2,auto", "--guidance", "0,1.5", "--json", "b.json", "--plot", "b.png")
+    result = tarflow("bench", class_bundle, *QUICK, *options)
+    assert result.code == 0, result.err
+    assert result.err.splitlines()[0].startswith("auto is sequential: ")
+    assert result.err.splitlines()[1:] == ["wrote b.json", "wrote b.png"]
+    assert sorted(path.name for path in Path().iterdir()) == ["b.json", "b.png"]
+    document = json.loads(Path("b.json").read_text())
+    assert (document["schema"], document["schema_version"]) == ("tarflow-bench", 1)
+    assert len(document["cases"]) == 6
+    with Image.open("b.png") as picture:
+        picture.verify()
+        assert picture.format == "PNG"
+    lines = result.out.splitlines()
+    facts = {line.split()[0] for line in lines[: lines.index("")]}
+    assert facts == {"bundle", "machine", "ort-cpu", "memory", "measured"}
+    rows = [line.split() for line in lines if line.startswith("  ort-cpu")]
+    decodes = ("sequential", "parallel:2", "auto")
+    cases = [(weight, "1", decode) for weight in ("0", "1.5") for decode in decodes]
+    sequential = [case for case in cases if case[2] != "parallel:2"]  # nothing is tuned beside this bundle
+    assert [tuple(row[1:4]) for row in rows] == cases + sequential + cases
+    for row, case in zip(rows, document["cases"], strict=False):
+        assert float(row[5]) == pytest.approx(case["p50_ms"], abs=0.01)
+        assert row[8] == f"{case['speedup']:.2f}x"
+    assert "\x1b" not in result.out
+    assert "\u2026" not in result.out  # nothing is cut
+
+
+def test_ceilings_stand_beside(tarflow: Callable, class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = _ceilings.Rates(gemm_gflops=1e-3, gemv_gbs=1e6, copy_gbs=3.0)
+    given = _ceilings.Ceilings(blas="a library", threads=2, one_thread=rates, all_threads=rates)
+    monkeypatch.setattr(_bench, "measure_ceilings", lambda: given)
+    result = tarflow("bench", class_bundle, "--rounds", "1", "--batch", "1", "--decode", "sequential")
+    ceilings = [line for line in result.out.splitlines() if line.startswith("ceilings")]
+    assert [line.split()[1] for line in ceilings] == ["1", "2"]
+    assert all("a library" in line for line in ceilings)
+    row = [line for line in result.out.splitlines() if line.startswith("  ort-cpu")][1]
+    assert row.rstrip().endswith("(0%)")
+    assert row.count("%)") == 2
+    assert result.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--batch", "1,two"), "'two' is not a number of images"),
+        (("--batch", "0"), "'0' is not a number of images"),
+        (("--batch", ""), "is not a number of images"),
+        (("--guidance", "0,nan"), "'nan' is not a guidance weight"),
+        (("--guidance", "-1"), "'-1' is not a guidance weight"),
+        (("--decode", "sequential,"), "an item is empty"),
+        (("--decode", "jacobi"), "unknown way of decoding 'jacobi'"),
+        (("--decode", "parallel:0"), "parallel:0"),
+        (("--rounds", "0"), "--rounds must be at least 1"),
+        (("--rounds", "many"), "'--rounds'"),
+        (("--seed", "-1"), "--seed"),
+        (("--tolerance", "inf"), "--tolerance"),
+        (("--json", "b.txt"), "--json b.txt: cannot tell what to write"),
+        (("--plot", "b.svg"), "--plot b.svg: cannot tell what to write"),
+        (("--json", "no/b.json"), "the folder no does not exist"),
+        (("--engine", "trt"), "engine trt is not in this version"),
+        (("--engine", "ort-cpu,fast"), "unknown engine 'fast'"),
+    ],
+)
+def test_bad_values(refused: Callable, class_bundle: Path, arguments: tuple[str, ...], what: str) -> None:
+    assert what in refused("bench", class_bundle, "--no-ceilings", *arguments).err
+
+
+def test_a_bundle_that_is_not_there(refused: Callable) -> None:
+    assert "no such directory" in refused("bench", "missing.tarflow", "--no-ceilings").err
+
+
+def test_files_that_exist_are_kept(
+    refused: Callable, tarflow: Callable, class_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("b.json").write_text("old")
+    Path("b.png").write_text("old")
+    with monkeypatch.context() as patched:
+        patched.setattr(_bench, "bench", lambda *_, **__: pytest.fail("the work began"))
+        assert "exists already" in refused("bench", class_bundle, "--json", "b.json").err
+        assert "exists already" in refused("bench", class_bundle, "--plot", "b.png").err
+    options = (*QUICK, "--decode", "sequential", "--json", "b.json", "--plot", "b.png", "--overwrite")
+    assert tarflow("bench", class_bundle, *options).code == 0
+    assert json.loads(Path("b.json").read_text())["cases"]
+    with Image.open("b.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_an_interrupt_leaves_nothing(tarflow: Callable, class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = _bench._Runner.draw
+
+    def interrupted(self: Any, number: int, **options: Any) -> Any:
+        if self.seconds:
+            raise KeyboardInterrupt
+        return draw(self, number, **options)
+
+    monkeypatch.setattr(_bench._Runner, "draw", interrupted)
+    result = tarflow("bench", class_bundle, "--no-ceilings", "--json", "b.json", "--plot", "b.png")
+    assert (result.code, result.out) == (130, "")
+    assert result.err == "interrupted; nothing was written\n"
+    assert list(Path().iterdir()) == []
