@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tolerance", type=float, default=2e-5)
+    parser.add_argument("--tolerance", type=float, default=1e-5)
     parser.add_argument("--json", help="write the table to this file")
     arguments = parser.parse_args()
     with tfr.load(arguments.bundle) as flow:

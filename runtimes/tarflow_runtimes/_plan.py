@@ -11,7 +11,7 @@ from tarflow_runtimes._errors import InputError
 Init = Literal["noise", "zeros"]
 INITS: Final = get_args(Init)
 
-DEFAULT_TOLERANCE: Final = 2e-5
+DEFAULT_TOLERANCE: Final = 1e-5
 """In units of the patches; how far images then are from sequential ones is measured in docs/DECODING.md."""
 
 

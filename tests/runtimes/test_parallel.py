@@ -75,15 +75,19 @@ def test_tolerance_zero_is_the_sequential_answer_bit_for_bit(count, window, init
 
 @settings(max_examples=60, deadline=None)
 @given(
-    count=st.integers(2, 24), window=st.integers(0, 30), tolerance=st.sampled_from([1e-5, 1e-2]), seed=st.integers(0, 99)
+    count=st.integers(2, 24),
+    window=st.integers(0, 30),
+    tolerance=st.sampled_from([1e-5, 1e-2]),
+    seed=st.integers(0, 99),
 )
 def test_no_evaluation_reads_a_cache_that_is_not_final(count, window, tolerance, seed):
     toy = Toy(draw(count, seed), 0.7)
     settled = settle(toy, toy.noise, tfr.Parallel(window=window, tolerance=tolerance))
     for seen in toy.read:
         np.testing.assert_array_equal(seen, settled.patches[: len(seen)])
-    assert settled.residual <= tolerance
-    assert np.abs(settled.patches - toy.sequential()).max() <= 100 * tolerance
+    x = settled.patches
+    residual = max(np.abs(x[i + 1] - toy.following(x[: i + 1], i)).max() for i in range(count - 1))
+    assert residual == settled.residual <= tolerance
 
 
 def test_an_easy_map_takes_few_evaluations():
@@ -128,9 +132,8 @@ GUIDED = {"guidance": 1.3, "attention_temperature": 0.7, "anneal_guidance": True
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("options", [{}, {"guidance": 1.3, "guide": "a", "attention_temperature": 1.4}, GUIDED])
-@pytest.mark.parametrize("window", [0, 3])
-@pytest.mark.parametrize("portable", [False, True])
-def test_parallel_is_sequential_within_rounding(exported, flows, monkeypatch, name, options, window, portable):
+@pytest.mark.parametrize(("window", "portable"), [(0, False), (3, False), (0, True), (3, True)])
+def test_parallel_is_sequential_within_rounding(exported, flows, monkeypatch, name, options, *, window, portable):
     model = exported(name)
     noise, labels = model.latents(3), model.labels(3)
     expected = flows(name).decode(noise, labels, **options)

@@ -166,7 +166,7 @@ def test_a_model_of_another_shape_is_declined(exported):
     for rewrite in (
         lambda graph: attention.rewrite(graph, config, branches=1, temperature=False, windows=False),
         lambda graph: sequential_input.rewrite(graph, config),
-        lambda graph: sequential_output.rewrite(graph, config, branches=1),
+        lambda graph: sequential_output.rewrite(graph, config, branches=1, windows=False),
     ):
         graph = Graph(proto.parse_model(onnx_identity(), where="identity"))
         with pytest.raises(PatternMismatch):

@@ -1,4 +1,4 @@
-"""`--decode`, `--tolerance`, `--window` and `--plans`: from options to the plan of a run, and its warnings on stderr."""
+"""`--decode`, `--tolerance`, `--window`, `--plans`: from options to the plan of a run, and its warnings on stderr."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_decode(decode: str, tolerance: float | None, window: int | None, plans
     if decode not in MODES:
         raise InputError(f"--decode must be one of {', '.join(MODES)}, got {decode!r}", hint="sequential is exact")
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0.0):
-        raise InputError(f"--tolerance must be finite and not negative, got {tolerance}", hint="0.00002 is the default")
+        raise InputError(f"--tolerance must be finite and not negative, got {tolerance}", hint="0.00001 is the default")
     if tolerance is not None and decode == "sequential":
         raise InputError("--tolerance is of parallel decoding", hint="add --decode parallel or --decode auto")
     if window is not None and decode != "parallel":

@@ -49,7 +49,7 @@ def bench(
     ] = "sequential,auto",
     guidance: Annotated[str, typer.Option(metavar="LIST", help="Guidance weights, 0 for none.")] = "0",
     tolerance: Annotated[
-        float | None, typer.Option(metavar="MOVE", help="Of parallel and auto. [default: 1e-4, or as tuned]")
+        float | None, typer.Option(metavar="MOVE", help="Of parallel and auto. [default: 1e-5, or as tuned]")
     ] = None,
     rounds: Annotated[int, typer.Option(metavar="COUNT", help="Times that each combination is measured.")] = 7,
     seed: Annotated[int, typer.Option(metavar="SEED", help="Seed of the noise, new in each round.")] = 0,
@@ -76,7 +76,7 @@ def bench(
     _check(rounds >= 1, f"--rounds must be at least 1, got {rounds}", "7 is usual")
     _check(0 <= seed < 2**64, f"--seed must be in 0 .. 2^64 - 1, got {seed}", "leave it out for 0")
     good = tolerance is None or (math.isfinite(tolerance) and tolerance >= 0.0)
-    _check(good, f"--tolerance must be a finite number and not negative, got {tolerance}", "1e-4 is usual")
+    _check(good, f"--tolerance must be a finite number and not negative, got {tolerance}", "1e-5 is usual")
 
     # These load NumPy: not before --help and the checks above.
     from tarflow_runtimes._bench import bench as run_bench

@@ -71,7 +71,7 @@ def infer(
     ] = "sequential",
     tolerance: Annotated[
         float | None,
-        typer.Option(metavar="MOVE", help="What counts as settled when decoding in parallel. [default: 0.00002]"),
+        typer.Option(metavar="MOVE", help="What counts as settled when decoding in parallel. [default: 0.00001]"),
     ] = None,
     window: Annotated[
         int | None, typer.Option(metavar="PATCHES", help="Patches per parallel evaluation. [default: the whole block]")

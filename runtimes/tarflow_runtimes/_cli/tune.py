@@ -30,7 +30,7 @@ def tune(
         str, typer.Option(metavar="LIST", help="Guidance weights; what counts is whether they are 0.")
     ] = "0",
     tolerance: Annotated[
-        float | None, typer.Option(metavar="MOVE", help="What counts as settled. [default: 0.00002]")
+        float | None, typer.Option(metavar="MOVE", help="What counts as settled. [default: 0.00001]")
     ] = None,
     draws: Annotated[int, typer.Option(metavar="COUNT", help="Draws of noise to measure on.")] = 3,
     seed: Annotated[int, typer.Option(metavar="SEED", help="Seed of the first draw.")] = 0,

