@@ -16,6 +16,15 @@ from typing import Any
 
 import numpy as np
 
+PAUSE = 0.05
+"""Seconds to leave between two peers: threads of the one before spin a while when they have nothing to do."""
+
+
+def resident(field: str) -> float:
+    """Resident memory of this process, MB: `VmRSS` now, `VmHWM` at its peak."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) / 1e3
+
 
 class PeerError(SystemExit):
     """A peer's process ended early; its own words are on standard error."""
@@ -56,6 +65,11 @@ class Peer:
         answer = self._answer()
         self.detail = answer["detail"]
         return float(answer["seconds"])
+
+    def call_rested(self, **request: Any) -> float:
+        """`call` after a pause: what the peer before left spinning has come to rest."""
+        time.sleep(PAUSE)
+        return self.call(**request)
 
     def close(self) -> None:
         """End the process."""

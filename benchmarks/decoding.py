@@ -37,9 +37,6 @@ AUTO_LIMIT = 1.10
 
 AUTO_ROUNDS = 15
 
-PAUSE = 0.05
-"""Seconds between two samplers: threads of the one before spin a while when they have nothing to do."""
-
 TURN_SECONDS, TURN_CALLS = 0.25, 7
 """A sampler's turn lasts until one of them is reached; the median of its calls counts."""
 
@@ -117,12 +114,11 @@ class Cell:
                 break
             first = done % len(names)
             for name in names[first:] + names[:first]:
-                time.sleep(PAUSE)
                 self.times[name].append(self._turn(self.peers[name]))
 
     def _turn(self, peer: Peer) -> float:
         """The median of a few calls where they are short."""
-        calls = [peer.call(**self.request)]
+        calls = [peer.call_rested(**self.request)]
         while len(calls) < TURN_CALLS and sum(calls) < TURN_SECONDS:
             calls.append(peer.call(**self.request))
         return median(calls)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _peer import Peer, serve
+from _peer import Peer, resident, serve
 
 SHAPE = {"image_size": 256, "image_channels": 3, "patch_size": 8, "width": 768, "layers": 8, "classes": 3}
 PATCHES, PATCH_VALUES, LABEL = 1024, 192, 1
@@ -45,12 +45,6 @@ def prepare(folder: Path, blocks: int) -> None:
     model = random_model(FlowConfig(**SHAPE, blocks=blocks, noise_std=0.07))
     save_checkpoint(model, folder / "wide.pth")
     export_bundle(model, folder / "wide.tarflow", verify=False)
-
-
-def resident(field: str) -> float:
-    """Resident memory of this process, MB: `VmRSS` now, `VmHWM` at its peak."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) / 1e3
 
 
 def serve_ours(folder: str, weights: str) -> None:

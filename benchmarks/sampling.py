@@ -30,7 +30,7 @@ def compare(ours: Peer, original: Peer, work: Work, *, batch: int, guidance: flo
     for peer in (ours, original):
         peer.call(**request, save=str(work.folder / f"{peer.name}.npy"))
         images.append(np.load(work.folder / f"{peer.name}.npy"))
-    times: list[tuple[float, float]] = [(ours.call(**request), original.call(**request)) for _ in range(rounds)]
+    times = [tuple(peer.call_rested(**request) for peer in (ours, original)) for _ in range(rounds)]
     mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))
     return {
         "batch": batch,
