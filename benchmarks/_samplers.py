@@ -17,8 +17,8 @@ from _work import Work
 TIGHT = 1e-3
 """Largest change of a value, over the batch, at which the published algorithms stop in their tight variants.
 
-Their images then lie as near to the sequential ones as ours at the default tolerance of 1e-4, which is each image's own
-and bounds what every patch was computed from."""
+Their images then lie about as near to the sequential ones as ours at the default tolerance of 1e-5, which bounds the
+residual of every patch of every image."""
 
 METRIC_IMAGES = 64
 MEASURED_IMAGES = 4
