@@ -6,6 +6,7 @@ log q(x) = sum over dims of log N(u; 0, 1) + log|det|, u = z / sqrt(prior), all 
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
@@ -20,14 +21,10 @@ PIXEL_SCALE_BITS: Final = 7.0
 Doubles = npt.NDArray[np.float64]
 
 
-def encode_patches(
-    engine: Engine, bundle: Bundle, patches: Floats, labels: Integers | None, inputs: list[Floats] | None = None
-) -> tuple[Floats, Doubles]:
-    """Patches [B, N, D] -> (u [B, N, D], log|det du/dx| [B], nats); `inputs` collects the input of each block."""
+def encode_patches(engine: Engine, bundle: Bundle, patches: Floats, labels: Integers | None) -> tuple[Floats, Doubles]:
+    """Patches [B, N, D] -> (u [B, N, D], log|det du/dx| [B], nats)."""
     x, log_det = patches, np.zeros(len(patches))
     for block in range(bundle.config.blocks):
-        if inputs is not None:
-            inputs.append(x)
         x, block_log_det = engine.forward(block, x, labels)
         log_det += block_log_det
     if bundle.prior is None:
@@ -46,13 +43,45 @@ def score(engine: Engine, bundle: Bundle, patches: Floats, labels: Integers | No
     """The gradient of log q with respect to the patches, [B, N, D].
 
     It starts from -u / sqrt(prior) and runs back through the blocks, each of which adds that of its own log|det|.
+    The batch is cut into pieces whose activations the engine can keep, which run side by side.
     """
-    inputs: list[Floats] = []
-    u, _ = encode_patches(engine, bundle, patches, labels, inputs)
-    cotangent: Floats = -u if bundle.prior is None else (-u / np.sqrt(bundle.prior)).astype(np.float32, copy=False)
+    size = engine.vjp_images()
+    if not size:
+        return _score_recomputed(engine, bundle, patches, labels)
+    count = math.ceil(len(patches) / min(size, math.ceil(len(patches) / engine.workers)))
+    pieces = np.array_split(np.arange(len(patches)), count)
+
+    def run(piece: npt.NDArray[np.intp]) -> Floats:
+        x, ways_back = patches[piece], []
+        for block in range(bundle.config.blocks):
+            x, way_back = engine.vjp(block, x, None if labels is None else labels[piece], alone=count == 1)
+            ways_back.append(way_back)
+        cotangent = _last_cotangent(bundle, x)
+        while ways_back:
+            cotangent = ways_back.pop()(cotangent)
+        return cotangent
+
+    if count == 1:
+        return run(pieces[0])
+    with ThreadPoolExecutor(min(engine.workers, count), thread_name_prefix="tarflow") as pool:
+        return np.concatenate(list(pool.map(run, pieces)))
+
+
+def _score_recomputed(engine: Engine, bundle: Bundle, patches: Floats, labels: Integers | None) -> Floats:
+    """The same where nothing but the blocks' inputs can be kept: each gradient repeats its block's forward pass."""
+    x, inputs = patches, []
+    for block in range(bundle.config.blocks):
+        inputs.append(x)
+        x, _ = engine.forward(block, x, labels)
+    cotangent = _last_cotangent(bundle, x)
     for block in reversed(range(bundle.config.blocks)):
         cotangent = engine.gradient(block, inputs.pop(), cotangent, labels)
     return cotangent
+
+
+def _last_cotangent(bundle: Bundle, z: Floats) -> Floats:
+    """Derivative of log N(u; 0, 1) with respect to z = u * sqrt(prior): -z / prior."""
+    return -z if bundle.prior is None else (-z / bundle.prior).astype(np.float32, copy=False)
 
 
 def patchify(images: Floats, patch_size: int) -> Floats:

@@ -5,7 +5,7 @@ The sampler owns the loop, an engine owns the buffers: on a device with its own 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,6 +57,17 @@ class Engine(Protocol):
 
     def gradient(self, block: int, patches: Floats, cotangent: Floats, labels: Integers | None) -> Floats:
         """Derivative of (cotangent . z + log|det|) of one block with respect to its `patches`, [B, N, D]."""
+
+    def vjp_images(self) -> int:
+        """Images that `vjp` may take so that what it keeps of all blocks fits; 0 where `gradient` is to be used."""
+
+    def vjp(
+        self, block: int, patches: Floats, labels: Integers | None, *, alone: bool
+    ) -> tuple[Floats, Callable[[Floats], Floats]]:
+        """Patches [B, N, D] -> z [B, N, D] and the way back: cotangent -> `gradient` of these patches, once.
+
+        What the way back needs is kept until it is dropped. `alone`: no other call runs meanwhile.
+        """
 
     def window(self, block: int, patches: Floats, noise: Floats, labels: Integers | None) -> Floats:
         """One call of the step graph on finished patches [B, N, D] -> patches 1 .. N-1 in block order, [B, N-1, D]."""

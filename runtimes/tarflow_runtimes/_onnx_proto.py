@@ -173,10 +173,12 @@ def node(
     return made
 
 
-def value_info(name: str, elem_type: int, shape: tuple[int | str, ...]) -> Any:
-    """A graph input or output; letters in `shape` are symbolic axes."""
+def value_info(name: str, elem_type: int, shape: tuple[int | str, ...] | None) -> Any:
+    """A graph input or output; letters in `shape` are symbolic axes, None leaves even their number open."""
     made = messages()["ValueInfoProto"](name=name)
     made.type.tensor_type.elem_type = elem_type
+    if shape is None:
+        return made
     made.type.tensor_type.shape.SetInParent()
     for size in shape:
         dim = made.type.tensor_type.shape.dim.add()

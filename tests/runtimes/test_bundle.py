@@ -223,19 +223,28 @@ def rewritten(bundle: Path, name: str, raw: bytes) -> Path:
     return bundle
 
 
-@pytest.mark.parametrize("kind", ["step", "forward"])
+def use(flow: tfr.Flow, kind: str) -> None:
+    """Something that opens the graphs of that kind."""
+    if kind == "forward":
+        shape = flow.config.image_channels, flow.config.image_size, flow.config.image_size
+        flow.encode(np.zeros((1, *shape), np.float32))
+    else:
+        flow.sample(1, denoise=kind == "gradient", seed=0)
+
+
+@pytest.mark.parametrize("kind", ["step", "forward", "gradient"])
 def test_graph_that_is_no_onnx(copied, kind):
     flow = tfr.load(rewritten(copied, f"block_01/{kind}.onnx", b"not a graph"))
     with pytest.raises(BundleError, match="not an ONNX model"):
-        flow.sample(1, denoise=kind == "forward", seed=0)
+        use(flow, kind)
 
 
-@pytest.mark.parametrize("kind", ["step", "forward"])
+@pytest.mark.parametrize("kind", ["step", "forward", "gradient"])
 def test_graph_whose_weights_lie_elsewhere(copied, kind):
     raw = (copied / "block_01" / f"{kind}.onnx").read_bytes().replace(b"weights.bin", b"/etc/passwd")
     flow = tfr.load(rewritten(copied, f"block_01/{kind}.onnx", raw))
     with pytest.raises(BundleError, match="/etc/passwd"):
-        flow.sample(1, denoise=kind == "forward", seed=0)
+        use(flow, kind)
 
 
 def test_the_shipped_bundle_is_named_when_it_is_missing(monkeypatch):

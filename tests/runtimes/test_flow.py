@@ -284,12 +284,12 @@ def test_a_cancelled_run_leaves_the_flow_usable(flows, n):
 
     def stop(step: tfr.Step) -> bool:
         heard.append(step)
-        return len(heard) < 3
+        return len(heard) < 2  # of two blocks at least two reports come, however the parts are shared out
 
     threads = threading.active_count()
     with pytest.raises(tfr.Cancelled):
         flow.sample(n, seed=0, on_step=stop)
-    assert len(heard) == 3
+    assert len(heard) == 2
     assert threading.active_count() == threads
     np.testing.assert_array_equal(flow.sample(n, seed=0).images, expected)
 

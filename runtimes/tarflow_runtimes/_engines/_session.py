@@ -73,6 +73,13 @@ class Session:
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed in a run: {_first_line(error)}") from error
 
+    def run_values(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+        """One run from ONNX Runtime's own values to such values, which are not copied."""
+        try:
+            return list(self.session.run_with_ort_values(list(outputs), {name: feeds[name] for name in self.inputs}))
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime failed in a run: {_first_line(error)}") from error
+
 
 class BoundRun:
     """A session with every input and output bound once to arrays that the caller writes and reads in place.

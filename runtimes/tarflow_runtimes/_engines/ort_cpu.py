@@ -7,6 +7,7 @@ in its caches stays near one core.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import tempfile
@@ -25,11 +26,13 @@ from tarflow_runtimes._engine import Floats, Integers, Stepper, Windows
 from tarflow_runtimes._engines._cpus import cpu_name, usable_cpus
 from tarflow_runtimes._engines._ort_import import import_onnxruntime
 from tarflow_runtimes._engines._session import Session
+from tarflow_runtimes._engines._split import SplitBlock
 from tarflow_runtimes._engines._steppers import PortableStepper, SequentialStepper, SequentialTables, StepInputs
 from tarflow_runtimes._engines._windows import PortableWindows, RewrittenWindows
 from tarflow_runtimes._errors import EngineError
 from tarflow_runtimes._rewrites import int8_weights, sequential_graph
 from tarflow_runtimes._rewrites._graph import PatternMismatch
+from tarflow_runtimes._rewrites.split_gradient import SplitGradient, split_gradient
 
 ROWS_PER_PART: Final = 16
 """Cache rows of one part. The products with the weights take 28, 23, 23, 23 us per row and core at 8, 12, 16, 32 rows
@@ -57,6 +60,9 @@ CACHE_BYTES: Final = 1 << 30
 ACTIVATION_BYTES: Final = 128 << 20
 """Activations of one run of a forward or gradient graph; larger batches are run in pieces."""
 
+
+VJP_BYTES: Final = 256 << 20
+"""What the ways back of all blocks may keep together; models of which one image needs more recompute instead."""
 
 SESSIONS_BYTES: Final = 3 << 30
 """Weights of the open sessions together: each holds a copy of its block's, laid out for its operators."""
@@ -102,13 +108,27 @@ class OrtCpuEngine:
 
     def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
         """Patches [B, N, D], labels [B] -> (z [B, N, D], log|det| [B], nats) of one block."""
-        z, log_det = self._run(self._open(block, "forward"), ("z", "log_det"), patches=patches, labels=labels)
+        z, log_det = self._run(block, "forward", ("z", "log_det"), patches=patches, labels=labels)
         return z, log_det
 
     def gradient(self, block: int, patches: Floats, cotangent: Floats, labels: Integers | None) -> Floats:
         """Derivative of (cotangent . z + log|det|) of one block with respect to its `patches`, [B, N, D]."""
-        session = self._open(block, "gradient")
-        return self._run(session, ("gradient",), patches=patches, cotangent=cotangent, labels=labels)[0]
+        arrays = {"patches": patches, "cotangent": cotangent, "labels": labels}
+        return self._run(block, "gradient", ("gradient",), **arrays)[0]
+
+    def vjp_images(self) -> int:
+        """Images of one part whose activations of all blocks fit into VJP_BYTES; 0 where one image's do not."""
+        config = self.bundle.config
+        if self.bundle.dtype != "float32" or not config.nvp:
+            return 0  # the cut needs one dtype throughout, and the scale
+        layer_bytes = 4 * config.patches * (config.heads * config.patches + 9 * config.width)
+        return VJP_BYTES // (self.workers * config.blocks * config.layers * layer_bytes)
+
+    def vjp(
+        self, block: int, patches: Floats, labels: Integers | None, *, alone: bool
+    ) -> tuple[Floats, Callable[[Floats], Floats]]:
+        """Patches [B, N, D] -> z [B, N, D] and the way back: cotangent -> `gradient` of these patches, once."""
+        return self._open_vjp(block, self._threads if alone else self._operator_threads).run(patches, labels)
 
     def window(self, block: int, patches: Floats, noise: Floats, labels: Integers | None) -> Floats:
         """The step graph on N - 1 patches at once: finished patches [B, N, D] -> patches 1 .. N-1, block order."""
@@ -127,7 +147,7 @@ class OrtCpuEngine:
         }
         if labels is not None:
             feeds["labels"] = labels[None]
-        return np.asarray(self._open(block, "step").run(feeds, ("next",))[0])
+        return np.asarray(self._open(block, "step", self._operator_threads).run(feeds, ("next",))[0])
 
     def stepper(
         self,
@@ -150,7 +170,7 @@ class OrtCpuEngine:
         )
         opened = self._open_rewritten(block, inputs, windows=False, threads=self._threads_of(alone))
         if opened is None:
-            return PortableStepper(self._open(block, "step"), self.bundle.config, inputs)
+            return PortableStepper(self._open(block, "step", self._operator_threads), self.bundle.config, inputs)
         session, tables = opened
         return SequentialStepper(session, self.bundle.config, inputs, tables)
 
@@ -175,7 +195,7 @@ class OrtCpuEngine:
         )
         opened = self._open_rewritten(block, inputs, windows=True, threads=self._threads_of(alone))
         if opened is None:
-            return PortableWindows(self._open(block, "step"), self.bundle.config, inputs)
+            return PortableWindows(self._open(block, "step", self._operator_threads), self.bundle.config, inputs)
         session, tables = opened
         return RewrittenWindows(session, self.bundle.config, inputs, tables)
 
@@ -205,7 +225,7 @@ class OrtCpuEngine:
     def _is_reversed(self, block: int) -> bool:
         return self.bundle.blocks[block].order == "reversed"
 
-    def _run(self, session: Session, outputs: tuple[str, ...], **arrays: Any) -> list[npt.NDArray[Any]]:
+    def _run(self, block: int, kind: str, outputs: tuple[str, ...], **arrays: Any) -> list[npt.NDArray[Any]]:
         """Run a forward or gradient graph on a whole batch: a few images at a time, side by side where that is faster.
 
         The activations of all runs together stay within ACTIVATION_BYTES, or are those of one image each.
@@ -215,6 +235,7 @@ class OrtCpuEngine:
         image_bytes = 4 * config.patches * (4 * config.heads * config.patches + 20 * config.width)
         size = max(1, min(ACTIVATION_BYTES // (image_bytes * self.workers), math.ceil(batch / self.workers)))
         pieces = [{name: array[i : i + size] for name, array in given.items()} for i in range(0, batch, size)]
+        session = self._open(block, kind, self._threads if len(pieces) == 1 else self._operator_threads)
         if len(pieces) == 1 or self.workers == 1:
             results = [session.run(piece, outputs) for piece in pieces]
         else:
@@ -222,16 +243,31 @@ class OrtCpuEngine:
                 results = list(pool.map(lambda piece: session.run(piece, outputs), pieces))
         return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
 
-    def _open(self, block: int, kind: str) -> Session:
-        """The session of a graph as the bundle has it."""
+    def _open(self, block: int, kind: str, threads: int) -> Session:
+        """The session of a graph as the bundle has it, with `threads` inside its operators."""
 
         def make() -> Session:
             path: Path = getattr(self.bundle.blocks[block], kind)
             self._parse(block, path)
-            return Session(path, folder=path.parent, threads=self._operator_threads)
+            return Session(path, folder=path.parent, threads=threads)
 
         with self._lock:
-            return self._cached(block, (kind,), make)
+            return self._cached(block, (kind, threads), make)
+
+    def _open_vjp(self, block: int, threads: int) -> SplitBlock:
+        """The sessions of both halves of the gradient graph."""
+        path = self.bundle.blocks[block].gradient
+
+        def opener(half: str) -> Callable[[], Session]:
+            return lambda: Session(getattr(halves(), half), folder=path.parent, threads=threads)
+
+        @functools.cache
+        def halves() -> SplitGradient:
+            return split_gradient(self._parse(block, path))
+
+        with self._lock:
+            sessions = [self._cached(block, ("vjp", half, threads), opener(half)) for half in ("forward", "backward")]
+        return SplitBlock(*sessions)
 
     def _parse(self, block: int, path: Path) -> Any:
         """The graph as a ModelProto, all of its external tensors in the block's weights."""

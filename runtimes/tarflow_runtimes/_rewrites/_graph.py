@@ -135,8 +135,8 @@ class Graph:
         self.nodes = [node for node in self.nodes if id(node) not in gone]
         self._index()
 
-    def declare_input(self, name: str, elem_type: int, shape: tuple[int | str, ...]) -> str:
-        """Add a graph input; letters in `shape` are symbolic axes."""
+    def declare_input(self, name: str, elem_type: int, shape: tuple[int | str, ...] | None) -> str:
+        """Add a graph input; letters in `shape` are symbolic axes, None leaves even their number open."""
         self.inputs[name] = proto.value_info(name, elem_type, shape)
         return name
 
