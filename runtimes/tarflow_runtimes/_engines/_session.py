@@ -48,11 +48,12 @@ class Session:
         EngineError: when ONNX Runtime refuses the graph.
     """
 
-    def __init__(self, model: Path | bytes, *, folder: Path, threads: int) -> None:
+    def __init__(self, model: Path | bytes, *, folder: Path, threads: int, spinning: bool = True) -> None:
         ort = import_onnxruntime()
         share_allocator()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.use_env_allocators", "1")

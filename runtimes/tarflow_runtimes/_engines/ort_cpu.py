@@ -52,7 +52,8 @@ weights from memory again. At 50 MB and 16 rows a step took 5.4 ms so, and 6.9 m
 
 ALONE_THREADS_BYTES: Final = 4 << 20
 """Weights of a block from which a part that runs alone has its operators threaded. At 7 MB a step of one image took
-123 us with two threads and 197 with one, at 3 MB 117 and 116."""
+123 us with two threads and 197 with one, at 3 MB 117 and 116. The score of one image took 82 and 116 ms at 7 MB, where
+threads that have nothing to do sleep; where they spin they take the next block's cores, and it took 253 ms."""
 
 CACHE_BYTES: Final = 1 << 30
 """Attention caches of one part at most."""
@@ -128,7 +129,7 @@ class OrtCpuEngine:
         self, block: int, patches: Floats, labels: Integers | None, *, alone: bool
     ) -> tuple[Floats, Callable[[Floats], Floats]]:
         """Patches [B, N, D] -> z [B, N, D] and the way back: cotangent -> `gradient` of these patches, once."""
-        return self._open_vjp(block, self._threads if alone else self._operator_threads).run(patches, labels)
+        return self._open_vjp(block, self._threads_of(alone)).run(patches, labels)
 
     def window(self, block: int, patches: Floats, noise: Floats, labels: Integers | None) -> Floats:
         """The step graph on N - 1 patches at once: finished patches [B, N, D] -> patches 1 .. N-1, block order."""
@@ -235,7 +236,7 @@ class OrtCpuEngine:
         image_bytes = 4 * config.patches * (4 * config.heads * config.patches + 20 * config.width)
         size = max(1, min(ACTIVATION_BYTES // (image_bytes * self.workers), math.ceil(batch / self.workers)))
         pieces = [{name: array[i : i + size] for name, array in given.items()} for i in range(0, batch, size)]
-        session = self._open(block, kind, self._threads if len(pieces) == 1 else self._operator_threads)
+        session = self._open(block, kind, self._threads_of(alone=len(pieces) == 1))
         if len(pieces) == 1 or self.workers == 1:
             results = [session.run(piece, outputs) for piece in pieces]
         else:
@@ -249,7 +250,7 @@ class OrtCpuEngine:
         def make() -> Session:
             path: Path = getattr(self.bundle.blocks[block], kind)
             self._parse(block, path)
-            return Session(path, folder=path.parent, threads=threads)
+            return Session(path, folder=path.parent, threads=threads, spinning=kind == "step")
 
         with self._lock:
             return self._cached(block, (kind, threads), make)
@@ -259,7 +260,7 @@ class OrtCpuEngine:
         path = self.bundle.blocks[block].gradient
 
         def opener(half: str) -> Callable[[], Session]:
-            return lambda: Session(getattr(halves(), half), folder=path.parent, threads=threads)
+            return lambda: Session(getattr(halves(), half), folder=path.parent, threads=threads, spinning=False)
 
         @functools.cache
         def halves() -> SplitGradient:
