@@ -194,6 +194,7 @@ def table(options: argparse.Namespace, work: Work) -> None:
                 print_rows(cell, rows)
                 cells = [one for one in cells if (one["batch"], one["guidance"]) != (batch, guidance)]
                 cells.append({"batch": batch, "guidance": guidance, "rows": rows})
+                cells.sort(key=lambda one: (one["guidance"], one["batch"]))
                 if options.json:
                     write_json(options.json, {"header": head, "cells": cells})
 
