@@ -67,7 +67,16 @@ def test_build_and_quick_tests(tmp_path: Path) -> None:
     settings, library = _settings(), _library()
     golden, build, prefix = tmp_path / "golden.bin", tmp_path / "build", tmp_path / "prefix"
     _run(sys.executable, SOURCE / "tests" / "golden.py", BUNDLE, golden)
-    _run("cmake", "-S", SOURCE, "-B", build, f"-DCMAKE_INSTALL_PREFIX={prefix}", f"-DTARFLOW_TEST_GOLDEN={golden}", *settings)
+    _run(
+        "cmake",
+        "-S",
+        SOURCE,
+        "-B",
+        build,
+        f"-DCMAKE_INSTALL_PREFIX={prefix}",
+        f"-DTARFLOW_TEST_GOLDEN={golden}",
+        *settings,
+    )
     _run("cmake", "--build", build, "--parallel", "2")
     listed = _run("ctest", "--test-dir", build, "-L", "quick", "--output-on-failure", TARFLOW_ORT_LIBRARY=str(library))
     assert "parity" in listed

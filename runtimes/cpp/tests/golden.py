@@ -1,8 +1,10 @@
 """Write what the Python runtime computes, for tests/parity.cpp: golden.py BUNDLE FILE. Little-endian, in order."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
+
 import tarflow_runtimes as tfr
 from tarflow_runtimes._noise import standard_normal
 
@@ -27,7 +29,7 @@ def main(bundle: str, target: str) -> None:
             flow.log_prob(plain, [0, 1, 2, 3]),
             flow.denoise(plain, [0, 1, 2, 3], sigma=0.2, strength=0.5),
         ]
-    with open(target, "wb") as file:
+    with Path(target).open("wb") as file:
         for array in arrays:
             file.write(np.ascontiguousarray(array).tobytes())
 
