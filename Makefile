@@ -1,5 +1,6 @@
 # make demo   environment, export of the shipped checkpoint, sampling on the CPU, demo.png
 # make test   environment, all tests
+# make test-cpp   libtarflow: build, tests, comparison with Python
 # make lint   ruff and mypy
 #
 # PYTHON chooses the interpreter, TORCH the PyTorch requirement (a CPU build is enough).
@@ -11,7 +12,7 @@ BIN = $(VENV)/bin
 CHECKPOINT = examples/01_train_mnist/mnist_model_4_128_4_4_0.10.safetensors
 PYTEST_OPTIONS ?=
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-cpp lint format clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +28,9 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+test-cpp: $(VENV)/ready
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/project/test_cpp.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

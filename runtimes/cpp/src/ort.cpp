@@ -1,0 +1,124 @@
+#include "ort.hpp"
+
+#include <dlfcn.h>
+
+#include <climits>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <unistd.h>
+#include <vector>
+
+#include "error.hpp"
+
+namespace tarflow::detail {
+namespace {
+
+constexpr int kApiVersion = 21;    // what is used here; newer headers and libraries only append to it
+constexpr int kOldestMinor = 28;   // TensorScatter of opset 24, tested from 1.28 on
+static_assert(ORT_API_VERSION >= kApiVersion, "headers of ONNX Runtime 1.21 or newer are needed");
+
+std::mutex mutex;
+std::string loaded;                // path, once loaded
+std::string version;
+Ort::Env* environment = nullptr;   // never freed: sessions may live until the process ends
+
+std::string beside(const void* address) {
+  Dl_info info = {};
+  if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return "";
+  const std::string path = info.dli_fname;
+  const std::size_t slash = path.rfind('/');
+  return slash == std::string::npos ? "" : path.substr(0, slash + 1);
+}
+
+std::string program_folder() {
+  char path[PATH_MAX];
+  const ssize_t length = readlink("/proc/self/exe", path, sizeof path);
+  if (length <= 0) return "";
+  const std::string whole(path, static_cast<std::size_t>(length));
+  return whole.substr(0, whole.rfind('/') + 1);
+}
+
+/// The explicit choices are tried alone: a library that was asked for is taken, or is an error.
+std::vector<std::string> candidates(const std::string& library) {
+  if (!library.empty()) return {library};
+  const char* variable = std::getenv("TARFLOW_ORT_LIBRARY");
+  if (variable != nullptr && *variable != '\0') return {variable};
+  std::vector<std::string> found;
+  for (const std::string& folder : {beside(reinterpret_cast<const void*>(&ort_version)), program_folder()}) {
+    if (!folder.empty()) {
+      found.push_back(folder + "libonnxruntime.so.1");
+      found.push_back(folder + "libonnxruntime.so");
+    }
+  }
+  found.emplace_back("libonnxruntime.so.1");
+  found.emplace_back("libonnxruntime.so");
+  return found;
+}
+
+void start(void* handle, const std::string& path) {
+  const auto base_of = reinterpret_cast<const OrtApiBase* (*)()>(dlsym(handle, "OrtGetApiBase"));
+  if (base_of == nullptr) throw engine_error(path + " is not ONNX Runtime: it has no OrtGetApiBase");
+  const OrtApiBase* base = base_of();
+  const std::string found = base->GetVersionString();
+  int major = 0;
+  int minor = 0;
+  if (std::sscanf(found.c_str(), "%d.%d", &major, &minor) != 2 || major != 1 || minor < kOldestMinor)
+    throw engine_error("ONNX Runtime " + found + " in " + path + " is not supported",
+                       "use ONNX Runtime 1." + std::to_string(kOldestMinor) + " or newer");
+  const OrtApi* api = base->GetApi(kApiVersion);
+  if (api == nullptr) throw engine_error("ONNX Runtime " + found + " does not offer its API " + std::to_string(kApiVersion));
+  Ort::InitApi(api);
+  auto* made = new Ort::Env(ORT_LOGGING_LEVEL_ERROR, "tarflow");
+  // Sessions that each keep an arena of their own would hold three times the memory over the blocks of a model.
+  const Ort::MemoryInfo memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+  made->CreateAndRegisterAllocator(memory, nullptr);
+  environment = made;
+  version = found;
+  loaded = path;
+}
+
+}  // namespace
+
+void load_ort(const std::string& library) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (environment != nullptr) {
+    if (!library.empty() && library != loaded)
+      throw engine_error("ONNX Runtime is loaded from " + loaded + " already, not from " + library,
+                         "use one ONNX Runtime per process");
+    return;
+  }
+  std::string reasons;
+  for (const std::string& path : candidates(library)) {
+    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (handle == nullptr) {
+      const char* reason = dlerror();
+      reasons += std::string(reasons.empty() ? "" : "; ") + (reason != nullptr ? reason : path.c_str());
+      continue;
+    }
+    try {
+      start(handle, path);
+    } catch (const Ort::Exception& error) {
+      throw engine_error(std::string("ONNX Runtime does not start: ") + error.what());
+    }
+    return;
+  }
+  throw engine_error("ONNX Runtime is not found: " + reasons,
+                     "set TARFLOW_ORT_LIBRARY to the path of libonnxruntime.so");
+}
+
+const char* ort_version() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return version.c_str();
+}
+
+Ort::Session open_session(const std::string& path, int threads) {
+  Ort::SessionOptions options;
+  options.SetIntraOpNumThreads(threads);
+  options.SetInterOpNumThreads(1);
+  options.SetLogSeverityLevel(3);
+  options.AddConfigEntry("session.use_env_allocators", "1");
+  return Ort::Session(*environment, path.c_str(), options);
+}
+
+}  // namespace tarflow::detail
