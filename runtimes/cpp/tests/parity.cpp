@@ -37,6 +37,9 @@ static void compare(const char* name, const std::vector<T>& got, double limit, b
   if (!(worst <= limit)) ++failures;
 }
 
+/// Four times the float32 floor of this model's guided images, 2.6e-4 over 256 images (docs/DECODING.md).
+constexpr double kGuidedLimit = 1e-3;
+
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
   golden.open(argv[2], std::ios::binary);
@@ -63,7 +66,7 @@ int main(int argc, char** argv) {
     guided.guidance = 2.0;
     guided.attention_temperature = 1.5;
     guided.anneal_guidance = true;
-    compare("guided", sampler.sample(4, {0, 1, -1, 3}, guided), 1e-4);
+    compare("guided", sampler.sample(4, {0, 1, -1, 3}, guided), kGuidedLimit);
     tarflow::SampleOptions cut;
     cut.seed = 9;
     cut.guidance = 1.0;
