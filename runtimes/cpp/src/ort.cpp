@@ -15,7 +15,7 @@ namespace tarflow::detail {
 namespace {
 
 constexpr int kApiVersion = 21;    // what is used here; newer headers and libraries only append to it
-constexpr int kOldestMinor = 28;   // TensorScatter of opset 24, tested from 1.28 on
+constexpr int kOldestMinor = 28;   // the oldest that the bundles were run on; opset 24 needs its TensorScatter
 static_assert(ORT_API_VERSION >= kApiVersion, "headers of ONNX Runtime 1.21 or newer are needed");
 
 std::mutex mutex;
