@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy.typing as npt
 
 from tarflow_runtimes._bundle import ModelConfig
 from tarflow_runtimes._engine import Floats, Integers
+from tarflow_runtimes._engines._cache_pool import CachePool
 from tarflow_runtimes._engines._session import BoundRun, Session, aligned_zeros
 
 
@@ -58,15 +61,17 @@ class _PatchLog:
 
 
 def _bind_caches(
-    config: ModelConfig, inputs: StepInputs
+    config: ModelConfig,
+    inputs: StepInputs,
+    make: Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[Any]] = aligned_zeros,
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
-    """Zeroed caches by input name, and the same arrays by output name: the graph updates them in place.
+    """Caches by input name, and the same arrays by output name: the graph updates them in place.
 
-    Zeroed, because masked attention multiplies unwritten entries by zero, and zero times stray NaN is NaN.
+    Zeroed for masked attention, which multiplies unwritten entries by zero, and zero times stray NaN is NaN.
     """
     shape = (inputs.rows, config.heads, config.patches, config.head_dim)
     names = [f"{kind}_{layer}" for layer in range(config.layers) for kind in ("key", "value")]
-    caches = {name: aligned_zeros(shape, inputs.cache_dtype) for name in names}
+    caches = {name: make(shape, inputs.cache_dtype) for name in names}
     return caches, {f"next_{name}": cache for name, cache in caches.items()}
 
 
@@ -106,9 +111,19 @@ class PortableStepper:
 
 
 class SequentialStepper:
-    """Runs the rewritten step graph, whose rows of embeddings, noise and guidance are looked up here."""
+    """Runs the rewritten step graph, whose rows of embeddings, noise and guidance are looked up here.
 
-    def __init__(self, session: Session, config: ModelConfig, inputs: StepInputs, tables: SequentialTables) -> None:
+    Its attention reads the written entries of the caches alone, so that they may come from a pool as they are.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        config: ModelConfig,
+        inputs: StepInputs,
+        tables: SequentialTables,
+        pool: CachePool | None = None,
+    ) -> None:
         batch, branches, rows = len(inputs.noise), inputs.branches, inputs.rows
         self._log = _PatchLog(inputs)
         self._step = 0
@@ -130,7 +145,9 @@ class SequentialStepper:
         self._lengths = aligned_zeros((rows,), np.int32)
         self._total = aligned_zeros((1,), np.int32)
         self._next = self._rows[:batch]  # written last, from values that needed all of the rows
-        caches, next_caches = _bind_caches(config, inputs)
+        caches, next_caches = _bind_caches(config, inputs, aligned_zeros if pool is None else pool.take)
+        if pool is not None:
+            weakref.finalize(self, pool.give, tuple(caches.values())).atexit = False
         arrays: dict[str, npt.NDArray[Any]] = {
             "rows": self._rows,
             "embedding": self._embedding,

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from tarflow_runtimes import _onnx_proto as proto
 from tarflow_runtimes._bundle import Bundle
 from tarflow_runtimes._engine import Floats, Integers, Stepper, Windows
+from tarflow_runtimes._engines._cache_pool import CachePool
 from tarflow_runtimes._engines._cpus import cpu_name, usable_cpus
 from tarflow_runtimes._engines._ort_import import import_onnxruntime
 from tarflow_runtimes._engines._session import Session
@@ -88,6 +89,7 @@ class OrtCpuEngine:
         self._closed = False
         self._sessions: dict[tuple[object, ...], Session] = {}
         self._tables: dict[int, SequentialTables] = {}
+        self._caches = CachePool()
         self._declined: dict[tuple[int, int, bool, bool], str] = {}
         self._block_bytes = max(1, *(block.weights.stat().st_size for block in bundle.blocks))
         self._wide = self._block_bytes >= OPERATOR_THREADS_BYTES
@@ -173,7 +175,7 @@ class OrtCpuEngine:
         if opened is None:
             return PortableStepper(self._open(block, "step", self._operator_threads), self.bundle.config, inputs)
         session, tables = opened
-        return SequentialStepper(session, self.bundle.config, inputs, tables)
+        return SequentialStepper(session, self.bundle.config, inputs, tables, self._caches)
 
     def windows(
         self,
@@ -218,6 +220,7 @@ class OrtCpuEngine:
             self._closed = True
             self._sessions.clear()
             self._tables.clear()
+            self._caches.clear()
 
     def _threads_of(self, alone: bool) -> int:
         """Threads inside the operators of a part that runs alone or beside others."""
