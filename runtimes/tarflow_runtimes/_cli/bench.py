@@ -6,12 +6,13 @@ import functools
 import io
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tarflow_runtimes._cli._lists import count, items, weight
 from tarflow_runtimes._cli._shell import command, json_text, new_app, note, printable
 from tarflow_runtimes._errors import InputError
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     from tarflow_runtimes._bench_results import BenchResult, CaseResult
     from tarflow_runtimes._cli._output import Output
-
-T = TypeVar("T", int, float, str)
 
 app = new_app()
 
@@ -69,10 +68,10 @@ def bench(
 
     Every combination of the lists is timed once a round, in turn. LIST is separated by commas.
     """
-    engines = _items("--engine", engine, str)
-    batches = _items("--batch", batch, _count)
-    decodes = _items("--decode", decode, str)
-    weights = _items("--guidance", guidance, _weight)
+    engines = items("--engine", engine, str)
+    batches = items("--batch", batch, count)
+    decodes = items("--decode", decode, str)
+    weights = items("--guidance", guidance, weight)
     _check(rounds >= 1, f"--rounds must be at least 1, got {rounds}", "7 is usual")
     _check(0 <= seed < 2**64, f"--seed must be in 0 .. 2^64 - 1, got {seed}", "leave it out for 0")
     good = tolerance is None or (math.isfinite(tolerance) and tolerance >= 0.0)
@@ -110,34 +109,6 @@ def bench(
     for output in (data, plot):
         if output is not None:
             note(f"wrote {output.path}")
-
-
-def _items(option: str, text: str, read: Callable[[str], T]) -> list[T]:
-    """The items of a list, each once."""
-    found = []
-    for item in text.split(","):
-        try:
-            found.append(read(item.strip()))
-        except ValueError as error:
-            raise InputError(f"{option} {text}: {error}", hint="separate items by commas") from None
-        _check(bool(item.strip()), f"{option} {text!r}: an item is empty", "separate items by commas")
-    return list(dict.fromkeys(found))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{text!r} is not a number of images")
-    return int(text)
-
-
-def _weight(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value < 0.0:
-        raise ValueError(f"{text!r} is not a guidance weight (a finite number, not negative)")
-    return value
 
 
 def _check(right: bool, message: str, hint: str) -> None:

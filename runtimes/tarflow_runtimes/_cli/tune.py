@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tarflow_runtimes._cli._lists import count, items, weight
 from tarflow_runtimes._cli._shell import command, new_app, note, print_json
 from tarflow_runtimes._errors import InputError
 
 if TYPE_CHECKING:
     from tarflow_runtimes._tune import BlockTuned
-
-T = TypeVar("T", int, float)
 
 app = new_app()
 
@@ -45,8 +44,8 @@ def tune(
     `--decode auto` then uses the plan. It holds for this bundle, engine, machine and version; plans for others in the
     same file stay. Needs no data: the blocks' inputs come from drawn noise.
     """
-    batches = numbers(batch, int, "--batch")
-    weights = numbers(guidance, float, "--guidance")
+    batches = items("--batch", batch, count)
+    weights = items("--guidance", guidance, weight)
 
     import tarflow_runtimes as tfr
     from tarflow_runtimes._plan import DEFAULT_TOLERANCE
@@ -75,18 +74,6 @@ def tune(
         from tarflow_runtimes._tuned import entry_json
 
         print_json({"file": str(path), "plans": [entry_json(entry) for entry in plans.entries]})
-
-
-def numbers(text: str, kind: type[T], option: str) -> list[T]:
-    """A list as 1,16 in an option.
-
-    Raises:
-        InputError: when it is none.
-    """
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"{option} must be numbers with commas between, got {text!r}", hint="as 1,16") from error
 
 
 def _tell(found: BlockTuned) -> None:

@@ -1,0 +1,46 @@
+"""Options that take a list, as `--batch 1,16`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+from tarflow_runtimes._errors import InputError
+
+T = TypeVar("T", int, float, str)
+
+
+def items(option: str, text: str, read: Callable[[str], T]) -> list[T]:
+    """The items of a list separated by commas, each once.
+
+    Raises:
+        InputError: when one is empty, or `read` raises ValueError for it.
+    """
+    found = []
+    for item in text.split(","):
+        try:
+            found.append(read(item.strip()))
+        except ValueError as error:
+            raise InputError(f"{option} {text}: {error}", hint="separate items by commas") from None
+        if not item.strip():
+            raise InputError(f"{option} {text!r}: an item is empty", hint="separate items by commas")
+    return list(dict.fromkeys(found))
+
+
+def count(text: str) -> int:
+    """A number of images."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is not a number of images")
+    return int(text)
+
+
+def weight(text: str) -> float:
+    """A guidance weight."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0.0:
+        raise ValueError(f"{text!r} is not a guidance weight (a finite number, not negative)")
+    return value
