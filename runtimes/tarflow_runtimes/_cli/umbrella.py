@@ -33,6 +33,7 @@ VERBS = {
     "classify": Verb(target="tarflow_runtimes._cli.images:classify_app", summary="Class posteriors of images."),
     "bench": Verb(target="tarflow_runtimes._cli.bench:app", summary="Measure how fast a bundle decodes here."),
     "tune": Verb(target="tarflow_runtimes._cli.tune:app", summary="Find the fastest way to decode on this machine."),
+    "doctor": Verb(target="tarflow_runtimes._cli.doctor:app", summary="Say which engines are ready on this machine."),
     "inspect": Verb(target="tarflow_runtimes._cli.bundles:inspect_app", summary="Say what a bundle holds."),
     "verify": Verb(
         target="tarflow_runtimes._cli.bundles:verify_app", summary="Repeat a bundle's verification on an engine."

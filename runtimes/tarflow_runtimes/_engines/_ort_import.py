@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import re
 from typing import Any, Final
 
+from tarflow_runtimes._engines._installed import owners
 from tarflow_runtimes._errors import EngineError
 
 MINIMUM_VERSION: Final = (1, 28)
@@ -20,11 +20,11 @@ def import_onnxruntime() -> Any:
     Raises:
         EngineError: when it is missing, too old, or when two distributions have written into its folder.
     """
-    owners = onnxruntime_owners()
-    if len(owners) > 1:
+    found = owners("onnxruntime")
+    if len(found) > 1:
         raise EngineError(
-            f"installed packages overwrite each other in the folder onnxruntime/: {', '.join(owners)}",
-            hint=f"pip uninstall -y {' '.join(owner.split()[0] for owner in owners)}, then {INSTALL}",
+            f"installed packages overwrite each other in the folder onnxruntime/: {', '.join(found)}",
+            hint=f"pip uninstall -y {' '.join(owner.split()[0] for owner in found)}, then {INSTALL}",
         )
     try:
         import onnxruntime
@@ -42,15 +42,3 @@ def import_onnxruntime() -> Any:
             hint=f'pip install "onnxruntime>={wanted}"',
         )
     return onnxruntime
-
-
-def onnxruntime_owners() -> list[str]:
-    """Installed distributions that own files of the package `onnxruntime`, as `name version`, sorted."""
-    owners = set()
-    for distribution in importlib.metadata.distributions():
-        name = (distribution.name or "").lower().replace("_", "-")
-        if not name.startswith(("onnxruntime", "ort-")):
-            continue
-        if any(file.parts[:2] == ("onnxruntime", "__init__.py") for file in distribution.files or ()):
-            owners.add(f"{name} {distribution.version}")
-    return sorted(owners)

@@ -1,0 +1,78 @@
+"""`tarflow doctor`: what it prints, its JSON, its exit code."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import pytest
+
+import tarflow_runtimes._doctor as doctor
+from tarflow_runtimes._doctor.facts import Driver, Facts, Gpu, Module, Provider
+
+GPU = Gpu(name="NVIDIA H200", capability=(9, 0), memory=150_000_000_000, free=149_000_000_000)
+
+
+@pytest.fixture(scope="module")
+def here() -> Facts:
+    return doctor.gather()
+
+
+@pytest.fixture
+def found(here: Facts, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the doctor find this machine with other facts."""
+
+    def change(**facts: object) -> None:
+        changed = dataclasses.replace(here, **facts)
+        monkeypatch.setattr(doctor, "gather", lambda: changed)
+
+    return change
+
+
+def test_this_machine(tarflow: Callable) -> None:
+    result = tarflow("doctor")
+    assert result.code == 0
+    lines = [line.split(maxsplit=1) for line in result.out.splitlines() if line and not line.startswith(" ")]
+    words = {line[0]: line[1] for line in lines}
+    assert words["ort-cpu"] == "ready"
+    assert {"system", "driver", "onnxruntime", "tensorrt", "tensorrt_rtx", "auto"} <= set(words)
+    report = json.loads(tarflow("doctor", "--json").out)
+    assert list(report["engines"]) == ["ort-cpu", "ort-cuda", "trt", "trt-rtx"]
+    assert report["engines"]["ort-cpu"] == {"ready": True, "problem": None, "remedy": None}
+    assert report["facts"]["modules"]["onnxruntime"]["file"] in result.out
+    for name, verdict in report["engines"].items():
+        if not verdict["ready"]:
+            assert f"not ready: {verdict['problem']}" == words[name]
+            assert verdict["remedy"] in result.out
+    assert words["auto"] == f"takes {report['auto']['engine']}"
+
+
+def test_a_machine_with_a_gpu(tarflow: Callable, found: Callable, here: Facts) -> None:
+    found(
+        driver=Driver(version="580.65.06", cuda=(13, 1)),
+        gpus=(GPU, dataclasses.replace(GPU, free=None)),
+        provider=Provider(built=True, cuda="13.0"),
+        modules=here.modules | {"cuda.bindings": Module(version="13.4.4", file="f"), "tensorrt": Module()},
+        owners={"onnxruntime": ("onnxruntime-gpu 1.31.1",)},
+    )
+    result = tarflow("doctor")
+    assert result.code == 0
+    assert "GPU 0               NVIDIA H200, sm_90, 150.0 GB, 149.0 GB free\n" in result.out
+    assert "GPU 1               NVIDIA H200, sm_90, 150.0 GB\n" in result.out
+    assert "driver              580.65.06, runs CUDA up to 13.1\n" in result.out
+    assert "CUDA provider       of onnxruntime, for CUDA 13.0, loads\n" in result.out
+    assert "ort-cuda            ready\n" in result.out
+    assert result.out.endswith("auto                takes ort-cuda\n")
+
+
+def test_the_default_engine_is_not_ready(tarflow: Callable, found: Callable, here: Facts) -> None:
+    owners = {"onnxruntime": ("onnxruntime 1.32.0", "onnxruntime-gpu 1.31.1")}
+    found(modules=here.modules | {"tensorrt": Module(problem="libnvinfer.so.11: \x1b[31m")}, owners=owners)
+    result = tarflow("doctor")
+    assert result.code == 1
+    assert "not ready: installed packages overwrite each other" in result.out
+    assert result.out.endswith("auto                takes ort-cpu, which is not ready\n")
+    assert "warning: installed packages overwrite each other in the folder onnxruntime/: " in result.err
+    assert "\x1b" not in result.out + result.err
+    report = tarflow("doctor", "--json")
+    assert report.code == 1
+    assert len(json.loads(report.out)["warnings"]) == 2
