@@ -81,11 +81,34 @@ _ROUNDED: Final = {
     "denoise": Tolerance(measure="max_abs", limit=2e-2, reason="two 8-bit steps"),
 }
 
+
+def _scaled(table: Mapping[str, Tolerance], factor: float, reason: str) -> dict[str, Tolerance]:
+    return {
+        stage: dataclasses.replace(tolerance, limit=factor * tolerance.limit, reason=f"{reason}; {tolerance.reason}")
+        for stage, tolerance in table.items()
+    }
+
+
+_GPU_EXACT: Final = _scaled(
+    _EXACT, 10.0, "ten times the CPU's: sums in another order, and exp, erf and rsqrt of CUDA, each 1 to 2 ulp off"
+)
+_GPU_ROUNDED: Final = _ROUNDED | {
+    "sample": Tolerance(
+        measure="relative", limit=2e-2, reason="a PSNR of 40 dB: images span 2 and have a root mean square of at most 1"
+    )
+}
+_COARSE: Final = _scaled(_ROUNDED, 8.0, "bfloat16 has 3 bits less than float16")
+
+GPU_ENGINES: Final = ("ort-cuda", "trt", "trt-rtx")
+
 TOLERANCES: Final[Mapping[tuple[str, str], Mapping[str, Tolerance]]] = {
     ("*", "float32"): _EXACT,
     ("*", "float16"): _ROUNDED,
+    ("*", "bfloat16"): _COARSE,
+    **{(engine, "float32"): _GPU_EXACT for engine in GPU_ENGINES},
+    **{(engine, "float16"): _GPU_ROUNDED for engine in GPU_ENGINES},
 }
-"""(engine, dtype of the bundle) -> stage -> tolerance; `*` stands for every engine without a line of its own."""
+"""(engine, dtype it computes in) -> stage -> tolerance; `*` stands for every engine without a line of its own."""
 
 
 def tolerance_for(engine: str, dtype: str, stage: str) -> Tolerance:

@@ -165,23 +165,24 @@ def unit_of(dims: int) -> float:
 
 
 def verify(bundle: Bundle, engine: Engine, *, on_block: Callable[[int], None] | None = None) -> tuple[Record, ...]:
-    """Verify `engine` and the sampler on it; the rest is as in `verify_subject`."""
-    return verify_subject(bundle, EngineSubject(engine), on_block=on_block)
+    """Verify `engine` and the sampler on it, in the dtype that its report names; the rest is as in `verify_subject`."""
+    dtype = str(engine.report().get("dtype", bundle.dtype))
+    return verify_subject(bundle, EngineSubject(engine), dtype=dtype, on_block=on_block)
 
 
 def verify_subject(
-    bundle: Bundle, subject: Subject, *, on_block: Callable[[int], None] | None = None
+    bundle: Bundle, subject: Subject, *, dtype: str | None = None, on_block: Callable[[int], None] | None = None
 ) -> tuple[Record, ...]:
     """Run `subject` on the bundle's reference inputs and compare; passed or not, every comparison is in the result.
 
-    `on_block` is called after each block with its number. Use `require_passed` on the result to turn a miss into an
-    error.
+    `dtype` is what the subject computes in, where that is not the bundle's: it picks the tolerances. `on_block` is
+    called after each block with its number. Use `require_passed` on the result to turn a miss into an error.
 
     Raises:
         VerificationError: when the bundle holds no reference.
         BundleError: when the reference does not fit the bundle.
     """
-    run = _Run(bundle, subject, Reference.load(bundle))
+    run = _Run(bundle, subject, Reference.load(bundle), dtype or bundle.dtype)
     blocks: list[_BlockOutputs] = []
     for k in range(bundle.config.blocks):
         blocks.append(run.block(k))
@@ -206,8 +207,9 @@ class _BlockOutputs:
 class _Run:
     """One pass over the reference; `records` grows."""
 
-    def __init__(self, bundle: Bundle, subject: Subject, reference: Reference) -> None:
+    def __init__(self, bundle: Bundle, subject: Subject, reference: Reference, dtype: str) -> None:
         self.bundle = bundle
+        self.dtype = dtype
         self.config = bundle.config
         self.subject = subject
         self.reference = reference
@@ -219,7 +221,7 @@ class _Run:
         self.deviation: npt.NDArray[np.float32] = np.sqrt(prior)
 
     def record(self, where: str, stage: str, actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
-        tolerance = tolerance_for(self.subject.name, self.bundle.dtype, stage)
+        tolerance = tolerance_for(self.subject.name, self.dtype, stage)
         unit = unit_of(self.config.dims) if stage in ("log_det", "log_prob") else 1.0
         name = f"{where} {stage}"
         self.records.append(compare(name, stage, actual, expected, tolerance=tolerance, floors=self.floors, unit=unit))
