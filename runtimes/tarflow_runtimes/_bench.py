@@ -31,7 +31,7 @@ from tarflow_runtimes._bench_results import (
     sequential_work,
 )
 from tarflow_runtimes._ceilings import measure_ceilings
-from tarflow_runtimes._engine import Engine, Floats, Stepper
+from tarflow_runtimes._engine import Engine, Floats, HostEngine, Stepper
 from tarflow_runtimes._errors import DecodeWarning, InputError
 from tarflow_runtimes._flow import Flow, load
 from tarflow_runtimes._noise import standard_normal
@@ -243,7 +243,7 @@ class _Runner:
         steps = config.blocks * (config.patches - 1)
         blocks = tuple(self._block(block) for block in reversed(range(config.blocks)))
         p50, p95 = (float(np.percentile(self.seconds, q)) for q in (50, 95))
-        sequential = all(block.step_us for block in blocks)
+        sequential = all(block.strategy == strategy_json(Sequential()) for block in blocks)
         work = sequential_work(
             config,
             rows=self.case.batch * (2 if self.case.guidance else 1),
@@ -259,7 +259,7 @@ class _Runner:
             speedup=statistics.median(self.ratios),
             max_difference=self.max_difference,
             step_us=1e6 * p50 / steps,
-            slope_us=slope([block.step_us for block in blocks]) if sequential else None,
+            slope_us=slope([block.step_us for block in blocks]) if all(block.step_us for block in blocks) else None,
             gflops=1e-9 * work.operations / p50 if sequential else None,
             gbs=1e-9 * work.bytes / p50 if sequential else None,
             non_finite=self.non_finite,
@@ -281,7 +281,7 @@ class _Runner:
             settled=settled_curve(committed, self.flow.config.patches),
             residual=max(report.residual for report in reports),
             sequential_images=sum(len(report.sequential_images) for report in reports),
-            step_us=tuple((1e6 * np.median(times, axis=0)).tolist()) if sequential else (),
+            step_us=tuple((1e6 * np.median(times, axis=0)).tolist()) if sequential and times else (),
         )
 
 
@@ -311,7 +311,10 @@ def slope(step_us: Sequence[Sequence[float]]) -> float | None:
 
 
 class _ClockedEngine:
-    """An engine whose sequential steps are timed; everything else goes to the engine itself."""
+    """An engine whose sequential steps are timed; everything else goes to the engine itself.
+
+    On a device steps are not taken one by one, so that there is nothing to time.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -324,7 +327,7 @@ class _ClockedEngine:
         """The engine's stepper, with a clock for each of its steps."""
         seconds: list[float] = []
         self._seconds.setdefault(block, []).append(seconds)
-        return _ClockedStepper(self._engine.stepper(block, **inputs), seconds)
+        return _ClockedStepper(cast("HostEngine", self._engine).stepper(block, **inputs), seconds)
 
     def steps(self) -> dict[int, Floats]:
         """Seconds of the steps [N - 1] of each sequential block for the whole batch.

@@ -1,15 +1,19 @@
-"""What an engine is: `Engine` opens a bundle's blocks, `Stepper` holds the state of one inverse of one block.
+"""What an engine is: `Engine` opens a bundle's blocks; how they are inverted differs between the host and a device.
 
-The sampler owns the loop, an engine owns the buffers: on a device with its own memory nothing crosses per step.
+On the host the sampler owns the loop and the engine the buffers: `HostEngine`, `Stepper`, `Windows`. On a device with
+memory of its own nothing may cross per step, so that there the engine's `Decoder` owns both.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from tarflow_runtimes._plan import BlockReport, Strategy
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -35,8 +39,40 @@ class Windows(Protocol):
         """
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One block's turn in a run; `steps` ends a sequential one after so many of its N - 1 steps."""
+
+    block: int
+    strategy: Strategy
+    steps: int | None = None
+
+
+OnTurn = Callable[[int, int], object]
+"""Hears the number of a turn, from 0, and how many of its steps are done; an error that it raises ends the run."""
+
+
+class Decoder(Protocol):
+    """Inverts blocks one after the other on a device: noise goes there once, and patches come back once."""
+
+    def decode(
+        self,
+        turns: Sequence[Turn],
+        *,
+        noise: Floats,
+        labels: Integers | None,
+        guidance: Floats,
+        inverse_temperature: Floats,
+        on_step: OnTurn | None = None,
+    ) -> tuple[Floats, tuple[BlockReport, ...]]:
+        """Noise [B, N, D], labels [G, B], guidance [2, N], inverse_temperature [G] -> patches [B, N, D], and how.
+
+        Noise and patches are in image order; each turn starts from what the one before made.
+        """
+
+
 class Engine(Protocol):
-    """Runs the graphs of one bundle.
+    """Runs the graphs of one bundle. An engine without a `decoder` is a `HostEngine`.
 
     Labels are int64, 0 .. classes - 1 or `classes`, the null class; None on models without classes.
     Every method but `close` may be called from several threads at once.
@@ -49,8 +85,9 @@ class Engine(Protocol):
     workers: int
     """Parts of a batch that the engine runs faster side by side, each in a thread of its own; 1 where it does not."""
 
-    def parts(self, images: int, branches: int) -> Sequence[slice]:
-        """How to cut a batch for `stepper`: slices of the images, in order."""
+    @property
+    def decoder(self) -> Decoder | None:
+        """What inverts blocks on the engine's device; None where the sampler takes the steps."""
 
     def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
         """Patches [B, N, D], labels [B] -> (z [B, N, D], log|det| [B], nats) of one block."""
@@ -71,6 +108,19 @@ class Engine(Protocol):
 
     def window(self, block: int, patches: Floats, noise: Floats, labels: Integers | None) -> Floats:
         """One call of the step graph on finished patches [B, N, D] -> patches 1 .. N-1 in block order, [B, N-1, D]."""
+
+    def report(self) -> Mapping[str, Any]:
+        """What runs where: versions, threads, rewrites taken or declined. JSON values."""
+
+    def close(self) -> None:
+        """Free the sessions; calls that are running end as they would have."""
+
+
+class HostEngine(Engine, Protocol):
+    """An engine whose memory is the host's: the sampler takes the steps, and cuts the batch as `parts` says."""
+
+    def parts(self, images: int, branches: int) -> Sequence[slice]:
+        """How to cut a batch for `stepper`: slices of the images, in order."""
 
     def stepper(
         self,
@@ -98,9 +148,3 @@ class Engine(Protocol):
         alone: bool,
     ) -> Windows:
         """Start an inverse by windows of one image: noise [N, D] in block order, labels [G], the others as above."""
-
-    def report(self) -> Mapping[str, Any]:
-        """What runs where: versions, threads, rewrites taken or declined. JSON values."""
-
-    def close(self) -> None:
-        """Free the sessions; calls that are running end as they would have."""

@@ -15,11 +15,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
 from tarflow_runtimes._crew import Crew
-from tarflow_runtimes._engine import Engine, Floats, Integers, Windows
+from tarflow_runtimes._engine import Engine, Floats, HostEngine, Integers, Turn, Windows
 from tarflow_runtimes._plan import BlockReport, Parallel
 
 
@@ -50,13 +51,23 @@ def inverse_block_parallel(  # noqa: PLR0917 - mathematics, like `inverse_block`
     Every image is iterated by itself, so that its answer does not depend on the others. `on_step` hears the number of
     patches settled, the mean over the images; an error that it raises ends the run.
     """
-    images = len(z)
+    if engine.decoder is not None:
+        x, (report,) = engine.decoder.decode(
+            [Turn(block=block, strategy=strategy)],
+            noise=z,
+            labels=labels,
+            guidance=guidance,
+            inverse_temperature=inverse_temperature,
+            on_step=None if on_step is None else lambda _, done: on_step(done),
+        )
+        return x, report
+    host, images = cast("HostEngine", engine), len(z)
     crew = Crew(images, on_step)
     results: list[Settled | None] = [None] * images
 
     def run(index: int) -> None:
         noise = z[index, ::-1] if is_reversed else z[index]
-        windows = engine.windows(
+        windows = host.windows(
             block,
             noise=noise,
             labels=None if labels is None else labels[:, index],

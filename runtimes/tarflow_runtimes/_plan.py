@@ -92,7 +92,8 @@ class BlockReport:
     """How one block was inverted.
 
     `calls[i]` is the number of evaluations of the block for image i, N - 1 when sequential; `committed[i]` says how
-    many patches each of them settled (empty when sequential); `residual` is the largest
+    many patches each of them settled (empty when sequential, and on a device, which is not asked after each call);
+    `residual` is the largest
     |x_{i+1} - (z_{i+1} * exp(a_i) + b_i)| over all images and patches, 0 when sequential; `sequential_images` are
     those that went on sequentially because the iteration met a value that is not finite.
     """

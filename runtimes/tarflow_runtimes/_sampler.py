@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
 from tarflow_runtimes._bundle import Bundle
 from tarflow_runtimes._crew import Crew
-from tarflow_runtimes._engine import Engine, Floats, Integers
+from tarflow_runtimes._engine import Engine, Floats, HostEngine, Integers, Turn
 from tarflow_runtimes._errors import Cancelled
 from tarflow_runtimes._parallel import inverse_block_parallel
 from tarflow_runtimes._plan import BlockReport, DecodeReport, Plan, Sequential
@@ -84,14 +85,26 @@ def decode_patches(  # noqa: PLR0917 - mathematics, called with names where it h
         branch_labels = np.stack([labels, np.full_like(labels, config.classes)][: guidance.branches])
     weights, inverse_temperature = guidance.weights(config.patches), guidance.inverse_temperature()
     steps = config.patches - 1
+    strategies = (Sequential(),) * config.blocks if plan is None else plan.blocks
+    order = tuple(reversed(range(config.blocks)))
+    if engine.decoder is not None:
+        x, made = engine.decoder.decode(
+            [Turn(block=block, strategy=strategies[block]) for block in order],
+            noise=x,
+            labels=branch_labels,
+            guidance=weights,
+            inverse_temperature=inverse_temperature,
+            on_step=None if on_done is None else lambda turn, done: on_done(order[turn], turn * steps + done),
+        )
+        return x, DecodeReport(blocks=made, non_finite=_overflowed(x))
     reports = []
-    for turn, block in enumerate(reversed(range(config.blocks))):
+    for turn, block in enumerate(order):
 
         def on_step(done: int, block: int = block, before: int = turn * steps) -> None:
             if on_done is not None:
                 on_done(block, before + done)
 
-        strategy = Sequential() if plan is None else plan.blocks[block]
+        strategy = strategies[block]
         given = (engine, block, x, branch_labels, weights, inverse_temperature)
         if isinstance(strategy, Sequential):
             x = inverse_block(*given, on_step=on_step)
@@ -100,8 +113,12 @@ def decode_patches(  # noqa: PLR0917 - mathematics, called with names where it h
             is_reversed = bundle.blocks[block].order == "reversed"
             x, report = inverse_block_parallel(*given, strategy=strategy, is_reversed=is_reversed, on_step=on_step)
             reports.append(report)
-    overflowed = np.flatnonzero(~np.isfinite(x).all(axis=(1, 2)))
-    return x, DecodeReport(blocks=tuple(reports), non_finite=tuple(map(int, overflowed)))
+    return x, DecodeReport(blocks=tuple(reports), non_finite=_overflowed(x))
+
+
+def _overflowed(x: Floats) -> tuple[int, ...]:
+    """Images [B, N, D] that hold values which are not finite."""
+    return tuple(map(int, np.flatnonzero(~np.isfinite(x).all(axis=(1, 2)))))
 
 
 def inverse_block(  # noqa: PLR0917 - the same
@@ -121,12 +138,23 @@ def inverse_block(  # noqa: PLR0917 - the same
     are in image order. `on_step` hears the number of steps done, growing; an error that it raises ends the run.
     """
     steps = z.shape[1] - 1 if steps is None else min(steps, z.shape[1] - 1)
-    parts = engine.parts(len(z), len(inverse_temperature))
+    if engine.decoder is not None:
+        x, _ = engine.decoder.decode(
+            [Turn(block=block, strategy=Sequential(), steps=steps)],
+            noise=z,
+            labels=labels,
+            guidance=guidance,
+            inverse_temperature=inverse_temperature,
+            on_step=None if on_step is None else lambda _, done: on_step(done),
+        )
+        return x
+    host = cast("HostEngine", engine)
+    parts = host.parts(len(z), len(inverse_temperature))
     crew = Crew(len(parts), on_step)
 
     def run(index: int) -> None:
         part = parts[index]
-        stepper = engine.stepper(
+        stepper = host.stepper(
             block,
             noise=z[part],
             labels=None if labels is None else labels[:, part],

@@ -63,7 +63,7 @@ class Session:
         try:
             self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types
-            raise EngineError(f"ONNX Runtime cannot open a graph of {folder}: {_first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime cannot open a graph of {folder}: {first_line(error)}") from error
         self.inputs: dict[str, str] = {value.name: value.type for value in self.session.get_inputs()}
         self.outputs: list[str] = [value.name for value in self.session.get_outputs()]
 
@@ -72,14 +72,14 @@ class Session:
         try:
             return list(self.session.run(list(outputs), {name: feeds[name] for name in self.inputs}))
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed in a run: {_first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime failed in a run: {first_line(error)}") from error
 
     def run_values(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
         """One run from ONNX Runtime's own values to such values, which are not copied."""
         try:
             return list(self.session.run_with_ort_values(list(outputs), {name: feeds[name] for name in self.inputs}))
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed in a run: {_first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime failed in a run: {first_line(error)}") from error
 
 
 class BoundRun:
@@ -108,8 +108,8 @@ class BoundRun:
         try:
             self._run(self._binding, None)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed in a step: {_first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime failed in a step: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

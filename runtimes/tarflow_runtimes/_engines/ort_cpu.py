@@ -80,6 +80,7 @@ class OrtCpuEngine:
     """
 
     name = "ort-cpu"
+    decoder = None
 
     def __init__(self, bundle: Bundle, weights: str = "stored") -> None:
         self._version: str = import_onnxruntime().__version__

@@ -1,0 +1,79 @@
+"""`HostDevice`: the host's memory as a device. It is how everything above `Device` is tested without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import platform
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tarflow_runtimes._device.device import ALIGNMENT, Transfers
+
+
+class HostBuffer:
+    """NumPy's memory."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
+        self.address: int = self._memory.ctypes.data + -self._memory.ctypes.data % ALIGNMENT
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostReplay:
+    """A callable, kept."""
+
+    replay: Callable[[], None]
+
+
+class HostDevice:
+    """Memory of the host; everything is done at once."""
+
+    kind = "cpu"
+
+    def __init__(self) -> None:
+        self.name = platform.processor() or platform.machine()
+        self.lock = threading.RLock()
+        self.transfers = Transfers()
+
+    def allocate(self, nbytes: int) -> HostBuffer:
+        """Zeroed memory."""
+        return HostBuffer(nbytes)
+
+    def upload(self, address: int, array: npt.NDArray[Any]) -> None:
+        """Copy an array to that address."""
+        array = np.ascontiguousarray(array)
+        ctypes.memmove(address, array.ctypes.data, array.nbytes)
+        self.transfers.uploads += 1
+        self.transfers.uploaded_bytes += array.nbytes
+
+    def download(self, address: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """A copy of the array at that address."""
+        array = np.empty(shape, dtype)
+        ctypes.memmove(array.ctypes.data, address, array.nbytes)
+        self.transfers.downloads += 1
+        self.transfers.downloaded_bytes += array.nbytes
+        return array
+
+    def copy(
+        self, target: int, source: int, nbytes: int, *, rows: int = 1, target_step: int = 0, source_step: int = 0
+    ) -> None:
+        """Copy `rows` times `nbytes`."""
+        for row in range(rows):
+            ctypes.memmove(target + row * target_step, source + row * source_step, nbytes)
+
+    def zero(self, address: int, nbytes: int) -> None:
+        """Set memory to zero."""
+        ctypes.memset(address, 0, nbytes)
+
+    def capture(self, launch: Callable[[], None]) -> HostReplay:
+        """Keep the callable."""
+        return HostReplay(launch)
+
+    def synchronize(self) -> None:
+        """Nothing is ever under way."""
