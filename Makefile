@@ -1,6 +1,7 @@
 # make demo   environment, export of the shipped checkpoint, sampling on the CPU, demo.png
-# make test   environment, all tests
-# make test-cpp   libtarflow: build, tests, comparison with Python
+# make test   environment, all tests but the long ones of libtarflow
+# make cpp-deps   what libtarflow is built with, from Debian's packages
+# make test-cpp   libtarflow: all of its tests, sanitizers, consumers, the matrix of models against Python
 # make lint   ruff and mypy
 #
 # PYTHON chooses the interpreter, TORCH the PyTorch requirement (a CPU build is enough).
@@ -11,8 +12,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 CHECKPOINT = examples/01_train_mnist/mnist_model_4_128_4_4_0.10.safetensors
 PYTEST_OPTIONS ?=
+CPP_PACKAGES = cmake g++ make nlohmann-json3-dev libpng-dev pkgconf
 
-.PHONY: demo test test-cpp lint format clean
+.PHONY: demo test cpp-deps test-cpp lint format clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,10 +29,15 @@ demo: $(VENV)/ready
 	@echo "look at demo.png"
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -m "not cpp" $(PYTEST_OPTIONS)
+
+cpp-deps:
+	dpkg --status $(CPP_PACKAGES) >/dev/null 2>&1 || { apt-get --quiet update && \
+		apt-get --quiet install --yes --no-install-recommends $(CPP_PACKAGES); }
+	runtimes/cpp/cmake/fetch_onnxruntime_headers.sh
 
 test-cpp: $(VENV)/ready
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/project/test_cpp.py
+	$(BIN)/python -m pytest -k "test_cpp or embed_c" tests/project $(PYTEST_OPTIONS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
@@ -42,4 +49,4 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) mnist.tarflow demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build mnist.tarflow demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 FOLDERS = sorted(folder.name for folder in EXAMPLES.iterdir() if (folder / "README.md").is_file())
+COMPILED = ("05_embed_cpp", "06_embed_c")
 
 
 def test_the_index_lists_every_example() -> None:
@@ -20,11 +22,16 @@ def test_the_index_lists_every_example() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("name", FOLDERS)
-def test_commands(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.cpp] if name in COMPILED else []) for name in FOLDERS]
+)
+def test_commands(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if name in COMPILED:
+        request.getfixturevalue("cpp_headers")
     blocks = re.findall(r"^```sh\n(.*?)^```", (EXAMPLES / name / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert blocks, f"{name} shows no command"
-    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("build"))
+    (tmp_path / "runtimes").symlink_to(ROOT / "runtimes")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["sh", "-e", "-c", "\n".join(blocks)],

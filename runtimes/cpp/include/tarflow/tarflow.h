@@ -25,6 +25,14 @@
 #define TARFLOW_API
 #endif
 
+#if defined(__cplusplus) || (defined(__STDC_VERSION__) && __STDC_VERSION__ >= 199901L)
+#define TARFLOW_INLINE static inline
+#elif defined(__GNUC__)
+#define TARFLOW_INLINE static __inline__
+#else
+#define TARFLOW_INLINE static
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -143,11 +151,11 @@ TARFLOW_API tarflow_status tarflow_sampler_denoise(tarflow_sampler *sampler, int
 TARFLOW_API tarflow_status tarflow_noise(uint64_t seed, uint64_t first_index, int64_t n, int64_t patches,
                                          int64_t patch_values, float *noise);
 
-static inline void tarflow_model_options_init(tarflow_model_options *options) {
+TARFLOW_INLINE void tarflow_model_options_init(tarflow_model_options *options) {
   tarflow_model_options_defaults(options, sizeof *options);
 }
 
-static inline void tarflow_sample_options_init(tarflow_sample_options *options) {
+TARFLOW_INLINE void tarflow_sample_options_init(tarflow_sample_options *options) {
   tarflow_sample_options_defaults(options, sizeof *options);
 }
 

@@ -1,0 +1,21 @@
+# The library exports the functions that tarflow.h declares, all of them and nothing else.
+#   cmake -DNM=... -DLIBRARY=... -DHEADER=... -P symbols.cmake
+execute_process(COMMAND ${NM} -D --defined-only ${LIBRARY} OUTPUT_VARIABLE table COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCHALL "[^\n]+" lines "${table}")
+foreach(line ${lines})
+  string(REGEX REPLACE "^[0-9a-f]* . ([^@]*).*$" "\\1" name "${line}")
+  list(APPEND exported ${name})
+endforeach()
+list(REMOVE_ITEM exported TARFLOW_1) # the version itself
+file(READ ${HEADER} text)
+string(REGEX MATCHALL "TARFLOW_API [a-z0-9_ *]*tarflow_[a-z0-9_]+\\(" lines "${text}")
+foreach(line ${lines})
+  string(REGEX REPLACE "^.*[ *](tarflow_[a-z0-9_]+)\\($" "\\1" name "${line}")
+  list(APPEND declared ${name})
+endforeach()
+list(SORT exported)
+list(SORT declared)
+if(NOT exported STREQUAL declared)
+  message(FATAL_ERROR "exported: ${exported}\ndeclared: ${declared}")
+endif()
+message(STATUS "${exported}")
