@@ -68,8 +68,8 @@ SCHEMA: Final[dict[str, dict[str, tuple[int, str]]]] = {
 }
 PACKED: Final = {("TensorProto", "float_data"), ("TensorProto", "int64_data")}
 
-FLOAT, INT32, INT64, FLOAT16 = 1, 6, 7, 10
-"""TensorProto.DataType."""
+FLOAT, INT32, INT64, FLOAT16, BFLOAT16 = 1, 6, 7, 10, 16
+"""TensorProto.DataType; NumPy has no bfloat16."""
 DTYPES: Final[dict[int, np.dtype[Any]]] = {
     FLOAT: np.dtype("<f4"),
     INT32: np.dtype("<i4"),

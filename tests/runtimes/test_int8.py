@@ -14,7 +14,7 @@ import tarflow_runtimes as tfr
 from tarflow_runtimes import _effect
 from tarflow_runtimes import _onnx_proto as proto
 from tarflow_runtimes._effect import Effect, measure_effect
-from tarflow_runtimes._rewrites import int8_weights, sequential_graph
+from tarflow_runtimes._rewrites import _weights_file, int8_weights, sequential_graph
 from tarflow_runtimes._rewrites._graph import PatternMismatch
 
 CASES = [("class_n16", "float32"), ("unconditional", "float32"), ("no_nvp", "float32"), ("class", "float16")]
@@ -101,7 +101,7 @@ def test_only_the_layers_are_rewritten_and_no_float_weight_of_theirs_stays(expor
     matrices = [tensor for tensor in weights.values() if len(tensor.dims) > 1]
     assert {tensor.name.rsplit(".", 1)[1] for tensor in matrices} == {"int8", "scale"}
     places = {entry.value for tensor in weights.values() for entry in tensor.external_data if entry.key == "location"}
-    assert places == {int8_weights.FILE}
+    assert places == {_weights_file.FILE}
     domains = [entry.domain for entry in onnx.load_from_string(model).opset_import]
     assert sorted(domains) == sorted(set(domains))
 
