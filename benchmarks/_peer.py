@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def resident(field: str) -> float:
 
 
 class PeerError(SystemExit):
-    """A peer's process ended early; its own words are on standard error."""
+    """A peer's process ended early, or a call of it failed; its own words are on standard error."""
 
 
 class Peer:
@@ -36,7 +37,7 @@ class Peer:
     `ready` is what it said about itself, `detail` what it said about its last call.
 
     Raises:
-        PeerError: from any method, when the process has ended.
+        PeerError: from any method, when the process has ended; from a call, when that failed. The process then lives.
     """
 
     def __init__(self, name: str, script: str, *arguments: str) -> None:
@@ -52,6 +53,8 @@ class Peer:
         if not line:
             raise PeerError(f"{self.name} stopped with exit code {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise PeerError(f"{self.name}: {answer['error']}")
         return answer
 
     def call(self, **request: Any) -> float:
@@ -89,9 +92,19 @@ def serve(work: Callable[..., np.ndarray | tuple[np.ndarray, Any]], **ready: Any
         request = json.loads(line)
         save = request.pop("save", None)
         started = time.perf_counter()
-        result = work(**request)
+        try:
+            result = work(**request)
+        except Exception as error:  # noqa: BLE001 - out of memory for this batch, and then smaller ones may run
+            traceback.print_exc()
+            print(json.dumps({"error": first_line(error)}), flush=True)
+            continue
         seconds = time.perf_counter() - started
         array, detail = result if isinstance(result, tuple) else (result, None)
         if save is not None:
             np.save(Path(save), array)
         print(json.dumps({"seconds": seconds, "detail": detail}), flush=True)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -42,6 +42,33 @@ SHAPES: dict[str, dict[str, int]] = {
         "layers": 4,
         "classes": 0,
     },
+    "imagenet64": {
+        "image_size": 64,
+        "image_channels": 3,
+        "patch_size": 2,
+        "width": 768,
+        "blocks": 8,
+        "layers": 8,
+        "classes": 1000,
+    },
+    "afhq": {
+        "image_size": 256,
+        "image_channels": 3,
+        "patch_size": 8,
+        "width": 768,
+        "blocks": 8,
+        "layers": 8,
+        "classes": 3,
+    },
+    "tiny": {
+        "image_size": 8,
+        "image_channels": 1,
+        "patch_size": 2,
+        "width": 64,
+        "blocks": 2,
+        "layers": 1,
+        "classes": 3,
+    },
 }
 """Models of random weights: enough for the time of sequential steps, not for what iterations need to converge."""
 
@@ -55,13 +82,17 @@ class Work:
     config: dict[str, Any]
 
     @classmethod
-    def prepare(cls, model: str, checkpoint: str | Path | None, folder: Path) -> Self:
+    def prepare(cls, model: str, checkpoint: str | Path | None, folder: Path, *, blocks: int | None = None) -> Self:
         """Write the model of this checkpoint, or of these random weights, into `folder`; what is there is reused.
+
+        `blocks` is how many blocks of random weights there are, if not those of the shape.
 
         Raises:
             SystemExit: when the folder holds another model.
         """
         name = model if checkpoint is None else Path(checkpoint).name
+        if blocks is not None:
+            name += f", {blocks} of {SHAPES[model]['blocks']} blocks"
         if checkpoint is not None:
             name += " " + hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12]
         if (folder / "work.json").exists():
@@ -74,7 +105,8 @@ class Work:
         from tarflow_sdk import FlowConfig, load_checkpoint, save_checkpoint
         from tarflow_sdk.testing import random_model
 
-        flow = load_checkpoint(checkpoint) if checkpoint else random_model(FlowConfig(**SHAPES[model], noise_std=0.1))
+        shape = SHAPES.get(model, {}) | ({} if blocks is None else {"blocks": blocks})
+        flow = load_checkpoint(checkpoint) if checkpoint else random_model(FlowConfig(**shape, noise_std=0.1))
         work = cls(folder=folder, model=name, config=flow.config.to_json())
         folder.mkdir(parents=True, exist_ok=True)
         save_checkpoint(flow, work.weights)
