@@ -118,11 +118,12 @@ def open_flow(work: Work, engine: str, dtype: str, device: str) -> Any:
         if dtype != "float32":
             raise ValueError(f"ort-cpu runs this bundle in its own float32, not in {dtype}")
         return tfr.load(work.bundle, engine=engine)
+    if engine != "ort-cuda":
+        raise ValueError(f"nothing stands in for engine {engine!r} on a CPU")
+    from tarflow_runtimes._bundle import open_bundle
     from tarflow_runtimes._device.host import HostDevice
     from tarflow_runtimes._engines.device_engine import DeviceEngine
     from tarflow_runtimes._engines.ort_programs import OrtMaker
-
-    from tarflow_runtimes._bundle import open_bundle
 
     bundle = open_bundle(work.bundle)
     provider: dict[str, Any] = {"provider": "CPUExecutionProvider", "options": {}}
