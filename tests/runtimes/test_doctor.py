@@ -111,7 +111,7 @@ FAULTS: dict[str, tuple[Facts, str, str, str]] = {
     "no driver, which the provider wants too": (
         machine(driver=NO_DRIVER, gpus=(), provider=Provider(built=True, cuda="13.0", problem=NO_DRIVER.problem)),
         "ort-cuda",
-        "no NVIDIA driver",
+        "no NVIDIA driver is loaded on this machine: libcuda.so.1",
         "install NVIDIA's driver",
     ),
     "no TensorRT": (
@@ -141,7 +141,7 @@ FAULTS: dict[str, tuple[Facts, str, str, str]] = {
     "no driver": (
         machine(driver=NO_DRIVER, gpus=()),
         "trt-rtx",
-        "no NVIDIA driver",
+        "no NVIDIA driver is loaded on this machine: libcuda.so.1",
         "install NVIDIA's driver",
     ),
     "old driver": (
@@ -158,7 +158,7 @@ FAULTS: dict[str, tuple[Facts, str, str, str]] = {
         "cuda.bindings 13.4.4 is built for CUDA 13, the driver 550.54 runs CUDA up to 12.4",
         'pip install "cuda-python==12.*"',
     ),
-    "no GPU": (machine(gpus=()), "trt", "the driver 580.65.06 sees no GPU", "CUDA_VISIBLE_DEVICES"),
+    "no GPU": (machine(gpus=()), "trt", "the NVIDIA driver finds no GPU", "CUDA_VISIBLE_DEVICES"),
     "Hopper": (
         machine(gpus=(H200, L4)),
         "trt-rtx",

@@ -12,6 +12,9 @@ from tarflow_runtimes._errors import EngineError
 
 INSTALL: Final = 'pip install "cuda-python>=12.9"'
 DRIVER: Final = "install NVIDIA's driver (nvidia.com/drivers); in a container, start it with --gpus all"
+VISIBLE: Final = "look at nvidia-smi and at the variable CUDA_VISIBLE_DEVICES"
+NO_DRIVER: Final = "no NVIDIA driver is loaded on this machine"
+NO_GPU: Final = "the NVIDIA driver finds no GPU"
 
 
 @functools.cache
@@ -24,7 +27,7 @@ def import_cuda() -> Any:
     runtime = cuda_runtime()
     supported = driver_version()
     if not supported:
-        raise EngineError("no NVIDIA driver is loaded on this machine", hint=DRIVER)
+        raise EngineError(NO_DRIVER, hint=DRIVER)
     status, count = runtime.cudaGetDeviceCount()
     name = status.name
     if name == "cudaErrorInsufficientDriver":
@@ -34,9 +37,7 @@ def import_cuda() -> Any:
             hint=f'pip install "cuda-python=={supported // 1000}.*", or update the driver',
         )
     if name == "cudaErrorNoDevice" or (name == "cudaSuccess" and not count):
-        raise EngineError(
-            "the NVIDIA driver finds no GPU", hint="look at nvidia-smi and at the variable CUDA_VISIBLE_DEVICES"
-        )
+        raise EngineError(NO_GPU, hint=VISIBLE)
     checked(runtime, (status, count))
     return runtime
 

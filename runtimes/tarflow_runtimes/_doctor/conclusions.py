@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from tarflow_runtimes._device.cuda_import import DRIVER, NO_DRIVER, NO_GPU, VISIBLE
 from tarflow_runtimes._doctor.facts import Facts, Gpu
 from tarflow_runtimes._engines._ort_import import MINIMUM_VERSION as MINIMUM_ORT
 
@@ -28,8 +29,6 @@ INSTALL: Final = {
     for engine, extra in {"ort-cpu": "ort", "ort-cuda": "ort-cuda", "trt": "trt", "trt-rtx": "trt-rtx"}.items()
 }
 """The command that brings an engine's packages."""
-
-INSTALL_DRIVER: Final = "install NVIDIA's driver: https://www.nvidia.com/drivers"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +131,7 @@ def _provider(facts: Facts) -> Fault | None:
 def _driver(facts: Facts) -> Fault | None:
     if not facts.driver.problem:
         return None
-    return Fault(problem=f"no NVIDIA driver: {facts.driver.problem}", remedy=INSTALL_DRIVER)
+    return Fault(problem=f"{NO_DRIVER}: {facts.driver.problem}", remedy=DRIVER)
 
 
 def _driver_is_new_enough(*packages: str) -> Check:
@@ -150,7 +149,7 @@ def _driver_for(facts: Facts, what: str, major: int) -> Fault | None:
     if driver.problem or driver.cuda[0] >= major:
         return None
     newer = f"{DRIVER_OF_CUDA[major]} or newer" if major in DRIVER_OF_CUDA else "a newer one"
-    update = f"update NVIDIA's driver to {newer}: https://www.nvidia.com/drivers"
+    update = f"update NVIDIA's driver to {newer} (nvidia.com/drivers)"
     if what.startswith("cuda.bindings"):
         update = f'pip install "cuda-python=={driver.cuda[0]}.*", or {update}'
     runs = f"the driver {driver.version} runs CUDA up to {driver.cuda[0]}.{driver.cuda[1]}"
@@ -173,10 +172,7 @@ def _cuda_majors(facts: Facts) -> Iterator[tuple[str, int]]:
 def _gpu(facts: Facts) -> Fault | None:
     if facts.gpus:
         return None
-    return Fault(
-        problem=f"the driver {facts.driver.version} sees no GPU",
-        remedy="set CUDA_VISIBLE_DEVICES, or use a machine with one",
-    )
+    return Fault(problem=NO_GPU, remedy=VISIBLE)
 
 
 def _architecture(what: str, runs: Callable[[Gpu], bool], remedy: str) -> Check:
