@@ -1,0 +1,142 @@
+"""What an engine on a GPU must show, on the shipped digits; each test also runs on stand-ins (see conftest.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tarflow_runtimes as tfr
+from tarflow_runtimes._device.device import Replay
+from tarflow_runtimes._device.workspace import Workspace
+from tarflow_runtimes._doctor import Fault
+from tarflow_runtimes._parity import require_passed
+from tarflow_runtimes._verify import verify
+
+ENGINES = ("ort-cuda", "trt", "trt-rtx")
+IMAGES, SEED = 4, 11
+LABELS = [*range(IMAGES - 1), None]
+
+WAYS: dict[str, dict[str, Any]] = {
+    "sequential": {},
+    "guided": {"guidance": 1.5},
+    "annealed, with temperature": {"guidance": 2.0, "anneal_guidance": True, "attention_temperature": 0.8},
+    "windows": {"plan": tfr.Parallel(window=8)},
+    "whole blocks, guided": {"plan": tfr.Parallel(), "guidance": 1.5},
+}
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+def draw(flow: tfr.Flow, count: int = IMAGES, **options: Any) -> tfr.Sample:
+    return flow.sample(count, labels=LABELS[:count], seed=SEED, denoise=False, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ready(engine: str, faults: Mapping[str, Fault | None]) -> None:
+    """The other tests run on the engines that are."""
+    fault = faults[engine]
+    if fault is not None:
+        pytest.skip(f"engine {engine} is not ready: {fault.problem}; {fault.remedy}")
+
+
+@every_way
+def test_pictures_are_those_of_the_cpu(flow: tfr.Flow, cpu: tfr.Flow, close: Callable[..., None], way: str) -> None:
+    close(draw(flow, **WAYS[way]).images, draw(cpu, **WAYS[way]).images)
+
+
+def test_a_second_batch_size(flow: tfr.Flow, cpu: tfr.Flow, close: Callable[..., None]) -> None:
+    close(draw(flow, 3, guidance=1.5).images, draw(cpu, 3, guidance=1.5).images)
+
+
+def test_denoised_pictures(flow: tfr.Flow, cpu: tfr.Flow, close: Callable[..., None]) -> None:
+    options: dict[str, Any] = {"labels": LABELS, "seed": SEED, "guidance": 1.5}
+    close(flow.sample(IMAGES, **options).images, cpu.sample(IMAGES, **options).images)
+
+
+def test_density(flow: tfr.Flow, cpu: tfr.Flow, target: Any) -> None:
+    images = draw(cpu).images
+    bound = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}[target.dtype]
+    np.testing.assert_allclose(flow.bits_per_dim(images, LABELS), cpu.bits_per_dim(images, LABELS), atol=bound)
+
+
+def test_the_verification_that_travels(flow: tfr.Flow) -> None:
+    require_passed(verify(flow.bundle, flow.backend))
+
+
+def test_nothing_crosses_per_step(flow: tfr.Flow) -> None:
+    """A run of all blocks takes a handful of uploads and one download, however many steps there are."""
+    draw(flow)
+    transfers = flow.backend.device.transfers
+    before = dataclasses.replace(transfers)
+    draw(flow)
+    steps = flow.config.blocks * (flow.config.patches - 1)
+    latents = 4 * IMAGES * flow.config.patches * flow.config.patch_values
+    assert transfers.downloads - before.downloads == 1
+    assert transfers.downloaded_bytes - before.downloaded_bytes == latents
+    assert 1 <= transfers.uploads - before.uploads <= 5 < steps
+    assert latents <= transfers.uploaded_bytes - before.uploaded_bytes <= latents + 4096
+
+
+def test_parallel_blocks_look_at_positions_alone(flow: tfr.Flow) -> None:
+    plan = tfr.Parallel(window=8)
+    draw(flow, plan=plan)
+    transfers = flow.backend.device.transfers
+    before = dataclasses.replace(transfers)
+    sample = draw(flow, plan=plan)
+    evaluations = sum(max(block.calls) for block in sample.report.blocks)
+    latents = 4 * IMAGES * flow.config.patches * flow.config.patch_values
+    assert 1 < transfers.downloads - before.downloads <= 1 + evaluations
+    assert transfers.downloaded_bytes - before.downloaded_bytes <= latents + 1024 * evaluations
+
+
+def test_recorded_steps_are_the_steps(flow: tfr.Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs, where there are any, give bit for bit what the launches one by one give."""
+
+    class Eagerly:
+        def __init__(self, launches: list[Any]) -> None:
+            self._launches = launches
+
+        def replay(self) -> None:
+            for launch in self._launches:
+                launch.launch()
+
+    recorded = draw(flow, guidance=1.5).images
+    launched = []
+
+    def eager(workspace: Workspace, *place: Any) -> Replay:
+        launched.append(place[-1])
+        return Eagerly([workspace.bound(*place[:-1], step % 2) for step in range(place[-1])])
+
+    monkeypatch.setattr(Workspace, "recorded", eager)
+    np.testing.assert_array_equal(draw(flow, guidance=1.5).images, recorded)
+    assert sum(launched) >= flow.config.blocks * (flow.config.patches - 2)
+
+
+@pytest.mark.parametrize("plan", [None, tfr.Parallel(window=8)], ids=["sequential", "parallel"])
+def test_cancelling(flow: tfr.Flow, plan: Any) -> None:
+    """It takes effect within a group of 16 steps, and the next run knows nothing of it."""
+    expected = draw(flow, plan=plan).images
+    heard: list[int] = []
+
+    def stop(step: Any) -> bool:
+        heard.append(step.step)
+        return len(heard) < 3
+
+    with pytest.raises(tfr.Cancelled):
+        draw(flow, plan=plan, on_step=stop)
+    assert len(heard) == 3
+    assert plan is not None or heard[-1] <= 3 * 16
+    np.testing.assert_array_equal(draw(flow, plan=plan).images, expected)
+
+
+def test_the_report_names_what_runs(flow: tfr.Flow, target: Any) -> None:
+    report = flow.engine_report
+    assert (report["engine"], report["dtype"]) == (target.engine, target.dtype)
+    assert report["device"]
+    if target.engine == "ort-cuda":
+        assert report["provider"] == ("CPUExecutionProvider" if target.stands_in else "CUDAExecutionProvider")
+        assert any("onnxruntime" in path for path in report["libraries"])
