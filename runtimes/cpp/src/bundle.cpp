@@ -283,9 +283,10 @@ Bundle open_bundle(const std::string& path, bool verify_digests) {
                            ", this libtarflow reads 1",
                        version > 1 ? "upgrade libtarflow" : "export the checkpoint again");
   Bundle bundle{};
+  bundle.path = root;
   bundle.config = read_config(manifest.child("config"));
   const Files files = check_files(root, manifest.child("files"), verify_digests);
-  manifest.choice("dtype", "float32", "float16");
+  bundle.half = manifest.choice("dtype", "float32", "float16") == "float16";
   if (manifest.list("image_range") != Json({-1.0, 1.0})) throw manifest.error("image_range", "is not [-1, 1]");
   bundle.half_cache = read_cache(manifest.child("cache"), bundle.config);
   Sha256 hash;

@@ -25,7 +25,9 @@ struct Block {
 };
 
 struct Bundle {
+  std::string path;  // absolute, without links
   Config config;
+  bool half;        // float16 linear weights and their activations
   bool half_cache;  // float16 caches
   std::string digest;
   std::vector<Block> blocks;

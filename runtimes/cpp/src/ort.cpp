@@ -14,9 +14,10 @@
 namespace tarflow::detail {
 namespace {
 
-constexpr int kApiVersion = 21;    // what is used here; newer headers and libraries only append to it
+// Version 21 is enough but for plugins, which came with 22; newer headers and libraries only append to it.
+constexpr int kApiVersion = ORT_API_VERSION < 22 ? ORT_API_VERSION : 22;
 constexpr int kOldestMinor = 28;   // the oldest that the bundles were run on; opset 24 needs its TensorScatter
-static_assert(ORT_API_VERSION >= kApiVersion, "headers of ONNX Runtime 1.21 or newer are needed");
+static_assert(ORT_API_VERSION >= 21, "headers of ONNX Runtime 1.21 or newer are needed");
 
 std::mutex mutex;
 std::string loaded;                // path, once loaded
@@ -56,6 +57,9 @@ std::vector<std::string> candidates(const std::string& library) {
   return found;
 }
 
+/// What ONNX Runtime says outside of sessions also comes back as the status of the call that failed.
+void say_nothing(void*, OrtLoggingLevel, const char*, const char*, const char*, const char*) {}
+
 void start(void* handle, const std::string& path) {
   const auto base_of = reinterpret_cast<const OrtApiBase* (*)()>(dlsym(handle, "OrtGetApiBase"));
   if (base_of == nullptr) throw engine_error(path + " is not ONNX Runtime: it has no OrtGetApiBase");
@@ -69,7 +73,7 @@ void start(void* handle, const std::string& path) {
   const OrtApi* api = base->GetApi(kApiVersion);
   if (api == nullptr) throw engine_error("ONNX Runtime " + found + " does not offer its API " + std::to_string(kApiVersion));
   Ort::InitApi(api);
-  auto* made = new Ort::Env(ORT_LOGGING_LEVEL_ERROR, "tarflow");
+  auto* made = new Ort::Env(ORT_LOGGING_LEVEL_ERROR, "tarflow", say_nothing, nullptr);
   // Sessions that each keep an arena of their own would hold three times the memory over the blocks of a model.
   const Ort::MemoryInfo memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   made->CreateAndRegisterAllocator(memory, nullptr);
@@ -112,13 +116,6 @@ const char* ort_version() {
   return version.c_str();
 }
 
-Ort::Session open_session(const std::string& path, int threads) {
-  Ort::SessionOptions options;
-  options.SetIntraOpNumThreads(threads);
-  options.SetInterOpNumThreads(1);
-  options.SetLogSeverityLevel(3);
-  options.AddConfigEntry("session.use_env_allocators", "1");
-  return Ort::Session(*environment, path.c_str(), options);
-}
+Ort::Env& ort_environment() { return *environment; }
 
 }  // namespace tarflow::detail

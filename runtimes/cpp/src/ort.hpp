@@ -16,7 +16,7 @@ void load_ort(const std::string& library);
 /// The version in use, "" before load_ort; a static string.
 const char* ort_version();
 
-/// A session on the CPU whose memory is shared with the others of the process.
-Ort::Session open_session(const std::string& path, int threads);
+/// The environment of the process, after load_ort.
+Ort::Env& ort_environment();
 
 }  // namespace tarflow::detail

@@ -5,13 +5,20 @@
  *   anything but TARFLOW_OK its outputs hold nothing of use, the objects stay usable, and tarflow_last_message() and
  *   tarflow_last_hint() say, for the calling thread, what is wrong and how to mend it.
  * - A `tarflow_model` is constant once opened: any number of threads may use it. A `tarflow_sampler` belongs to one
- *   thread at a time; it keeps its model alive, so that the two may be freed in any order.
- * - Pointers passed in are read during the call only. Arrays are dense, C order, and must not overlap.
- * - Structs start with `struct_size`: set them up with their _INIT function, which fills in sizes and defaults.
+ *   thread at a time, but for tarflow_sampler_cancel(); it keeps its model alive, so that the two may be freed in any
+ *   order. Free neither while a call on it runs.
+ * - Pointers passed in are read during the call only. Arrays are dense, C order, and must not overlap. Strings are
+ *   UTF-8 and end with 0.
+ * - Structs with a `struct_size` are set up with their _init function, which fills in sizes and defaults. They grow at
+ *   their end only: a caller built with an older header leaves the new fields at their defaults; one built with a newer
+ *   header than the library is refused with TARFLOW_ERROR_INPUT.
+ * - Callbacks must not throw, and must not call into the object that calls them.
  *
- * Axes: n images, C channels, N patches, D values per patch. Images are float32 [n, C, height, width] in [-1, 1];
- * latents are float32 [n, N, D]. Labels are 0 .. classes-1, or -1 for the null class; NULL is -1 for every image, and
- * the only choice for a model without classes.
+ * Axes: n images, C channels, N patches, D values per patch. Images are float32 [n, C, height, width] in [-1, 1], and
+ * not clipped; latents are float32 [n, N, D]. Labels are int64 [n]: 0 .. classes-1, or -1 for the null class; NULL is -1
+ * for every image, and the only choice for a model without classes.
+ *
+ * Functions that return no status cannot fail. TARFLOW_ERROR_MEMORY and TARFLOW_ERROR_INTERNAL may come from any other.
  */
 #ifndef TARFLOW_TARFLOW_H
 #define TARFLOW_TARFLOW_H
@@ -44,16 +51,20 @@ enum {
   TARFLOW_OK = 0,
   TARFLOW_ERROR_INPUT = 1,     /* an argument is out of range or contradicts another */
   TARFLOW_ERROR_BUNDLE = 2,    /* the bundle is missing, damaged, unsafe or too new */
-  TARFLOW_ERROR_ENGINE = 3,    /* ONNX Runtime is missing, too old, or failed */
-  TARFLOW_ERROR_CANCELLED = 4, /* the progress callback asked to stop */
+  TARFLOW_ERROR_ENGINE = 3,    /* the engine is unknown or not there, ONNX Runtime is missing or too old, or failed */
+  TARFLOW_ERROR_CANCELLED = 4, /* the progress callback or tarflow_sampler_cancel() asked to stop */
   TARFLOW_ERROR_MEMORY = 5,    /* no memory */
-  TARFLOW_ERROR_INTERNAL = 6   /* a fault of this library */
+  TARFLOW_ERROR_INTERNAL = 6   /* a fault of this library, or of a callback that threw */
 };
 
+/* An opened bundle on an engine. */
 typedef struct tarflow_model tarflow_model;
+/* What draws and scores images with a model. */
 typedef struct tarflow_sampler tarflow_sampler;
 
-/* TARFLOW_ABI_VERSION of the library, its release, and the name of a status. Static strings. */
+/* ---- the library -------------------------------------------------------------------------------------------- */
+
+/* TARFLOW_ABI_VERSION of the library, its release, and the name of a status. Static strings. Any thread. */
 TARFLOW_API uint32_t tarflow_abi_version(void);
 TARFLOW_API const char *tarflow_version(void);
 TARFLOW_API const char *tarflow_status_name(tarflow_status status);
@@ -62,21 +73,47 @@ TARFLOW_API const char *tarflow_status_name(tarflow_status status);
 TARFLOW_API const char *tarflow_last_message(void);
 TARFLOW_API const char *tarflow_last_hint(void);
 
+/* The version of ONNX Runtime in use, such as "1.32.0"; a static string, "" before the first model. Any thread. */
+TARFLOW_API const char *tarflow_ort_version(void);
+
+/* The seeded noise of images first_index .. first_index + n - 1: [n, patches, patch_values]. Any thread.
+ * TARFLOW_ERROR_INPUT on numbers out of range. */
+TARFLOW_API tarflow_status tarflow_noise(uint64_t seed, uint64_t first_index, int64_t n, int64_t patches,
+                                         int64_t patch_values, float *noise);
+
+/* ---- models ------------------------------------------------------------------------------------------------- */
+
+typedef int32_t tarflow_log_level;
+enum { TARFLOW_LOG_INFO = 1, TARFLOW_LOG_WARNING = 2, TARFLOW_LOG_ERROR = 3 };
+
+/* Hears what a model and its samplers have to say, one line of text at a time, valid during the call. It is called from
+ * the threads that use the model and from their helpers, several at once: it must be thread-safe. */
+typedef void (*tarflow_on_log)(tarflow_log_level level, const char *text, void *user_data);
+
 typedef struct tarflow_model_options {
   size_t struct_size;
-  const char *ort_library; /* path of ONNX Runtime's library; NULL searches, see docs/CPP.md */
-  int32_t threads;         /* inside the operators; 0 is one per processor that may be used */
-  int32_t skip_digests;    /* nonzero: do not compare the SHA-256 of the files (sizes and paths are always checked) */
+  const char *engine;         /* "ort-cpu" (also NULL), "ort-cuda", "ort-tensorrt" or "ort-tensorrt-rtx" */
+  const char *engine_library; /* path of the plugin library of "ort-tensorrt-rtx"; NULL for the others */
+  const char *ort_library;    /* path of ONNX Runtime's library; NULL searches, see docs/CPP.md */
+  tarflow_on_log on_log;      /* or NULL: nothing is said */
+  void *log_user_data;        /* handed to on_log; must live as long as the model and its samplers */
+  int32_t threads;            /* processors to use; 0 is all that this process may use */
+  int32_t skip_digests;       /* nonzero: do not compare the SHA-256 of the files (sizes and paths always are) */
 } tarflow_model_options;
 
-/* Fill the first `size` bytes of the struct with defaults. Call the inline function below instead. */
+/* Fill the first `size` bytes of the struct with defaults. Call tarflow_model_options_init() instead. */
 TARFLOW_API void tarflow_model_options_defaults(tarflow_model_options *options, size_t size);
 
-/* Open and check the bundle directory at `path`. `options` may be NULL. Free *model with tarflow_model_free.
- * The process keeps the first ONNX Runtime it loads: asking for another file later is TARFLOW_ERROR_ENGINE. */
+/* Open and check the bundle directory at `path` on an engine; `options` may be NULL. *model is the caller's, to be freed
+ * with tarflow_model_free(); NULL on failure. Any thread.
+ * TARFLOW_ERROR_BUNDLE: it is missing, damaged, unsafe or too new. TARFLOW_ERROR_ENGINE: the engine asked for is unknown
+ * or cannot run here; no other takes its place. The process keeps the first ONNX Runtime that it loads: asking for
+ * another file later is TARFLOW_ERROR_ENGINE. */
 TARFLOW_API tarflow_status tarflow_model_open(const char *path, const tarflow_model_options *options,
                                               tarflow_model **model);
-TARFLOW_API void tarflow_model_free(tarflow_model *model); /* NULL is fine */
+
+/* Free a model, or NULL. Samplers of it stay usable: what they share is freed with the last of them. */
+TARFLOW_API void tarflow_model_free(tarflow_model *model);
 
 typedef struct tarflow_config {
   size_t struct_size;
@@ -87,17 +124,33 @@ typedef struct tarflow_config {
   char digest[65];      /* SHA-256 of the manifest, which identifies the bundle */
 } tarflow_config;
 
-/* Fill *config, whose struct_size must be set. */
+/* Fill *config, whose struct_size must be set (tarflow_config_init). Any thread. TARFLOW_ERROR_INPUT on its size. */
 TARFLOW_API tarflow_status tarflow_model_config(const tarflow_model *model, tarflow_config *config);
 
-/* The name of a class; *name lives as long as the model. TARFLOW_ERROR_INPUT when it has none. */
+/* The name of class `number`; *name lives as long as the model. Any thread. TARFLOW_ERROR_INPUT when it has none. */
 TARFLOW_API tarflow_status tarflow_model_label(const tarflow_model *model, int64_t number, const char **name);
 
-/* The version of ONNX Runtime in use, such as "1.32.0"; a static string, "" before the first model. */
-TARFLOW_API const char *tarflow_ort_version(void);
+typedef struct tarflow_engine {
+  size_t struct_size;
+  const char *name;        /* as in the options */
+  const char *ort_version; /* of ONNX Runtime */
+  const char *device;      /* the processor and how many of it; what tuned plans are kept for */
+  int64_t threads;
+  int64_t portable_graphs; /* step graphs that run as the bundle has them because a faster form did not fit; so far */
+} tarflow_engine;
 
+/* What runs the model; the strings live as long as it. Any thread. TARFLOW_ERROR_INPUT on the struct's size. */
+TARFLOW_API tarflow_status tarflow_model_engine(const tarflow_model *model, tarflow_engine *engine);
+
+/* ---- samplers ----------------------------------------------------------------------------------------------- */
+
+/* Make a sampler, to be freed with tarflow_sampler_free(). Any thread; make one for each thread that samples. */
 TARFLOW_API tarflow_status tarflow_sampler_create(const tarflow_model *model, tarflow_sampler **sampler);
 TARFLOW_API void tarflow_sampler_free(tarflow_sampler *sampler); /* NULL is fine */
+
+/* End the call that is running on the sampler within one step, with TARFLOW_ERROR_CANCELLED; the sampler is then as
+ * usable as before. Without effect when none is running. Any thread, also a signal handler; NULL is fine. */
+TARFLOW_API void tarflow_sampler_cancel(tarflow_sampler *sampler);
 
 typedef struct tarflow_step {
   int64_t block; /* flow block that is being inverted; blocks-1 first, 0 last */
@@ -105,10 +158,26 @@ typedef struct tarflow_step {
   int64_t total;
 } tarflow_step;
 
-/* Called in the sampling thread after every step. Return 0 to go on, anything else to cancel. Must not throw. */
+/* Called in the sampling thread as steps finish, which may be several at a time. Return 0 to go on, anything else to
+ * cancel. */
 typedef int (*tarflow_on_step)(const tarflow_step *step, void *user_data);
 
 enum { TARFLOW_GUIDE_A = 1, TARFLOW_GUIDE_B = 2, TARFLOW_GUIDE_AB = 3 };
+
+/* How blocks are inverted: one patch after the other; by the strategies given; by what `tarflow tune` found fastest on
+ * this machine for this batch, sequential where nothing was measured (the log says so). docs/DECODING.md. */
+enum { TARFLOW_DECODE_SEQUENTIAL = 0, TARFLOW_DECODE_PLAN = 1, TARFLOW_DECODE_AUTO = 2 };
+
+/* How one block is inverted. It stands in arrays and has no struct_size: it does not grow within this ABI version. */
+typedef struct tarflow_strategy {
+  int32_t parallel;   /* 0: one patch after the other; else fixed-point iteration on a sliding window */
+  int32_t from_zeros; /* nonzero: patches start as zeros instead of as the block's noise */
+  int64_t window;     /* patches per evaluation; 0 is the whole block */
+  double tolerance;   /* >= 0: what counts as settled, maximum norm over a patch's values */
+} tarflow_strategy;
+
+/* Parallel, the whole block, tolerance 1e-5, from the noise. */
+TARFLOW_API void tarflow_strategy_init(tarflow_strategy *strategy);
 
 typedef struct tarflow_sample_options {
   size_t struct_size;
@@ -119,37 +188,76 @@ typedef struct tarflow_sample_options {
   double attention_temperature; /* > 0, of the branch that guidance moves away from */
   int32_t guide;                /* TARFLOW_GUIDE_* */
   int32_t anneal_guidance;      /* nonzero: the weight grows from patch to patch */
-  int32_t denoise;              /* nonzero (the default): remove the training noise */
-  int32_t reserved;             /* 0 */
+  int32_t denoise;              /* nonzero (the default): remove the training noise. 0 decodes latents given as noise */
+  int32_t decode;               /* TARFLOW_DECODE_* */
+  const tarflow_strategy *strategies; /* of TARFLOW_DECODE_PLAN: one for all blocks, or one for each, that of block k */
+  int64_t strategies_length;          /* at place k; 1 or the number of blocks */
+  const char *plans_file;       /* of TARFLOW_DECODE_AUTO; NULL is NAME.plans.json beside the bundle */
+  double auto_tolerance;        /* of TARFLOW_DECODE_AUTO: in place of the plans' own; negative (the default) keeps it */
   int64_t batch_size;           /* images that run together; 0 is 64 */
   tarflow_on_step on_step;      /* or NULL */
   void *user_data;              /* handed to on_step */
 } tarflow_sample_options;
 
+/* Fill the first `size` bytes of the struct with defaults. Call tarflow_sample_options_init() instead. */
 TARFLOW_API void tarflow_sample_options_defaults(tarflow_sample_options *options, size_t size);
 
-/* Draw n images into `images` [n, C, height, width], `images_length` floats. `options` may be NULL.
- * After TARFLOW_ERROR_CANCELLED the sampler is as usable as before. */
+/* Draw n images into `images` [n, C, height, width], `images_length` floats; `options` may be NULL. Image i is a
+ * function of the seed and first_index + i alone, in whatever batch it is drawn.
+ * TARFLOW_ERROR_INPUT: arguments out of range or that contradict each other. TARFLOW_ERROR_ENGINE: ONNX Runtime failed.
+ * TARFLOW_ERROR_CANCELLED: on_step or tarflow_sampler_cancel(); the sampler is as usable as before. Images that hold
+ * values which are not finite are no error: the log warns, and the report lists them. */
 TARFLOW_API tarflow_status tarflow_sampler_sample(tarflow_sampler *sampler, int64_t n, const int64_t *labels,
                                                   const tarflow_sample_options *options, float *images,
                                                   size_t images_length);
 
-/* images -> latents z [n, N, D] and log|det dz/dx| [n], nats; either output may be NULL. */
+/* How the last tarflow_sampler_sample() went; pointers are valid until the sampler's next call. */
+typedef struct tarflow_report {
+  size_t struct_size;
+  int64_t images;
+  int64_t blocks;            /* block reports to ask for; 0 before the first call and after one that failed */
+  int64_t non_finite_count;  /* images that overflowed */
+  const int64_t *non_finite; /* their numbers, [non_finite_count] */
+} tarflow_report;
+
+typedef struct tarflow_block_report {
+  size_t struct_size;
+  int64_t block;
+  tarflow_strategy strategy;
+  double residual;                  /* largest |x_{i+1} - (z_{i+1} exp(a_i) + b_i)|, 0 when sequential */
+  const int64_t *calls;             /* [images]: evaluations of the block for each image, N-1 when sequential */
+  const int64_t *committed;         /* image after image, calls[i] numbers: patches that each evaluation settled */
+  int64_t committed_count;          /* 0 when sequential */
+  const int64_t *sequential_images; /* those that went on sequentially: a value was not finite */
+  int64_t sequential_count;
+} tarflow_block_report;
+
+/* Fill the structs, whose struct_size must be set (tarflow_report_init, tarflow_block_report_init). `turn` 0 is the
+ * block that ran first. TARFLOW_ERROR_INPUT on a size or a turn out of range. */
+TARFLOW_API tarflow_status tarflow_sampler_report(const tarflow_sampler *sampler, tarflow_report *report);
+TARFLOW_API tarflow_status tarflow_sampler_block_report(const tarflow_sampler *sampler, int64_t turn,
+                                                        tarflow_block_report *report);
+
+/* images -> latents z [n, N, D] and log|det dz/dx| [n], nats; either output may be NULL. Statuses as of sample. */
 TARFLOW_API tarflow_status tarflow_sampler_encode(tarflow_sampler *sampler, int64_t n, const float *images,
                                                   const int64_t *labels, float *z, double *log_det);
 
-/* images -> log q(image | label) [n], nats. No dequantisation noise is added. */
+/* images -> log q(image | label) [n], nats. No dequantisation noise is added. Statuses as of sample. */
 TARFLOW_API tarflow_status tarflow_sampler_log_prob(tarflow_sampler *sampler, int64_t n, const float *images,
                                                     const int64_t *labels, double *log_prob);
 
-/* images -> images + strength * sigma^2 * grad log q(image | label). sigma 0 is the model's training noise. */
+/* images -> images + strength * sigma^2 * grad log q(image | label). sigma 0 is the model's training noise.
+ * Statuses as of sample; TARFLOW_ERROR_INPUT also when sigma is neither known nor given. */
 TARFLOW_API tarflow_status tarflow_sampler_denoise(tarflow_sampler *sampler, int64_t n, const float *images,
                                                    const int64_t *labels, double sigma, double strength,
                                                    float *denoised);
 
-/* The seeded noise of images first_index .. first_index + n - 1: [n, patches, patch_values]. */
-TARFLOW_API tarflow_status tarflow_noise(uint64_t seed, uint64_t first_index, int64_t n, int64_t patches,
-                                         int64_t patch_values, float *noise);
+/* images -> log p(class | image) [n, classes] by Bayes' rule under a uniform prior. Statuses as of sample;
+ * TARFLOW_ERROR_INPUT also on a model without classes. */
+TARFLOW_API tarflow_status tarflow_sampler_classify(tarflow_sampler *sampler, int64_t n, const float *images,
+                                                    double *log_posteriors);
+
+/* ---- setting structs up ------------------------------------------------------------------------------------- */
 
 TARFLOW_INLINE void tarflow_model_options_init(tarflow_model_options *options) {
   tarflow_model_options_defaults(options, sizeof *options);
@@ -158,6 +266,14 @@ TARFLOW_INLINE void tarflow_model_options_init(tarflow_model_options *options) {
 TARFLOW_INLINE void tarflow_sample_options_init(tarflow_sample_options *options) {
   tarflow_sample_options_defaults(options, sizeof *options);
 }
+
+TARFLOW_INLINE void tarflow_config_init(tarflow_config *config) { config->struct_size = sizeof *config; }
+
+TARFLOW_INLINE void tarflow_engine_init(tarflow_engine *engine) { engine->struct_size = sizeof *engine; }
+
+TARFLOW_INLINE void tarflow_report_init(tarflow_report *report) { report->struct_size = sizeof *report; }
+
+TARFLOW_INLINE void tarflow_block_report_init(tarflow_block_report *report) { report->struct_size = sizeof *report; }
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,309 @@
+// The C ABI of samplers.
+#include <cmath>
+
+#include "arguments.hpp"
+#include "c_api.hpp"
+#include "decode.hpp"
+#include "density.hpp"
+#include "noise.hpp"
+#include "tuned.hpp"
+
+using namespace tarflow::detail;
+
+namespace {
+
+constexpr int64_t kBatchSize = 64;
+
+Labels part(const Labels& labels, int64_t start, int64_t count) {
+  if (labels.empty()) return {};
+  return Labels(labels.begin() + start, labels.begin() + start + count);
+}
+
+/// One call at a time on a sampler, and a cancellation is of the call that runs.
+template <typename Work>
+tarflow_status on_sampler(tarflow_sampler* sampler, Work work) noexcept {
+  return guarded([&] {
+    need(sampler, "sampler");
+    if (sampler->busy.exchange(true))
+      throw input_error("the sampler is in a call already", "make one sampler for each thread");
+    struct Done {
+      tarflow_sampler* sampler;
+      ~Done() { sampler->busy = false; }
+    } const done{sampler};
+    sampler->cancelled = false;
+    work(*sampler->engine, &sampler->cancelled);
+  });
+}
+
+/// Calls work(first image, count, patches, labels) for a few images at a time; the arguments are checked first.
+template <typename Work>
+void each_chunk(const Engine& engine, int64_t n, const float* images, const int64_t* labels, Work work) {
+  const Config& config = engine.config();
+  check_count(n);
+  need(images, "images");
+  check_finite("images", images, n * config.dims());
+  const Labels numbers = class_numbers(labels, n, config);
+  for (int64_t start = 0; start < n; start += kBatchSize) {
+    const int64_t count = std::min(kBatchSize, n - start);
+    work(start, count, patchify(images + start * config.dims(), count, config), part(numbers, start, count));
+  }
+}
+
+void add_score(const Engine& engine, Floats& patches, const Labels& labels, float scale, const CancelFlag* cancelled) {
+  const Floats gradient = score(engine, patches, labels, cancelled);
+  for (size_t i = 0; i < patches.size(); ++i) patches[i] += scale * gradient[i];
+}
+
+/// Log q [n] of n images under one label each.
+void log_probs(const Engine& engine, int64_t n, const float* images, const int64_t* labels, const CancelFlag* cancelled,
+               double* log_prob) {
+  each_chunk(engine, n, images, labels, [&](int64_t start, int64_t, Floats patches, const Labels& y) {
+    std::vector<double> log_det;
+    const Floats u = encode_patches(engine, std::move(patches), y, cancelled, log_det);
+    const std::vector<double> sums = log_prob_of(u, log_det);
+    std::copy(sums.begin(), sums.end(), log_prob + start);
+  });
+}
+
+/// The plan for batches of a size.
+class Plans {
+ public:
+  Plans(const Engine& engine, const tarflow_sample_options& options, int64_t branches)
+      : blocks_(engine.config().blocks), branches_(branches) {
+    if (options.decode < TARFLOW_DECODE_SEQUENTIAL || options.decode > TARFLOW_DECODE_AUTO)
+      throw input_error("decode must be TARFLOW_DECODE_SEQUENTIAL, _PLAN or _AUTO, got " +
+                        std::to_string(options.decode));
+    if (options.decode == TARFLOW_DECODE_PLAN) plan_ = plan_of(options, engine.config());
+    if (options.decode != TARFLOW_DECODE_AUTO) return;
+    tuned_ = read_plans(options.plans_file != nullptr ? options.plans_file : "", engine);
+    if (tuned_.entries.empty())
+      engine.logger()(TARFLOW_LOG_WARNING, "decoding is sequential: " + tuned_.reason);
+    if (std::isnan(options.auto_tolerance) || options.auto_tolerance < 0.0) return;
+    check_real("auto_tolerance", options.auto_tolerance, false);
+    for (TunedPlan& one : tuned_.entries) {
+      for (Strategy& strategy : one.plan) strategy.tolerance = options.auto_tolerance;
+    }
+  }
+  Plan plan(int64_t images) const { return tuned_.entries.empty() ? plan_ : tuned_.plan(images, branches_, blocks_); }
+
+ private:
+  int64_t blocks_, branches_;
+  Plan plan_;
+  TunedPlans tuned_;
+};
+
+/// Say once per call what went another way than asked.
+void warn(const Logger& logger, const DecodeReport& report) {
+  for (const BlockReport& block : report.blocks) {
+    if (block.sequential_images.empty()) continue;
+    logger(TARFLOW_LOG_WARNING, "block " + std::to_string(block.block) +
+                                    ": parallel decoding met values that are not finite, so that " +
+                                    std::to_string(block.sequential_images.size()) + " of " +
+                                    std::to_string(block.calls.size()) + " images were decoded sequentially there");
+  }
+  if (!report.non_finite.empty())
+    logger(TARFLOW_LOG_WARNING, std::to_string(report.non_finite.size()) +
+                                    " images hold values that are not finite: the model overflowed");
+}
+
+DecodeReport sample(const Engine& engine, int64_t n, const int64_t* labels, const tarflow_sample_options& options,
+                    float* images, size_t images_length, const CancelFlag* cancelled) {
+  const Config& config = engine.config();
+  const int64_t dims = config.dims();
+  check_count(n);
+  need(images, "images");
+  if (images_length != static_cast<size_t>(n) * static_cast<size_t>(dims))
+    throw input_error("images_length is " + std::to_string(images_length) + ", " + std::to_string(n) +
+                      " images have " + std::to_string(n * dims) + " values");
+  if (options.batch_size < 0)
+    throw input_error("batch_size must be at least 0, got " + std::to_string(options.batch_size));
+  const Labels numbers = class_numbers(labels, n, config);
+  DecodeInputs inputs;
+  inputs.guidance = guidance_of(options, numbers, config);
+  inputs.cancelled = cancelled;
+  const double sigma =
+      options.denoise != 0 ? sigma_of(config, "leave the training noise in the images: denoise = 0") : 0.0;
+  if (options.noise != nullptr) {
+    if (options.seed != 0 || options.first_index != 0)
+      throw input_error("noise was given, and so was seed or first_index", "leave one of them 0");
+    check_finite("noise", options.noise, n * dims);
+  }
+  check_first_index(options.first_index, n);
+  const Plans plans(engine, options, inputs.guidance.branches());
+  const int64_t size = options.batch_size != 0 ? options.batch_size : kBatchSize;
+  const int64_t chunks = (n - 1) / size + 1, steps = config.blocks * (config.patches() - 1);
+  DecodeReport report;
+  for (int64_t start = 0, chunk = 0; start < n; start += size, ++chunk) {
+    const int64_t count = std::min(size, n - start);
+    Floats latents(static_cast<size_t>(count * dims));
+    for (int64_t image = 0; image < count; ++image) {
+      float* out = latents.data() + image * dims;
+      if (options.noise != nullptr)
+        std::copy_n(options.noise + (start + image) * dims, dims, out);
+      else
+        standard_normal(options.seed, options.first_index + static_cast<uint64_t>(start + image), dims, out);
+    }
+    if (options.on_step != nullptr) {
+      inputs.on_done = [&, chunk](int64_t block, int64_t done) {
+        const tarflow_step step = {block, chunk * steps + done, chunks * steps};
+        if (options.on_step(&step, options.user_data) != 0)
+          throw Error(TARFLOW_ERROR_CANCELLED, "cancelled by on_step");
+      };
+    }
+    inputs.labels = part(numbers, start, count);
+    inputs.plan = plans.plan(count);
+    DecodeReport how;
+    Floats patches = decode_patches(engine, std::move(latents), inputs, how);
+    if (options.denoise != 0)
+      add_score(engine, patches, inputs.labels, static_cast<float>(sigma * sigma), cancelled);
+    unpatchify(patches, count, config, images + start * dims);
+    report.extend(std::move(how), start);
+  }
+  warn(engine.logger(), report);
+  return report;
+}
+
+tarflow_strategy strategy_of(const Strategy& strategy) {
+  return {strategy.parallel ? 1 : 0, strategy.from_zeros ? 1 : 0, strategy.window, strategy.tolerance};
+}
+
+int64_t length(const std::vector<int64_t>& values) { return static_cast<int64_t>(values.size()); }
+
+}  // namespace
+
+extern "C" {
+
+tarflow_status tarflow_sampler_create(const tarflow_model* model, tarflow_sampler** sampler) {
+  return guarded([&] {
+    need(sampler, "sampler");
+    *sampler = nullptr;
+    need(model, "model");
+    auto made = std::make_unique<tarflow_sampler>();
+    made->engine = model->engine;
+    *sampler = made.release();
+  });
+}
+
+void tarflow_sampler_free(tarflow_sampler* sampler) { delete sampler; }
+
+void tarflow_sampler_cancel(tarflow_sampler* sampler) {
+  if (sampler != nullptr) sampler->cancelled = true;
+}
+
+void tarflow_strategy_init(tarflow_strategy* strategy) {
+  Strategy defaults;
+  defaults.parallel = true;
+  if (strategy != nullptr) *strategy = strategy_of(defaults);
+}
+
+void tarflow_sample_options_defaults(tarflow_sample_options* options, size_t size) {
+  tarflow_sample_options defaults{};
+  defaults.attention_temperature = 1.0;
+  defaults.guide = TARFLOW_GUIDE_AB;
+  defaults.denoise = 1;
+  defaults.auto_tolerance = -1.0;
+  put_defaults(defaults, options, size);
+}
+
+tarflow_status tarflow_sampler_sample(tarflow_sampler* sampler, int64_t n, const int64_t* labels,
+                                      const tarflow_sample_options* options, float* images, size_t images_length) {
+  return on_sampler(sampler, [&](const Engine& engine, const CancelFlag* cancelled) {
+    sampler->report = {};
+    sampler->committed.clear();
+    const auto chosen = given(options, tarflow_sample_options_defaults, "options");
+    DecodeReport report = sample(engine, n, labels, chosen, images, images_length, cancelled);
+    for (const BlockReport& block : report.blocks) {
+      std::vector<int64_t>& all = sampler->committed.emplace_back();
+      for (const std::vector<int64_t>& image : block.committed) all.insert(all.end(), image.begin(), image.end());
+    }
+    sampler->report = std::move(report);
+  });
+}
+
+tarflow_status tarflow_sampler_report(const tarflow_sampler* sampler, tarflow_report* report) {
+  return guarded([&] {
+    need(sampler, "sampler");
+    const DecodeReport& how = sampler->report;
+    const int64_t images = how.blocks.empty() ? 0 : length(how.blocks[0].calls);
+    put({0, images, static_cast<int64_t>(how.blocks.size()), length(how.non_finite), how.non_finite.data()}, report,
+        "report");
+  });
+}
+
+tarflow_status tarflow_sampler_block_report(const tarflow_sampler* sampler, int64_t turn, tarflow_block_report* report) {
+  return guarded([&] {
+    need(sampler, "sampler");
+    const auto blocks = static_cast<int64_t>(sampler->report.blocks.size());
+    if (turn < 0 || turn >= blocks)
+      throw input_error("turn must be 0 to " + std::to_string(blocks - 1) + ", got " + std::to_string(turn),
+                        blocks == 0 ? "the report is of the last sample that succeeded" : "");
+    const BlockReport& how = sampler->report.blocks[static_cast<size_t>(turn)];
+    const std::vector<int64_t>& committed = sampler->committed[static_cast<size_t>(turn)];
+    put({0, how.block, strategy_of(how.strategy), how.residual, how.calls.data(), committed.data(), length(committed),
+         how.sequential_images.data(), length(how.sequential_images)},
+        report, "report");
+  });
+}
+
+tarflow_status tarflow_sampler_encode(tarflow_sampler* sampler, int64_t n, const float* images, const int64_t* labels,
+                                      float* z, double* log_det) {
+  return on_sampler(sampler, [&](const Engine& engine, const CancelFlag* cancelled) {
+    const int64_t dims = engine.config().dims();
+    each_chunk(engine, n, images, labels, [&](int64_t start, int64_t, Floats patches, const Labels& y) {
+      std::vector<double> sums;
+      const Floats u = encode_patches(engine, std::move(patches), y, cancelled, sums);
+      if (z != nullptr) std::copy(u.begin(), u.end(), z + start * dims);
+      if (log_det != nullptr) std::copy(sums.begin(), sums.end(), log_det + start);
+    });
+  });
+}
+
+tarflow_status tarflow_sampler_log_prob(tarflow_sampler* sampler, int64_t n, const float* images,
+                                        const int64_t* labels, double* log_prob) {
+  return on_sampler(sampler, [&](const Engine& engine, const CancelFlag* cancelled) {
+    need(log_prob, "log_prob");
+    log_probs(engine, n, images, labels, cancelled, log_prob);
+  });
+}
+
+tarflow_status tarflow_sampler_denoise(tarflow_sampler* sampler, int64_t n, const float* images, const int64_t* labels,
+                                       double sigma, double strength, float* denoised) {
+  return on_sampler(sampler, [&](const Engine& engine, const CancelFlag* cancelled) {
+    need(denoised, "denoised");
+    const Config& config = engine.config();
+    check_real("strength", strength, false);
+    check_real("sigma", sigma, false);
+    const double noise = sigma > 0.0 ? sigma : sigma_of(config, "pass sigma");
+    const auto scale = static_cast<float>(strength * (noise * noise));
+    each_chunk(engine, n, images, labels, [&](int64_t start, int64_t count, Floats patches, const Labels& y) {
+      add_score(engine, patches, y, scale, cancelled);
+      unpatchify(patches, count, config, denoised + start * config.dims());
+    });
+  });
+}
+
+tarflow_status tarflow_sampler_classify(tarflow_sampler* sampler, int64_t n, const float* images,
+                                        double* log_posteriors) {
+  return on_sampler(sampler, [&](const Engine& engine, const CancelFlag* cancelled) {
+    need(log_posteriors, "log_posteriors");
+    const int64_t classes = engine.config().classes;
+    if (classes == 0)
+      throw input_error("this model has no classes, so it cannot classify", "use a class-conditional model");
+    check_count(n);
+    std::vector<double> column(static_cast<size_t>(n));
+    for (int64_t label = 0; label < classes; ++label) {
+      log_probs(engine, n, images, std::vector<int64_t>(column.size(), label).data(), cancelled, column.data());
+      for (int64_t image = 0; image < n; ++image)
+        log_posteriors[image * classes + label] = column[static_cast<size_t>(image)];
+    }
+    for (int64_t image = 0; image < n; ++image) {
+      double* row = log_posteriors + image * classes;
+      const double most = *std::max_element(row, row + classes);
+      double sum = 0.0;
+      for (int64_t label = 0; label < classes; ++label) sum += std::exp(row[label] -= most);
+      for (int64_t label = 0; label < classes; ++label) row[label] -= std::log(sum);
+    }
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,146 @@
+#include "density.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+namespace tarflow::detail {
+namespace {
+
+std::size_t size(std::int64_t count) { return static_cast<std::size_t>(count); }
+
+/// The sum that NumPy makes of `count` doubles, visited by their place: pairwise, eight at a time at the bottom. In this
+/// order the log-densities are those of the Python runtime to the last bit.
+template <typename Value>
+double pairwise_sum(std::size_t first, std::size_t count, Value value) {
+  if (count < 8) {
+    double sum = -0.0;
+    for (std::size_t i = 0; i < count; ++i) sum += value(first + i);
+    return sum;
+  }
+  if (count <= 128) {
+    double sums[8];
+    for (std::size_t lane = 0; lane < 8; ++lane) sums[lane] = value(first + lane);
+    std::size_t i = 8;
+    for (; i + 8 <= count; i += 8) {
+      for (std::size_t lane = 0; lane < 8; ++lane) sums[lane] += value(first + i + lane);
+    }
+    double sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+    for (; i < count; ++i) sum += value(first + i);
+    return sum;
+  }
+  const std::size_t half = count / 2 - count / 2 % 8;
+  return pairwise_sum(first, half, value) + pairwise_sum(first + half, count - half, value);
+}
+
+/// Derivative of log N(u; 0, 1) with respect to z = u * sqrt(prior): -z / prior.
+Floats last_cotangent(const Engine& engine, Floats z) {
+  const Floats& prior = engine.bundle().prior;
+  for (std::size_t i = 0; i < z.size(); ++i) z[i] = prior.empty() ? -z[i] : -z[i] / prior[i % prior.size()];
+  return z;
+}
+
+/// The score where nothing but the blocks' inputs can be kept: each gradient repeats its block's forward pass.
+Floats score_recomputed(const Engine& engine, const Floats& patches, const Labels& labels,
+                        const CancelFlag* cancelled) {
+  std::vector<Floats> inputs;
+  Floats x = patches;
+  std::vector<double> unused;
+  for (std::int64_t block = 0; block < engine.config().blocks; ++block) {
+    check_cancelled(cancelled);
+    inputs.push_back(x);
+    x = engine.forward(block, x, labels, unused);
+  }
+  Floats cotangent = last_cotangent(engine, std::move(x));
+  for (std::int64_t block = engine.config().blocks - 1; block >= 0; --block) {
+    check_cancelled(cancelled);
+    cotangent = engine.gradient(block, inputs.back(), cotangent, labels);
+    inputs.pop_back();
+  }
+  return cotangent;
+}
+
+/// Calls visit(index in the image, index in the patches) for every value of a batch.
+template <typename Visit>
+void each_value(std::int64_t batch, const Config& c, Visit visit) {
+  const std::int64_t p = c.patch_size, across = c.image_size / p;
+  std::int64_t pixel = 0;
+  for (std::int64_t image = 0; image < batch; ++image)
+    for (std::int64_t channel = 0; channel < c.image_channels; ++channel)
+      for (std::int64_t y = 0; y < c.image_size; ++y)
+        for (std::int64_t x = 0; x < c.image_size; ++x, ++pixel) {
+          const std::int64_t patch = (y / p) * across + x / p;
+          visit(size(pixel), size(image * c.dims() + patch * c.patch_values() + (channel * p + y % p) * p + x % p));
+        }
+}
+
+}  // namespace
+
+Floats encode_patches(const Engine& engine, Floats x, const Labels& labels, const CancelFlag* cancelled,
+                      std::vector<double>& log_det) {
+  log_det.assign(size(engine.batch_of(x)), 0.0);
+  for (std::int64_t block = 0; block < engine.config().blocks; ++block) {
+    check_cancelled(cancelled);
+    x = engine.forward(block, x, labels, log_det);
+  }
+  const Floats& prior = engine.bundle().prior;
+  if (prior.empty()) return x;
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] /= std::sqrt(prior[i % prior.size()]);
+  const double log_prior =
+      pairwise_sum(0, prior.size(), [&](std::size_t i) { return std::log(static_cast<double>(prior[i])); });
+  for (double& value : log_det) value -= 0.5 * log_prior;
+  return x;
+}
+
+std::vector<double> log_prob_of(const Floats& u, const std::vector<double>& log_det) {
+  const std::size_t dims = u.size() / log_det.size();
+  const double constant = 0.5 * std::log(2.0 * 3.141592653589793) * static_cast<double>(dims);
+  std::vector<double> log_prob;
+  for (std::size_t image = 0; image < log_det.size(); ++image) {
+    const double square = pairwise_sum(
+        image * dims, dims, [&](std::size_t i) { return static_cast<double>(u[i]) * static_cast<double>(u[i]); });
+    log_prob.push_back(-0.5 * square - constant + log_det[image]);
+  }
+  return log_prob;
+}
+
+Floats score(const Engine& engine, const Floats& patches, const Labels& labels, const CancelFlag* cancelled) {
+  const std::int64_t most = engine.vjp_images();
+  if (most == 0) return score_recomputed(engine, patches, labels, cancelled);
+  const std::int64_t batch = engine.batch_of(patches), dims = engine.config().dims();
+  const std::int64_t share = (batch + engine.workers() - 1) / engine.workers();
+  const std::int64_t limit = std::min(most, share), count = (batch + limit - 1) / limit;
+  Floats result(patches.size());
+  const auto run = [&](std::int64_t piece) {
+    // The first batch % count pieces have one image more.
+    const std::int64_t start = piece * (batch / count) + std::min(piece, batch % count);
+    const std::int64_t stop = start + batch / count + (piece < batch % count ? 1 : 0);
+    Floats x(patches.begin() + start * dims, patches.begin() + stop * dims);
+    const Labels y = labels.empty() ? Labels{} : Labels(labels.begin() + start, labels.begin() + stop);
+    std::vector<ForwardHalf> halves;
+    for (std::int64_t block = 0; block < engine.config().blocks; ++block) {
+      check_cancelled(cancelled);
+      halves.push_back(engine.vjp(block, x, y, count == 1));
+      x = std::move(halves.back().z);
+    }
+    Floats cotangent = last_cotangent(engine, std::move(x));
+    for (; !halves.empty(); halves.pop_back()) {
+      check_cancelled(cancelled);
+      cotangent = halves.back().way_back(cotangent);
+    }
+    std::copy(cotangent.begin(), cotangent.end(), result.begin() + start * dims);
+  };
+  Crew(count, nullptr, cancelled).work(run, std::min(engine.workers(), count));
+  return result;
+}
+
+Floats patchify(const float* images, std::int64_t batch, const Config& config) {
+  Floats patches(size(batch * config.dims()));
+  each_value(batch, config, [&](std::size_t pixel, std::size_t value) { patches[value] = images[pixel]; });
+  return patches;
+}
+
+void unpatchify(const Floats& patches, std::int64_t batch, const Config& config, float* images) {
+  each_value(batch, config, [&](std::size_t pixel, std::size_t value) { images[pixel] = patches[value]; });
+}
+
+}  // namespace tarflow::detail

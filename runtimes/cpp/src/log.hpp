@@ -1,0 +1,19 @@
+// Logger: where a model's talk goes. Without a callback nothing is said; nothing ever goes to stdout or stderr.
+#pragma once
+
+#include <string>
+
+#include "tarflow/tarflow.h"
+
+namespace tarflow::detail {
+
+struct Logger {
+  tarflow_on_log on_log = nullptr;
+  void* user_data = nullptr;
+
+  void operator()(tarflow_log_level level, const std::string& text) const {
+    if (on_log != nullptr) on_log(level, text.c_str(), user_data);
+  }
+};
+
+}  // namespace tarflow::detail
