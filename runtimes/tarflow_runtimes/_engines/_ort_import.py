@@ -10,35 +10,40 @@ from tarflow_runtimes._engines._installed import owners
 from tarflow_runtimes._errors import EngineError
 
 MINIMUM_VERSION: Final = (1, 28)
-INSTALL: Final = 'pip install "tarflow-sdk[ort]"'
+INSTALL: Final = {
+    "ort-cpu": 'pip install "tarflow-sdk[ort]"',
+    "ort-cuda": 'pip install "tarflow-sdk[ort-cuda]"',
+}
+"""The command that brings an engine's packages."""
 
 
 @functools.cache
-def import_onnxruntime() -> Any:
-    """The module onnxruntime.
+def import_onnxruntime(engine: str = "ort-cpu") -> Any:
+    """The module onnxruntime; `engine`, which asks for it, is named in errors.
 
     Raises:
         EngineError: when it is missing, too old, or when two distributions have written into its folder.
     """
+    install = INSTALL[engine]
     found = owners("onnxruntime")
     if len(found) > 1:
         raise EngineError(
             f"installed packages overwrite each other in the folder onnxruntime/: {', '.join(found)}",
-            hint=f"pip uninstall -y {' '.join(owner.split()[0] for owner in found)}, then {INSTALL}",
+            hint=f"pip uninstall -y {' '.join(owner.split()[0] for owner in found)}, then {install}",
         )
     try:
         import onnxruntime
     except ImportError as error:
-        raise EngineError("engine ort-cpu needs ONNX Runtime, which is not installed", hint=INSTALL) from error
+        raise EngineError(f"engine {engine} needs ONNX Runtime, which is not installed", hint=install) from error
     if not hasattr(onnxruntime, "InferenceSession"):
         raise EngineError(
-            "the installed onnxruntime is damaged: it has no InferenceSession", hint=f"{INSTALL} --force-reinstall"
+            "the installed onnxruntime is damaged: it has no InferenceSession", hint=f"{install} --force-reinstall"
         )
     version = tuple(int(part) for part in re.findall(r"\d+", onnxruntime.__version__)[:2])
     if version < MINIMUM_VERSION:
         wanted = ".".join(map(str, MINIMUM_VERSION))
         raise EngineError(
             f"onnxruntime {onnxruntime.__version__} is too old, {wanted} is needed",
-            hint=f'pip install "onnxruntime>={wanted}"',
+            hint=f"{install} --upgrade",
         )
     return onnxruntime

@@ -17,13 +17,35 @@ from tarflow_runtimes._bundle import Bundle
 from tarflow_runtimes._device.device import Device, Program, ProgramMaker
 from tarflow_runtimes._device.loop import DeviceDecoder
 from tarflow_runtimes._engine import Floats, Integers
-from tarflow_runtimes._errors import EngineError
+from tarflow_runtimes._errors import EngineError, InputError
+
+DTYPES: Final = ("float32", "float16", "bfloat16")
+"""What linear layers and caches can be computed in on a device; everything else is float32."""
 
 ACTIVATION_BYTES: Final = 2 << 30
 """Activations of one run of a forward or gradient program; larger batches are run in pieces."""
 
 PROGRAM_BYTES: Final = 4 << 30
 """Weights of the forward and gradient programs that are kept together."""
+
+
+def chosen_dtype(bundle: Bundle, dtype: str | None) -> str:
+    """What to compute linear layers in: one of DTYPES, by default what the bundle's are stored in.
+
+    Raises:
+        InputError: for another name.
+        EngineError: when the bundle's weights have been rounded to something else.
+    """
+    if dtype is None:
+        return bundle.dtype
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if bundle.dtype not in {"float32", dtype}:
+        raise EngineError(
+            f"bundle {bundle.path.name} is of {bundle.dtype}, it cannot run in {dtype}",
+            hint=f"use {bundle.dtype}, or export the checkpoint with --dtype float32",
+        )
+    return dtype
 
 
 class _Call:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -25,11 +26,13 @@ from tarflow_runtimes._device.workspace import IN_PLACE
 from tarflow_runtimes._engines._ort_import import import_onnxruntime
 from tarflow_runtimes._engines._session import first_line
 from tarflow_runtimes._errors import EngineError
+from tarflow_runtimes._rewrites import half
 from tarflow_runtimes._rewrites.advance import advance_graph
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": np.dtype(np.uint16),  # NumPy has none
     "tensor(int64)": np.dtype(np.int64),
 }
 """ONNX Runtime's names of the types that our graphs have."""
@@ -85,9 +88,9 @@ class OrtProgram:
         kind = self._device.kind
         for name, spec in self.inputs.items():
             shape = (reach,) if name == "reach" else spec.shape
-            binding.bind_input(name, kind, 0, spec.dtype.type, shape, addresses[name])
+            binding.bind_input(name, kind, 0, _element_type(spec), shape, addresses[name])
         for name, spec in self.outputs.items():
-            binding.bind_output(name, kind, 0, spec.dtype.type, spec.shape, addresses[name])
+            binding.bind_output(name, kind, 0, _element_type(spec), spec.shape, addresses[name])
         return OrtBound(self, binding, NO_GRAPH)
 
     def record(self, launches: Sequence[Bound]) -> Replay:
@@ -112,6 +115,11 @@ class OrtProgram:
         return self._recorded[bound.binding]
 
 
+def _element_type(spec: TensorSpec) -> Any:
+    """What a binding calls a dtype: NumPy's type, or the number of ONNX's for bfloat16."""
+    return proto.BFLOAT16 if spec.dtype == np.uint16 else spec.dtype.type
+
+
 def _spec(value: Any, patches: int) -> TensorSpec:
     """Shape and dtype of an input or output; an axis that is left open is that of `reach`."""
     return TensorSpec(tuple(size if isinstance(size, int) else patches for size in value.shape), DTYPES[value.type])
@@ -128,7 +136,7 @@ class OrtMaker:
         self, bundle: Bundle, device: Device, *, name: str, dtype: str, provider: str, options: Mapping[str, str]
     ) -> None:
         self.name, self.device, self.dtype = name, device, dtype
-        self._ort = import_onnxruntime()
+        self._ort = import_onnxruntime(name)
         self._bundle, self._provider, self._options = bundle, provider, dict(options)
         self._without_graphs = "" if device.kind != "cpu" else "on the CPU there are none"
         self._in_place = False
@@ -139,7 +147,7 @@ class OrtMaker:
         model = advance_graph(
             self._parse(block, files.step), self._bundle.config, images=images, branches=branches, window=window
         )
-        program = self._open_with_graphs(model, files.step.parent)
+        program = self._open_with_graphs(model, block)
         if not self._in_place:
             check_in_place(self.device, program, self._bundle.config)
             self._in_place = True
@@ -165,7 +173,7 @@ class OrtMaker:
 
     def _density(self, block: int, path: Path, images: int) -> OrtProgram:
         model: bytes = self._parse(block, path).SerializeToString()
-        return self._open(model, path.parent, images=images, graphs=False)
+        return self._open(model, block, images=images, graphs=False)
 
     def _parse(self, block: int, path: Path) -> Any:
         """The graph as a ModelProto, all of its external tensors in the block's weights."""
@@ -173,24 +181,30 @@ class OrtMaker:
         proto.check_external_data(model, self._bundle.blocks[block].weights, where=str(path))
         return model
 
-    def _open_with_graphs(self, model: bytes, folder: Path) -> OrtProgram:
+    def _open_with_graphs(self, model: bytes, block: int) -> OrtProgram:
         """A program that records, or where ONNX Runtime refuses to, one that does not; the report says why."""
         if not self._without_graphs:
             try:
-                return self._open(model, folder, graphs=True)
+                return self._open(model, block, graphs=True)
             except EngineError as error:
                 if "graph capture" not in str(error):
                     raise
                 self._without_graphs = str(error)
-        return self._open(model, folder, graphs=False)
+        return self._open(model, block, graphs=False)
 
-    def _open(self, model: bytes, folder: Path, *, images: int | None = None, graphs: bool) -> OrtProgram:
-        """The session of a graph; `images` freezes its batch."""
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 4  # refusals are raised
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        if images is not None:
-            options.add_free_dimension_override_by_name("B", images)
+    def _open(self, model: bytes, block: int, *, images: int | None = None, graphs: bool) -> OrtProgram:
+        """The program of a graph of a block in the maker's dtype; `images` freezes its batch."""
+        weights = self._bundle.blocks[block].weights
+        if self.dtype == self._bundle.dtype:
+            session = self._session(model, weights.parent, images, graphs=graphs)
+        else:
+            with tempfile.TemporaryDirectory(prefix="tarflow-", ignore_cleanup_errors=True) as name:
+                model = half.rewrite(model, self.dtype, weights, folder=Path(name))
+                session = self._session(model, Path(name), images, graphs=graphs)
+        return OrtProgram(session, self.device, patches=self._bundle.config.patches, graphs=graphs)
+
+    def _session(self, model: bytes, folder: Path, images: int | None, *, graphs: bool) -> Any:
+        options = self._session_options(folder, images)
         if self.device.kind != "cpu":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         given = self._options | ({"enable_cuda_graph": "1"} if graphs else {})
@@ -199,22 +213,29 @@ class OrtMaker:
         except Exception as error:
             if "fallback to CPU EP" in str(error):
                 raise EngineError(
-                    f"ONNX Runtime {self._ort.__version__} would run nodes on the CPU: {self._on_cpu(model, folder)}",
+                    f"ONNX Runtime {self._ort.__version__} would run nodes on the CPU:"
+                    f" {self._nodes_on_cpu(model, folder, images)}",
                     hint="update onnxruntime-gpu, or use another engine",
                 ) from error
             raise EngineError(f"ONNX Runtime cannot open a graph of {folder}: {first_line(error)}") from error
-        if session.get_providers()[0] != self._provider:
+        if session.get_providers()[0] != self._provider:  # it prints why, and goes on with what is left
             raise EngineError(
                 f"ONNX Runtime did not take {self._provider}: it runs {', '.join(session.get_providers())}",
                 hint="tarflow doctor says what is missing",
             )
-        return OrtProgram(session, self.device, patches=self._bundle.config.patches, graphs=graphs)
+        return session
 
-    def _on_cpu(self, model: bytes, folder: Path) -> str:
-        """Names of the nodes that ONNX Runtime would run on the CPU."""
+    def _session_options(self, folder: Path, images: int | None) -> Any:
         options = self._ort.SessionOptions()
-        options.log_severity_level = 4
+        options.log_severity_level = 4  # refusals are raised
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        if images is not None:
+            options.add_free_dimension_override_by_name("B", images)
+        return options
+
+    def _nodes_on_cpu(self, model: bytes, folder: Path, images: int | None) -> str:
+        """Names of the nodes that ONNX Runtime would run on the CPU."""
+        options = self._session_options(folder, images)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         session = self._ort.InferenceSession(model, options, providers=[(self._provider, self._options)])
         parts = session.get_provider_graph_assignment_info()

@@ -1,0 +1,40 @@
+"""`open_ort_cuda`: engine `ort-cuda`, ONNX Runtime's CUDA provider on the first GPU."""
+
+from __future__ import annotations
+
+from tarflow_runtimes._bundle import Bundle
+from tarflow_runtimes._device.cuda import CudaDevice
+from tarflow_runtimes._engines._installed import owners
+from tarflow_runtimes._engines._ort_import import INSTALL, import_onnxruntime
+from tarflow_runtimes._engines.device_engine import DeviceEngine, chosen_dtype
+from tarflow_runtimes._engines.ort_programs import OrtMaker
+from tarflow_runtimes._errors import EngineError
+
+NAME = "ort-cuda"
+PROVIDER = "CUDAExecutionProvider"
+
+
+def open_ort_cuda(bundle: Bundle, dtype: str | None = None) -> DeviceEngine:
+    """The engine, computing in `dtype` or what the bundle is stored in. TF32 is off: float32 is float32.
+
+    Raises:
+        EngineError: when ONNX Runtime is missing or built without CUDA, or there is no driver or GPU.
+        InputError: for an unknown dtype.
+    """
+    dtype = chosen_dtype(bundle, dtype)
+    ort = import_onnxruntime(NAME)
+    if PROVIDER not in ort.get_available_providers():
+        found = owners("onnxruntime")
+        raise EngineError(
+            f"the installed onnxruntime {ort.__version__} is a build without CUDA",
+            hint=f"pip uninstall -y {' '.join(one.split()[0] for one in found) or 'onnxruntime'}, then {INSTALL[NAME]}",
+        )
+    device = CudaDevice()
+    ort.preload_dlls()  # CUDA's libraries as pip installs them lie where the loader does not look
+    options = {
+        "device_id": str(device.ordinal),
+        "user_compute_stream": str(device.stream),
+        "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    return DeviceEngine(bundle, OrtMaker(bundle, device, name=NAME, dtype=dtype, provider=PROVIDER, options=options))
