@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tarflow_runtimes._device.array import DeviceArray
 from tarflow_runtimes._plan import BlockReport, Strategy
 
 Floats = npt.NDArray[np.float32]
@@ -69,6 +70,9 @@ class Decoder(Protocol):
 
         Noise and patches are in image order; each turn starts from what the one before made.
         """
+
+    def array(self, array: npt.NDArray[Any]) -> DeviceArray:
+        """Copy an array to the device, for others to take."""
 
 
 class Engine(Protocol):

@@ -57,27 +57,32 @@ def load(
     engine: str = "ort-cpu",
     *,
     weights: str = "stored",
+    dtype: str | None = None,
     verify_digests: bool = True,
 ) -> Flow:
-    """Open the bundle at `path`, or the one that comes with the package, on an engine: `ort-cpu` or `auto`.
+    """Open the bundle at `path`, or the one that comes with the package, on an engine.
+
+    Engines: `ort-cpu`, and `ort-cuda` on an NVIDIA GPU; `auto` takes the fastest that is ready on this machine.
 
     `weights="int8"` rounds the linear layers to 8 bits for sampling and decoding: about three times as fast on wide
     models at small batches, and not the same images (`tarflow verify --weights int8` measures the difference). All
     else, the density and the denoiser, runs on the weights as they are stored.
+    `dtype` is what an engine on a GPU computes linear layers and caches in: "float32", "float16" or "bfloat16", by
+    default what the bundle is stored in.
     `verify_digests=False` skips the SHA-256 of the files (seconds for a bundle of gigabytes); sizes and paths are
     always checked.
 
     Raises:
         BundleError: when the bundle is missing, damaged, unsafe or too new.
         EngineError: when the engine is unknown or not installed.
-        InputError: when `weights` are neither "stored" nor "int8".
+        InputError: when `weights` are neither "stored" nor "int8", or `dtype` is none that the engine has.
 
     >>> import tarflow_runtimes as tfr
     >>> with tfr.load() as flow:  # doctest: +SKIP
     ...     flow.sample(10, labels=range(10), seed=0, guidance=1.5).save("grid.png")
     """
     bundle = open_bundle(shipped_bundle() if path is None else path, verify_digests)
-    opened, reason = open_engine(engine, bundle, weights)
+    opened, reason = open_engine(engine, bundle, weights, dtype)
     return Flow(bundle, opened, reason)
 
 
@@ -238,7 +243,15 @@ class Flow:
             "denoise": str(bool(denoise)).lower(),
             "decode": "sequential" if plan is None else plan if isinstance(plan, str) else repr(plan),
         }
-        return Sample(images=images, seed=seed, first_index=first_index, metadata=metadata, report=report)
+        decoder = self._engine.decoder
+        return Sample(
+            images=images,
+            seed=seed,
+            first_index=first_index,
+            metadata=metadata,
+            report=report,
+            to_device=None if decoder is None else decoder.array,
+        )
 
     def decode(
         self,

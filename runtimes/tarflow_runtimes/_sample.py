@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from tarflow_runtimes._device.array import DeviceArray
 from tarflow_runtimes._image_files import save_images, to_uint8
 from tarflow_runtimes._plan import DecodeReport
 
@@ -28,6 +29,17 @@ class Sample:
     first_index: int = 0
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     report: DecodeReport = dataclasses.field(default_factory=DecodeReport)
+    to_device: Callable[[npt.NDArray[np.float32]], DeviceArray] | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def images_device(self) -> DeviceArray | None:
+        """The images [B, C, height, width] in the memory of the engine's device; None where the engine has none.
+
+        Every access copies them there once more, so keep it. `torch.from_dlpack(sample.images_device)` and CuPy's
+        `from_dlpack` take it without a copy (it has `__dlpack__` and `__cuda_array_interface__`), and its memory lives
+        as long as it or what was made of it, also when the Flow is closed.
+        """
+        return None if self.to_device is None else self.to_device(self.images)
 
     def uint8(self) -> npt.NDArray[np.uint8]:
         """The images as 8-bit values [B, height, width, C]: rint(127.5 * clip(x, -1, 1) + 127.5).

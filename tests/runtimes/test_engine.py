@@ -18,7 +18,7 @@ from tarflow_runtimes._engines._session import aligned_zeros
 from tarflow_runtimes._sampler import inverse_block
 
 
-@pytest.mark.parametrize("engine", ["ort-cuda", "trt", "trt-rtx"])
+@pytest.mark.parametrize("engine", ["trt", "trt-rtx"])
 def test_engines_to_come_say_what_to_do(exported, engine):
     with pytest.raises(tfr.EngineError, match=f"engine {engine} ") as caught:
         tfr.load(exported("class").path, engine=engine)

@@ -58,6 +58,8 @@ class Device(Protocol):
     """As the device calls itself."""
     kind: str
     """`cpu` or `cuda`."""
+    ordinal: int
+    """Its number among those of its kind."""
     lock: threading.RLock
     transfers: Transfers
 
@@ -112,8 +114,13 @@ class Program(Protocol):
         EngineError: from any method or launch, when the runtime refuses.
     """
 
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """By name."""
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """By name."""
 
     def bind(self, addresses: Mapping[str, int], *, reach: int | None = None) -> Bound:
         """Give every input and output an address; an output that is an input updated in place has the input's.

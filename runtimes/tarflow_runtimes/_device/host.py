@@ -35,6 +35,7 @@ class HostDevice:
     """Memory of the host; everything is done at once."""
 
     kind = "cpu"
+    ordinal = 0
 
     def __init__(self) -> None:
         self.name = platform.processor() or platform.machine()

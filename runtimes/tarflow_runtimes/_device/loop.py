@@ -15,11 +15,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from tarflow_runtimes._bundle import Bundle
+from tarflow_runtimes._device.array import DeviceArray
 from tarflow_runtimes._device.device import Device, Program, ProgramMaker
 from tarflow_runtimes._device.workspace import Workspace
 from tarflow_runtimes._engine import Floats, Integers, OnTurn, Turn
@@ -119,6 +121,13 @@ class DeviceDecoder:
             bound.launch()
             address = workspace.address(f"window_{size}_1", patches.nbytes)
             return self._device.download(address, patches.shape, np.float32)[:, 1:]
+
+    def array(self, array: npt.NDArray[Any]) -> DeviceArray:
+        """Copy an array to the device, for others to take."""
+        with self._device.lock:
+            buffer = self._device.allocate(array.nbytes)
+            self._device.upload(buffer.address, array)
+        return DeviceArray(self._device, buffer, array.shape, array.dtype)
 
     def close(self) -> None:
         """Let programs and memory go; runs under way end as they would have."""

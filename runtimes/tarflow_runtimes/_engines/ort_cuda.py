@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from typing import Final
+
 from tarflow_runtimes._bundle import Bundle
 from tarflow_runtimes._device.cuda import CudaDevice
 from tarflow_runtimes._engines._installed import owners
@@ -10,8 +14,8 @@ from tarflow_runtimes._engines.device_engine import DeviceEngine, chosen_dtype
 from tarflow_runtimes._engines.ort_programs import OrtMaker
 from tarflow_runtimes._errors import EngineError
 
-NAME = "ort-cuda"
-PROVIDER = "CUDAExecutionProvider"
+NAME: Final = "ort-cuda"
+PROVIDER: Final = "CUDAExecutionProvider"
 
 
 def open_ort_cuda(bundle: Bundle, dtype: str | None = None) -> DeviceEngine:
@@ -26,11 +30,12 @@ def open_ort_cuda(bundle: Bundle, dtype: str | None = None) -> DeviceEngine:
     if PROVIDER not in ort.get_available_providers():
         found = owners("onnxruntime")
         raise EngineError(
-            f"the installed onnxruntime {ort.__version__} is a build without CUDA",
+            f"engine ort-cuda needs ONNX Runtime for CUDA, onnxruntime {ort.__version__} is a build without it",
             hint=f"pip uninstall -y {' '.join(one.split()[0] for one in found) or 'onnxruntime'}, then {INSTALL[NAME]}",
         )
     device = CudaDevice()
-    ort.preload_dlls()  # CUDA's libraries as pip installs them lie where the loader does not look
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; opening a session then says so
+        ort.preload_dlls()  # CUDA's libraries as pip installs them lie where the loader does not look
     options = {
         "device_id": str(device.ordinal),
         "user_compute_stream": str(device.stream),

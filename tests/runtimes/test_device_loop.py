@@ -1,0 +1,509 @@
+"""The device loop on the host's memory, against the CPU engine; what crosses between host and device; failures."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tarflow_runtimes as tfr
+from tarflow_export import export_bundle
+from tarflow_runtimes._bench import bench
+from tarflow_runtimes._bundle import Bundle, open_bundle
+from tarflow_runtimes._device.host import HostBuffer, HostDevice
+from tarflow_runtimes._device.loop import LOOK, SHAPES
+from tarflow_runtimes._engines import ort_programs
+from tarflow_runtimes._engines.device_engine import DeviceEngine
+from tarflow_runtimes._engines.ort_programs import OrtMaker, OrtProgram
+from tarflow_runtimes._flow import Flow, shipped_bundle
+from tarflow_runtimes._parity import require_passed
+from tarflow_runtimes._sampler import inverse_block
+from tarflow_runtimes._verify import verify
+from tarflow_sdk.testing import random_model, tiny_config
+
+MODELS = ["class", "class_n16", "unconditional", "three_blocks", "no_nvp", "no_nvp_unconditional", "one_head"]
+ANNEALED = {"guidance": 1.3, "attention_temperature": 0.7, "anneal_guidance": True}
+GUIDED = {"guidance": 1.3, "guide": "a", "attention_temperature": 1.4}
+
+
+class CountingDevice(HostDevice):
+    """Knows how many bytes are allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: list[Any] = []
+
+    def allocate(self, nbytes: int) -> HostBuffer:
+        import weakref
+
+        buffer = super().allocate(nbytes)
+        self._alive.append(weakref.ref(buffer))
+        return buffer
+
+    @property
+    def allocated(self) -> int:
+        gc.collect()
+        return sum(buffer.nbytes for buffer in (one() for one in self._alive) if buffer is not None)
+
+
+def make_maker(bundle: Bundle, device: HostDevice, dtype: str = "float32", kind: type[OrtMaker] = OrtMaker) -> OrtMaker:
+    return kind(bundle, device, name="ort-cuda", dtype=dtype, provider="CPUExecutionProvider", options={})
+
+
+def open_flow(path, dtype: str = "float32", kind: type[OrtMaker] = OrtMaker) -> Flow:
+    bundle = open_bundle(path)
+    return Flow(bundle, DeviceEngine(bundle, make_maker(bundle, CountingDevice(), dtype, kind)))
+
+
+@pytest.fixture(scope="module")
+def on_device(exported) -> Iterator[Callable[..., Flow]]:
+    """`on_device(name)`: a flow whose device is the host's memory."""
+    opened: dict[str, Flow] = {}
+
+    def get(name: str) -> Flow:
+        if name not in opened:
+            opened[name] = open_flow(exported(name).path)
+        return opened[name]
+
+    yield get
+    for flow in opened.values():
+        flow.close()
+
+
+def exact(window: int = 0, init: str = "noise") -> tfr.Parallel:
+    return tfr.Parallel(window=window, tolerance=0.0, init=init)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", [{}, GUIDED, ANNEALED], ids=["unguided", "guided", "annealed"])
+def test_the_images_are_those_of_the_cpu(exported, flows, on_device, name, options):
+    model = exported(name)
+    blocks = model.config.blocks
+    mixed = tuple((exact(3), tfr.Sequential(), exact(init="zeros"))[i % 3] for i in range(blocks))
+    for images in (1, 3):
+        noise, labels = model.latents(images), model.labels(images)
+        expected = flows(name).decode(noise, labels, **options)
+        for plan in (None, exact(), exact(3), exact(2, "zeros"), tfr.Plan(blocks=mixed)):
+            actual = on_device(name).decode(noise, labels, plan=plan, **options)
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5, err_msg=str(plan))
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("init", ["noise", "zeros"])
+def test_the_report_of_a_parallel_run_is_that_of_the_cpu(exported, flows, on_device, window, init):
+    plan = tfr.Parallel(window=window, tolerance=1e-3, init=init)
+    noise = exported("class_n16").latents(5) * np.array([0.01, 0.3, 1.0, 2.0, 4.0], np.float32)[:, None, None]
+    expected = flows("class_n16").sample(5, noise=noise, plan=plan, denoise=False).report
+    report = on_device("class_n16").sample(5, noise=noise, plan=plan, denoise=False).report
+    assert [block.block for block in report.blocks] == [1, 0]
+    for ours, theirs in zip(report.blocks, expected.blocks, strict=True):
+        assert ours.strategy == plan
+        assert ours.calls == theirs.calls
+        assert ours.residual == pytest.approx(theirs.residual, abs=1e-5)
+        assert ours.committed == ()
+        assert ours.sequential_images == ()
+    assert len(set(report.blocks[0].calls)) > 1, "the images were to be finished at different times"
+    assert report.non_finite == ()
+
+
+def test_a_sequential_report(on_device):
+    report = on_device("three_blocks").sample(2, seed=0).report
+    assert [(block.block, block.strategy, block.calls) for block in report.blocks] == [
+        (block, tfr.Sequential(), (3, 3)) for block in (2, 1, 0)
+    ]
+
+
+def test_an_image_does_not_depend_on_its_batch(on_device):
+    flow = on_device("class_n16")
+    for plan in (None, exact(5)):
+        together = flow.sample(5, seed=3, plan=plan, denoise=False).images
+        for index in range(5):
+            alone = flow.sample(1, seed=3, first_index=index, plan=plan, denoise=False).images
+            np.testing.assert_allclose(alone[0], together[index], rtol=0, atol=1e-5)
+
+
+def transfers_of(flow: Flow, call: Callable[[], Any]) -> tuple[int, int]:
+    """Uploads and downloads of a call, its programs and recordings made before."""
+    call()
+    transfers = flow._engine.device.transfers
+    before = dataclasses.astuple(transfers)
+    call()
+    return transfers.uploads - before[0], transfers.downloads - before[1]
+
+
+@pytest.mark.parametrize("name", ["class", "class_n16", "three_blocks"])
+@pytest.mark.parametrize("images", [1, 4])
+def test_nothing_crosses_in_sequential_decoding(exported, on_device, name, images):
+    model, flow = exported(name), on_device(name)
+    z, labels = model.latents(images), model.labels(images)
+    # Up go the noise, the labels, the guidance and the temperatures; down come the patches.
+    assert transfers_of(flow, lambda: flow.decode(z, labels)) == (4, 1)
+    assert transfers_of(flow, lambda: flow.decode(z, labels, guidance=1.0)) == (4, 1)
+    heard: list[tfr.Step] = []
+    assert transfers_of(flow, lambda: flow.decode(z, labels, on_step=heard.append)) == (4, 1)
+    assert heard
+
+
+def test_nothing_but_looks_crosses_in_parallel_decoding(exported, on_device):
+    model, flow = exported("class_n16"), on_device("class_n16")
+    plan = tfr.Plan(blocks=(tfr.Parallel(tolerance=1e-3), tfr.Sequential()))
+    z = model.latents(4)
+    report = flow.sample(4, noise=z, plan=plan, denoise=False).report
+    looks = math.ceil(max(report.blocks[1].calls) / LOOK)
+    # Without labels all are of the null class, which is a label, too; the tolerance goes up for the parallel block.
+    assert transfers_of(flow, lambda: flow.decode(z, plan=plan)) == (5, 1 + looks)
+    assert transfers_of(on_device("unconditional"), lambda: on_device("unconditional").decode(z)) == (3, 1)
+
+
+def test_memory_stays_and_goes(exported):
+    flow = open_flow(exported("class_n16").path)
+    device = flow._engine.device
+    flow.sample(3, seed=0, plan=exact(4))
+    once = device.allocated
+    for _ in range(3):
+        flow.sample(3, seed=0, plan=exact(4))
+    assert device.allocated == once
+    for images in (1, 2, 4, 5):
+        flow.sample(images, seed=0, denoise=False)
+    assert len(flow._engine.decoder._shapes) == SHAPES
+    assert device.allocated < 4 * once
+    images = flow.sample(2, seed=0).images_device
+    flow.close()
+    assert device.allocated == images.numpy().nbytes
+    del images
+    assert device.allocated == 0
+
+
+def test_what_is_given_out_is_taken_without_a_copy(on_device):
+    flow = on_device("class")
+    sample = flow.sample(2, seed=0)
+    array = sample.images_device
+    view, tensor = np.from_dlpack(array), torch.from_dlpack(array)
+    np.testing.assert_array_equal(view, sample.images)
+    tensor[1, 0, 2, 3] = 7.0
+    assert view[1, 0, 2, 3] == 7.0
+    np.testing.assert_array_equal(array.numpy(), view)
+    assert view.__array_interface__["data"][0] == tensor.data_ptr()
+    device = flow._engine.device
+    held = device.allocated
+    del array, sample
+    assert view[1, 0, 2, 3] == 7.0
+    del view
+    assert device.allocated == held, "the tensor still lies there"
+    del tensor
+    assert device.allocated < held
+
+
+def test_arrays_say_where_they_are(on_device):
+    array = on_device("class").sample(1, seed=0).images_device
+    assert array.__dlpack_device__() == (1, 0)
+    assert not hasattr(array, "__cuda_array_interface__")
+    assert repr(array).startswith("<DeviceArray float32 [1, 1, 8, 8] on ")
+    with pytest.raises(BufferError):
+        array.__dlpack__(copy=True)
+    with pytest.raises(BufferError):
+        array.__dlpack__(dl_device=(2, 0))
+    device = on_device("class")._engine.device
+    held = device.allocated
+    array.__dlpack__()  # a capsule that nobody takes
+    assert device.allocated == held
+    del array
+    assert device.allocated < held
+
+
+def test_the_host_has_no_images_on_a_device(flows):
+    assert flows("class").sample(1, seed=0).images_device is None
+
+
+def test_progress_comes_in_groups_and_ends_at_the_end(on_device):
+    flow = on_device("class_n16")
+    heard: list[tfr.Step] = []
+    flow.sample(3, seed=0, on_step=heard.append, denoise=False)
+    assert [(step.block, step.step, step.total) for step in heard] == [
+        (1, 14, 30), (1, 15, 30), (0, 29, 30), (0, 30, 30)
+    ]  # fmt: skip
+    heard.clear()
+    flow.sample(3, seed=0, on_step=heard.append, plan=tfr.Parallel(tolerance=1e-3), denoise=False)
+    steps = [step.step for step in heard]
+    assert steps == sorted(steps)
+    assert heard[-1] == tfr.Step(block=0, step=30, total=30)
+
+
+@pytest.mark.parametrize("plan", [None, tfr.Parallel(tolerance=0.0)])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ZeroDivisionError])
+def test_a_run_that_is_stopped_leaves_the_flow_usable(on_device, plan, error):
+    flow = on_device("class_n16")
+    expected = flow.sample(3, seed=0, plan=plan).images
+
+    def stop(_: tfr.Step) -> bool:
+        if error is not None:
+            raise error
+        return False
+
+    with pytest.raises(error or tfr.Cancelled):
+        flow.sample(3, seed=1, plan=plan, on_step=stop)
+    np.testing.assert_array_equal(flow.sample(3, seed=0, plan=plan).images, expected)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 20, 33])
+def test_a_launch_that_fails_leaves_the_flow_usable(exported, monkeypatch, failing):
+    with open_flow(exported("class_n16").path) as flow:
+        launch, launched = ort_programs.OrtBound.launch, []
+
+        def fail(self):
+            launched.append(self)
+            if len(launched) == failing:
+                raise tfr.EngineError("the device fell off the bus")
+            launch(self)
+
+        monkeypatch.setattr(ort_programs.OrtBound, "launch", fail)
+        with pytest.raises(tfr.EngineError, match="fell off"):
+            flow.sample(3, seed=0)
+        monkeypatch.undo()
+        expected = open_flow(exported("class_n16").path).sample(3, seed=0).images
+        np.testing.assert_array_equal(flow.sample(3, seed=0).images, expected)
+
+
+class _Corrupt:
+    """A recording that forgets its last launch."""
+
+    def __init__(self, launches: Sequence[Any]) -> None:
+        self._launches = launches
+
+    def replay(self) -> None:
+        for launch in self._launches[:-1]:
+            launch.launch()
+
+
+class _CorruptMaker(OrtMaker):
+    def advance(self, block: int, **shape: int) -> OrtProgram:
+        program = super().advance(block, **shape)
+        program.record = _Corrupt  # type: ignore[method-assign, assignment]
+        return program
+
+
+@pytest.mark.parametrize("plan", [None, tfr.Parallel(tolerance=0.0)])
+def test_a_recording_that_computes_something_else_is_refused(exported, plan):
+    with (
+        open_flow(exported("class_n16").path, kind=_CorruptMaker) as flow,
+        pytest.raises(tfr.EngineError, match="recorded steps of block 1 give other values"),
+    ):
+        flow.sample(1, seed=0, plan=plan)
+
+
+def test_a_cache_that_is_not_updated_in_place_is_refused(exported, monkeypatch):
+    launch, bind = ort_programs.OrtBound.launch, OrtProgram.bind
+
+    def bind_noting(self, addresses, **options):
+        bound = bind(self, addresses, **options)
+        bound.addresses = addresses
+        return bound
+
+    def launch_losing(self):
+        launch(self)
+        if self.addresses["key_0"] == self.addresses["next_key_0"]:
+            HostDevice().zero(self.addresses["key_0"], 4)
+
+    monkeypatch.setattr(OrtProgram, "bind", bind_noting)
+    monkeypatch.setattr(ort_programs.OrtBound, "launch", launch_losing)
+    with (
+        open_flow(exported("class").path) as flow,
+        pytest.raises(tfr.EngineError, match="computes next_key_0 wrongly"),
+    ):
+        flow.sample(1, seed=0)
+
+
+@pytest.fixture(scope="module")
+def hard_path(tmp_path_factory):
+    """A model on whose iterates exp(a) overflows, also for an image that the sequential path draws."""
+    model = random_model(tiny_config(patch_size=2), seed=0)
+    with torch.no_grad():
+        for block in model.flow_blocks:
+            block.proj_out.weight.mul_(6.0)
+    path = tmp_path_factory.mktemp("hard") / "hard.tarflow"
+    export_bundle(model, path, verify=False)
+    return path
+
+
+def test_values_that_are_not_finite_lead_to_the_sequential_answer(hard_path):
+    options = {"seed": 0, "denoise": False}
+    with warnings.catch_warnings(), tfr.load(hard_path) as cpu, open_flow(hard_path) as flow:
+        warnings.simplefilter("ignore", tfr.DecodeWarning)
+        expected = cpu.sample(8, **options)
+        sequential = flow.sample(8, **options)
+        parallel = flow.sample(8, plan=tfr.Parallel(tolerance=1e-5), **options)
+        again = flow.sample(8, **options)
+        one = flow.sample(1, first_index=4, plan=tfr.Parallel(tolerance=1e-5), **options)
+    finite = [i for i in range(8) if i not in expected.report.non_finite]
+    assert finite
+    assert expected.report.non_finite == sequential.report.non_finite == parallel.report.non_finite
+    scale = np.abs(expected.images[finite]).max()
+    for sample in (sequential, parallel):
+        np.testing.assert_allclose(sample.images[finite], expected.images[finite], atol=1e-4 * scale)
+    np.testing.assert_array_equal(again.images, sequential.images)
+    report = parallel.report.blocks[1]
+    assert report.sequential_images
+    assert all(calls > 15 for calls in report.calls), "what was tried in parallel counts, too"
+    assert report.residual == 0.0
+    assert one.report.blocks[1].sequential_images == (0,), "its iterates overflow, not its answer"
+    assert one.report.non_finite == ()
+    np.testing.assert_allclose(one.images[0], expected.images[4], atol=1e-4 * scale)
+
+
+def test_density_score_and_posteriors_are_those_of_the_cpu(exported, flows, on_device):
+    for name in ("class", "three_blocks", "no_nvp_unconditional"):
+        model, cpu, flow = exported(name), flows(name), on_device(name)
+        images, labels = model.images(3), model.labels(3)
+        for ours, theirs in zip(flow.encode(images, labels), cpu.encode(images, labels), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        options = {"sigma": 0.3}
+        np.testing.assert_allclose(
+            flow.denoise(images, labels, **options), cpu.denoise(images, labels, **options), rtol=0, atol=1e-5
+        )
+        if labels is not None:
+            np.testing.assert_allclose(flow.classify(images), cpu.classify(images), rtol=1e-4, atol=1e-4)
+
+
+def test_large_batches_of_the_density_run_in_pieces(exported, flows, monkeypatch):
+    model = exported("class")
+    monkeypatch.setattr("tarflow_runtimes._engines.device_engine.ACTIVATION_BYTES", 3 * 4 * 4 * (4 * 2 * 4 + 20 * 16))
+    monkeypatch.setattr("tarflow_runtimes._engines.device_engine.PROGRAM_BYTES", 1)
+    with open_flow(model.path) as flow:
+        images, labels = model.images(7), model.labels(7)
+        np.testing.assert_allclose(flow.denoise(images, labels), flows("class").denoise(images, labels), atol=1e-5)
+        assert len(flow._engine._calls) == 2
+        z, way_back = flow._engine.vjp(0, model.latents(2), np.array([0, 1]), alone=True)
+        cotangent = model.latents(2, seed=1)
+        expected = flow._engine.gradient(0, model.latents(2), cotangent, np.array([0, 1]))
+        np.testing.assert_array_equal(way_back(cotangent), expected)
+        np.testing.assert_array_equal(z, flow._engine.forward(0, model.latents(2), np.array([0, 1]))[0])
+
+
+def test_a_block_by_itself(exported, flows, on_device):
+    model = exported("class_n16")
+    z, labels = model.latents(2), np.array([[0, 1], [3, 3]])
+    guidance = np.full((2, 16), 0.5, np.float32)
+    temperature = np.array([1.0, 2.0], np.float32)
+    for block in range(2):
+        for steps in (0, 3, 4, None):
+            given = (block, z, labels, guidance, temperature)
+            heard: list[int] = []
+            ours = inverse_block(on_device("class_n16").backend, *given, steps=steps, on_step=heard.append)
+            theirs = inverse_block(flows("class_n16").backend, *given, steps=steps)
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+            assert heard == {0: [], 3: [2, 3], 4: [4], None: [14, 15]}[steps]
+
+
+def test_verify_passes_and_finds_a_fault():
+    bundle = open_bundle(shipped_bundle())
+    with open_flow(bundle.path) as flow:
+        records = verify(bundle, flow.backend)
+        require_passed(records)
+        assert {record.stage for record in records} >= {"forward", "gradient", "window", "inverse", "log_prob"}
+        forward = flow.backend.forward
+        flow.backend.forward = lambda *given: (forward(*given)[0] * 1.01, forward(*given)[1])
+        with pytest.raises(tfr.VerificationError):
+            require_passed(verify(bundle, flow.backend))
+
+
+def test_tuning_and_benchmarks_run(exported, monkeypatch):
+    path = exported("class_n16").path
+    with open_flow(path) as flow:
+        plans = tfr.tune(flow, [2], draws=1)
+        assert plans.entries[0].identity["engine"] == "ort-cuda"
+    monkeypatch.setattr("tarflow_runtimes._bench.load", lambda path, engine: open_flow(path))
+    result = bench(path, engines=["ort-cuda"], batches=[2], decodes=["sequential"], rounds=1, ceilings=False)
+    (case,) = result.cases
+    assert case.gflops > 0
+    assert case.slope_us is None
+    assert all(block.ms > 0 for block in case.blocks)
+
+
+def test_half_precision_is_close(exported, flows):
+    model = exported("class_n16")
+    expected = flows("class_n16").sample(3, seed=0).images
+    sizes = {}
+    for dtype in ("float32", "float16"):
+        with open_flow(model.path, dtype) as flow:
+            sample = flow.sample(3, seed=0)
+            assert flow.engine_report["dtype"] == sample.metadata["weights"] == dtype
+            difference = np.abs(sample.images - expected).max()
+            assert difference < (1e-4 if dtype == "float32" else 5e-2)
+            assert dtype == "float32" or difference > 1e-5
+            sizes[dtype] = flow._engine.device.allocated
+    assert sizes["float16"] < 0.8 * sizes["float32"]
+
+
+def test_a_float16_bundle_runs_as_it_is(exported, flows):
+    model = exported("class", "float16")
+    with open_flow(model.path, "float16") as flow:
+        expected = flows("class", "float16").sample(3, seed=0).images
+        np.testing.assert_allclose(flow.sample(3, seed=0).images, expected, rtol=0, atol=2e-2)
+
+
+def test_threads_may_share_a_flow(exported):
+    model = exported("class_n16")
+    with open_flow(model.path) as flow:
+        calls = [
+            lambda: flow.sample(3, labels=[0, 1, 2], seed=1, guidance=1.0).images,
+            lambda: flow.sample(3, seed=2, plan=tfr.Parallel(tolerance=0.0)).images,
+            lambda: flow.encode(model.images(2), model.labels(2))[0],
+        ]
+        with ThreadPoolExecutor(4) as pool:
+            found = [result.result() for result in [pool.submit(call) for _ in range(4) for call in calls]]
+        expected = [call() for call in calls]
+    for i, array in enumerate(found):
+        np.testing.assert_array_equal(array, expected[i % len(calls)])
+
+
+def test_a_callback_may_decode(on_device):
+    flow = on_device("class_n16")
+    expected = flow.sample(2, seed=0, denoise=False).images
+    inner: list[np.ndarray] = []
+    outer = flow.sample(
+        2, seed=0, denoise=False, on_step=lambda _: inner.append(flow.sample(2, seed=0, denoise=False).images)
+    )
+    for images in (outer.images, *inner):
+        np.testing.assert_array_equal(images, expected)
+
+
+def test_a_closed_flow_is_an_error(exported):
+    model = exported("class")
+    flow = open_flow(model.path)
+    flow.sample(1, seed=0)
+    flow.close()
+    for call in (
+        lambda: flow.sample(1, seed=0),
+        lambda: flow.encode(model.images(1)),
+        lambda: flow.denoise(model.images(1)),
+    ):
+        with pytest.raises(tfr.EngineError, match="closed"):
+            call()
+
+
+def test_closing_while_another_thread_runs(exported):
+    flow = open_flow(exported("class_n16").path)
+    started, outcome = threading.Event(), []
+
+    def run() -> None:
+        try:
+            outcome.append(flow.sample(4, seed=0, on_step=lambda _: started.set()).images)
+        except tfr.EngineError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert started.wait(60)
+    flow.close()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert len(outcome) == 1
