@@ -44,3 +44,12 @@ def weight(text: str) -> float:
     if not math.isfinite(value) or value < 0.0:
         raise ValueError(f"{text!r} is not a guidance weight (a finite number, not negative)")
     return value
+
+
+def size(text: str) -> int:
+    """A number of bytes: 20G, 512M, 1000."""
+    units = {"K": 10, "M": 20, "G": 30, "T": 40}
+    number, shift = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 0)
+    if not number.isdecimal():
+        raise ValueError(f"{text!r} is not a size such as 20G or 512M")
+    return int(number) << shift

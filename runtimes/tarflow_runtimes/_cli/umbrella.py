@@ -24,6 +24,12 @@ VERBS = {
         summary="Turn a checkpoint into a verified bundle (needs PyTorch).",
         extra="export",
     ),
+    "build": Verb(
+        target="tarflow_runtimes._cli.build:app", summary="Build a bundle's engines for TensorRT.", extra="trt-rtx"
+    ),
+    "cache": Verb(
+        target="tarflow_runtimes._cli.cache:app", summary="Look after the engines that were built.", extra="trt-rtx"
+    ),
     "infer": Verb(target="tarflow_runtimes._cli.infer:app", summary="Draw images from a bundle."),
     "encode": Verb(target="tarflow_runtimes._cli.images:encode_app", summary="Map images to noise and log|det|."),
     "denoise": Verb(

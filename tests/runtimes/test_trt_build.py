@@ -1,0 +1,274 @@
+"""Engines built for real by TensorRT for RTX, which needs no GPU for that; what cannot be built is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx
+import pytest
+
+import tarflow_runtimes as tfr
+from tarflow_export import export_bundle
+from tarflow_runtimes._bundle import Bundle, open_bundle
+from tarflow_runtimes._flow import shipped_bundle
+from tarflow_runtimes._trt import _network
+from tarflow_runtimes._trt._build import Built, build
+from tarflow_runtimes._trt._graphs import KINDS, open_graph
+from tarflow_runtimes._trt._network import Graph, parse
+from tarflow_runtimes._trt._package import PORTABLE_TARGETS, import_package
+from tarflow_runtimes._trt._profiles import Profile, joined, profiles_for, shape_of, uncovered
+from tarflow_sdk.testing import random_model, tiny_config
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def rtx():
+    return import_package("trt-rtx")
+
+
+@pytest.fixture
+def built(rtx) -> Callable[..., Built]:
+    """`built(bundle, block, kind, dtype, profiles=..., targets=...)`."""
+
+    def run(
+        bundle: Bundle,
+        block: int,
+        kind: str,
+        dtype: str,
+        *,
+        profiles: Sequence[Profile],
+        targets: Sequence[str] = PORTABLE_TARGETS,
+    ) -> Built:
+        with open_graph(bundle, block, kind, dtype) as graph:
+            return build(rtx, graph, profiles, targets=targets)
+
+    return run
+
+
+@pytest.fixture
+def graph(exported) -> Graph:
+    """The forward graph of a tiny bundle, which builds in no time."""
+    with open_graph(open_bundle(exported("class").path), 0, "forward", "float32") as opened:
+        return opened
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", PORTABLE_TARGETS)
+def test_the_advance_graph_of_a_guided_batch_builds_for_every_target(exported, built, dtype, target):
+    bundle = open_bundle(exported("class").path)
+    profiles = profiles_for([3], branches=[2], windows=[1, 3])
+    engine = built(bundle, 1, "advance", dtype, profiles=profiles, targets=[target])
+    assert len(engine.engine) > 10_000
+    assert engine.flags == ("REQUIRE_USER_ALLOCATION",)
+    assert engine.layers > 100
+    assert not [line for line in engine.warnings if "Unused" in line]
+    assert engine.seconds.keys() == {"parse", "build"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_graph_of_the_shipped_bundle_builds(built, dtype):
+    bundle = open_bundle(shipped_bundle())
+    for kind in KINDS:
+        both = {"branches": [1, 2], "windows": [1, 16]} if kind == "advance" else {}
+        for block in (0, 1):  # the others differ from these in their weights alone
+            profiles = profiles_for([8], **both)
+            assert built(bundle, block, kind, dtype, profiles=profiles).engine
+
+
+@pytest.fixture(scope="module")
+def photo_bundle(tmp_path_factory) -> Bundle:
+    """One block of the shape of the AFHQ model: 256x256x3 in patches of 8, 8 layers of width 768, 12 heads."""
+    config = tiny_config(
+        image_size=256, image_channels=3, patch_size=8, width=768, blocks=1, layers=8, head_dim=64, classes=3
+    )
+    path = tmp_path_factory.mktemp("photo") / "photo.tarflow"
+    export_bundle(random_model(config), path, verify=False)
+    return open_bundle(path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_block_of_a_photo_model_builds(built, photo_bundle, dtype):
+    weights = photo_bundle.blocks[0].weights.stat().st_size // (1 if dtype == "float32" else 2)
+    for kind in KINDS:
+        windows = {"windows": [1, 16]} if kind == "advance" else {}
+        made = built(photo_bundle, 0, kind, dtype, profiles=profiles_for([8], **windows))
+        copies = 2 if kind == "gradient" else 1
+        assert weights < len(made.engine) < 1.2 * copies * weights + 100e6
+
+
+@pytest.mark.slow
+def test_a_large_build_is_cancelled_within_two_seconds(rtx, photo_bundle):
+    asked: list[float] = []
+
+    def on_build(_: float) -> bool:
+        now = time.monotonic()
+        asked.extend([now] if asked or now > began + 1.0 else [])
+        return not asked
+
+    with open_graph(photo_bundle, 0, "gradient", "float16") as graph:
+        began = time.monotonic()
+        with pytest.raises(tfr.Cancelled):
+            build(rtx, graph, profiles_for([8]), targets=PORTABLE_TARGETS, on_build=on_build)
+    assert time.monotonic() - asked[0] < 2.0
+
+
+def test_caches_are_updated_from_input_to_output(rtx, exported):
+    bundle = open_bundle(exported("class").path)
+    with open_graph(bundle, 0, "advance", "float16") as graph:
+        assert graph.cache_updates == 2 * bundle.config.layers + 1
+        parse(rtx, graph)
+        with pytest.raises(tfr.EngineError, match=r"reads 5 updates in place .* 5 of them .* expected 6"):
+            parse(rtx, dataclasses.replace(graph, cache_updates=6))
+
+
+def changed(graph: Graph, change: Callable[[onnx.ModelProto], object], inputs: Sequence[str] = ()) -> Graph:
+    model = onnx.load_from_string(graph.model)
+    change(model)
+    return dataclasses.replace(
+        graph, model=model.SerializeToString(), inputs={**graph.inputs, **{name: ["B"] for name in inputs}}
+    )
+
+
+def test_an_input_that_is_dropped_is_an_error(rtx, graph):
+    planted = onnx.helper.make_tensor_value_info("planted", onnx.TensorProto.FLOAT, ["B"])
+    with pytest.raises(tfr.EngineError, match=r"forward graph of block 0 in float32.* planted"):
+        parse(rtx, changed(graph, lambda model: model.graph.input.append(planted), ["planted"]))
+
+
+def test_an_operand_that_the_parser_leaves_out_is_an_error(rtx, graph, monkeypatch):
+    """TensorRT for RTX reads Attention without the lengths, and only warns."""
+    shape, value = [4, 4, 8, 32], onnx.helper.make_tensor_value_info
+
+    def attend(model: onnx.ModelProto) -> None:
+        node = onnx.helper.make_node("Attention", ["q", "k", "v", "", "", "", "lengths"], ["y"])
+        inputs = [value(name, onnx.TensorProto.FLOAT16, shape) for name in "qkv"]
+        inputs.append(value("lengths", onnx.TensorProto.INT64, [4]))
+        outputs = [value("y", onnx.TensorProto.FLOAT16, shape)]
+        model.graph.CopyFrom(onnx.helper.make_graph([node], "attention", inputs, outputs))
+
+    model = dataclasses.replace(changed(graph, attend), inputs={**dict.fromkeys("qkv", (4, 4, 8, 32)), "lengths": [4]})
+    with pytest.raises(tfr.EngineError, match="without lengths"):
+        parse(rtx, model)
+    monkeypatch.setattr(_network, "_check_inputs", lambda *_: None)
+    with pytest.raises(tfr.EngineError, match="Unused Input: lengths"):
+        build(rtx, model, [], targets=["sm_89"])
+
+
+def test_an_input_that_the_host_must_know_is_an_error(rtx, graph):
+    def slice_by_labels(model: onnx.ModelProto) -> None:
+        model.graph.node.append(onnx.helper.make_node("Slice", ["patches", "one", "labels", "one"], ["sliced"]))
+        model.graph.initializer.append(onnx.helper.make_tensor("one", onnx.TensorProto.INT64, [1], [1]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("sliced", onnx.TensorProto.FLOAT, None))
+        del model.graph.input[1].type.tensor_type.shape.dim[:]
+        model.graph.input[1].type.tensor_type.shape.dim.add(dim_value=1)
+
+    with pytest.raises(tfr.EngineError, match="labels"):
+        parse(rtx, changed(graph, slice_by_labels))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda model: setattr(model.graph.node[3], "op_type", "NoSuch"), "NoSuch"),
+        (lambda model: model.graph.ClearField("node"), "cannot take"),
+    ],
+)
+def test_a_graph_that_does_not_parse_is_an_error_with_a_reason(rtx, graph, change, why):
+    with pytest.raises(tfr.EngineError, match=why) as caught:
+        parse(rtx, changed(graph, change))
+    assert "\n" not in str(caught.value)
+    assert "no reason given" not in str(caught.value)
+
+
+def test_missing_weights_are_an_error_with_a_reason(rtx, graph, tmp_path):
+    with pytest.raises(tfr.EngineError, match=r"weights\.bin"):
+        parse(rtx, dataclasses.replace(graph, folder=tmp_path))
+
+
+def test_a_profile_that_the_graph_cannot_have_is_an_error(rtx, graph):
+    with pytest.raises(tfr.EngineError, match=r"refuses B 5 to 2, G 1, S 1 of the forward graph .* MIN<=OPT<=MAX"):
+        build(rtx, graph, [Profile(least=5, most=2)], targets=["sm_89"])
+
+
+def test_progress_rises_and_is_heard_in_the_callers_thread(rtx, graph):
+    import threading
+
+    heard: list[tuple[float, int]] = []
+    build(rtx, graph, profiles_for([2]), targets=["sm_89"], on_build=lambda s: heard.append((s, threading.get_ident())))
+    shares = [share for share, _ in heard]
+    assert shares == sorted(shares)
+    assert 0.0 < shares[-1] <= 1.0
+    assert {thread for _, thread in heard} == {threading.get_ident()}
+
+
+def test_a_callback_cancels(rtx, graph):
+    began = time.monotonic()
+    with pytest.raises(tfr.Cancelled, match="forward graph of block 0"):
+        build(rtx, graph, profiles_for([2]), targets=PORTABLE_TARGETS, on_build=lambda _: False)
+    assert time.monotonic() - began < 2.0
+    build(rtx, graph, profiles_for([2]), targets=["sm_89"])
+
+
+def test_an_interrupt_ends_the_build_and_is_raised(rtx, graph):
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(rtx, graph, profiles_for([2]), targets=["sm_89"], on_build=interrupt)
+    build(rtx, graph, profiles_for([2]), targets=["sm_89"])
+
+
+def test_the_digest_is_that_of_the_graph_and_its_weights(copied, exported):
+    def digest(path: Path, kind: str = "advance", dtype: str = "float32", block: int = 0) -> str:
+        with open_graph(open_bundle(path, verify_digests=False), block, kind, dtype) as graph:
+            return graph.digest
+
+    first = digest(copied)
+    assert first == digest(exported("class").path)
+    others = [digest(copied, "forward"), digest(copied, dtype="float16"), digest(copied, dtype="bfloat16")]
+    others.append(digest(copied, block=1))
+    for name in ("weights.bin", "step.onnx"):
+        path = copied / "block_00" / name
+        data = path.read_bytes()
+        at = data.index(b"positions/Range") if name == "step.onnx" else len(data) // 2
+        path.write_bytes(
+            data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+            if name != "step.onnx"
+            else data.replace(b"positions/Range", b"positions/Rangf")
+        )
+        others.append(digest(copied))
+        path.write_bytes(data)
+    assert len({first, *others}) == len(others) + 1
+    assert digest(copied) == first
+
+
+def test_profiles():
+    profiles = profiles_for([8, 1, 32], branches=[2, 1], windows=[16, 1])
+    assert len(profiles) == 12
+    assert [str(one) for one in profiles[:4]] == [
+        "B 1, G 1, S 1",
+        "B 2 to 8, G 1, S 1",
+        "B 9 to 32, G 1, S 1",
+        "B 1, G 1, S 16",
+    ]
+    assert str(joined(profiles)[0]) == "B 1 to 32, G 1, S 1"
+    assert len(joined(profiles)) == 4
+    assert uncovered([Profile(least=3, most=20, branches=2, patches=16)], profiles) == []
+    too_much = Profile(least=1, most=33)
+    assert uncovered([too_much], profiles) == [too_much]
+    assert uncovered([Profile(least=1, most=1, patches=2)], profiles) == [Profile(least=1, most=1, patches=2)]
+    gap = [Profile(least=1, most=4), Profile(least=6, most=8)]
+    assert uncovered([Profile(least=3, most=7)], gap) == [Profile(least=3, most=7)]
+    guided = Profile(least=2, most=8, branches=2, patches=16)
+    assert guided.ranges(["R", 3, "S + 1", "L"], 49) == ((4, 3, 17, 1), (16, 3, 17, 49), (16, 3, 17, 49))
+    assert shape_of(["G", "B", 5], guided.sizes(7, 10)) == (2, 7, 5)
+    assert guided.takes(2, 2, 16)
+    assert not guided.takes(9, 2, 16)
+    assert Profile.from_json(guided.to_json()) == guided
