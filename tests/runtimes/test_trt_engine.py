@@ -15,8 +15,7 @@ import tarflow_runtimes as tfr
 from tarflow_runtimes._bundle import open_bundle
 from tarflow_runtimes._device.host import HostDevice
 from tarflow_runtimes._engines import trt as engine_module
-from tarflow_runtimes._engines.device_engine import DeviceEngine
-from tarflow_runtimes._engines.trt import TrtMaker
+from tarflow_runtimes._engines.trt import TrtMaker, open_trt, record_verification
 from tarflow_runtimes._trt import _package
 from tarflow_runtimes._trt._gpu import Gpu
 from tarflow_runtimes._trt._package import import_package
@@ -54,14 +53,13 @@ def opened(exported, tmp_path, engine) -> Callable[..., tfr.Flow]:
 
     def open_flow(name: str = "class", stored: str = "float32", dtype: str | None = None) -> tfr.Flow:
         bundle = open_bundle(exported(name, stored).path)
-        maker = TrtMaker(bundle, engine, dtype or stored, folder=tmp_path / "engines")
-        return tfr.Flow(bundle, DeviceEngine(bundle, maker))
+        return tfr.Flow(bundle, open_trt(bundle, engine, dtype, folder=tmp_path / "engines"))
 
     return open_flow
 
 
 def maker_of(flow: tfr.Flow) -> TrtMaker:
-    return flow.backend._maker
+    return flow.backend.maker
 
 
 def builds(engine: str) -> int:
@@ -201,16 +199,17 @@ def test_tensors_that_no_graph_of_ours_has_are_refused(opened, monkeypatch, fiel
         opened().sample(1, labels=[0], denoise=False)
 
 
-def test_an_engine_that_failed_its_verification_is_refused_until_it_is_built_again(opened, engine):
+def test_an_engine_that_failed_its_verification_is_refused(opened, flows):
     flow = opened()
     flow.sample(1, labels=[0], seed=0, denoise=False)
-    maker_of(flow).record_verification(True, {"worst": "inverse"})
+    assert record_verification(flow.backend, passed=True, facts={"worst": "inverse"}) == flow.config.blocks
     opened().sample(1, labels=[0], seed=0, denoise=False)
-    maker_of(flow).record_verification(False, {"worst": "inverse"})
+    record_verification(flow.backend, passed=False, facts={"worst": "inverse"})
     with pytest.raises(tfr.EngineError, match=r"failed its verification on this Host GPU with CUDA 13\.0") as caught:
         opened().sample(1, labels=[0], seed=0, denoise=False)
     assert "--rebuild" in caught.value.hint
     cache = maker_of(flow)._supply.cache
+    assert record_verification(flows("class").backend, passed=False, facts={}) == 0
     assert [len(one.verifications) for one in cache.entries()] == [1] * flow.config.blocks
     elsewhere = cache.entries()[0].verification("Host GPU", "CUDA 13.1")
     assert elsewhere is None
@@ -281,9 +280,9 @@ def test_kernel_times_are_shared_between_builds(opened, engine, tmp_path):
 
 
 def test_a_half_bundle_cannot_be_another_dtype(opened):
-    with pytest.raises(tfr.EngineError, match="holds float16 weights, bfloat16 cannot be made of them"):
+    with pytest.raises(tfr.EngineError, match="is of float16, it cannot run in bfloat16"):
         opened("class", "float16", "bfloat16")
-    with pytest.raises(tfr.EngineError, match="unknown dtype 'int4'"):
+    with pytest.raises(tfr.InputError, match=r"dtype must be one of .*tf32, got 'int4'"):
         opened(dtype="int4")
 
 

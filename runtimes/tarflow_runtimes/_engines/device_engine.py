@@ -77,7 +77,7 @@ class DeviceEngine:
         self.name = maker.name
         self.device = maker.device
         self.decoder = DeviceDecoder(bundle, maker)
-        self._bundle, self._maker = bundle, maker
+        self._bundle, self.maker = bundle, maker
         self._calls: OrderedDict[tuple[int, str, int], _Call] = OrderedDict()
         self._closed = False
         weights = max(1, *(block.weights.stat().st_size for block in bundle.blocks))
@@ -117,10 +117,10 @@ class DeviceEngine:
         """Engine, dtype, device and what the maker says of itself."""
         return {
             "engine": self.name,
-            "dtype": self._maker.dtype,
-            "weights": self._maker.dtype,
+            "dtype": self.maker.dtype,
+            "weights": self.maker.dtype,
             "device": self.device.name,
-            **self._maker.report(),
+            **self.maker.report(),
         }
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ class DeviceEngine:
         if key not in self._calls:
             while len(self._calls) >= self._kept:
                 self._calls.popitem(last=False)
-            make = self._maker.forward if kind == "forward" else self._maker.gradient
+            make = self.maker.forward if kind == "forward" else self.maker.gradient
             self._calls[key] = _Call(self.device, make(block, images=images))
         self._calls.move_to_end(key)
         return self._calls[key]

@@ -17,7 +17,9 @@ from typing import Any
 
 from tarflow_runtimes._bundle import Bundle
 from tarflow_runtimes._device.cuda import CudaDevice
-from tarflow_runtimes._device.device import Bound, Buffer, Replay, TensorSpec
+from tarflow_runtimes._device.device import Bound, Buffer, Device, Replay, TensorSpec
+from tarflow_runtimes._engine import Engine
+from tarflow_runtimes._engines.device_engine import DeviceEngine
 from tarflow_runtimes._trt._gpu import gpu_of
 from tarflow_runtimes._trt._log import listen
 from tarflow_runtimes._trt._package import import_package
@@ -27,12 +29,44 @@ from tarflow_runtimes._trt._sidecar import Sidecar, Verification
 from tarflow_runtimes._trt._supply import OnBuilding, Supply
 
 
-class TrtMaker:
-    """Programs of a bundle through TensorRT (`trt`) or TensorRT for RTX (`trt-rtx`), from the cache or built.
+def open_trt(
+    bundle: Bundle,
+    engine: str,
+    dtype: str | None = None,
+    *,
+    folder: Path | None = None,
+    on_building: OnBuilding | None = None,
+) -> DeviceEngine:
+    """Engine `trt` or `trt-rtx`, computing in `dtype` or what the bundle is stored in.
+
+    TensorRT's engines are kept in `folder`, or in the user's cache folder. Those that are missing are built when they
+    are first needed, which `on_building` hears of and may cancel.
 
     Raises:
         EngineError: when the package, its libraries, the driver or the GPU is missing, when the package cannot build
             for this GPU, or the bundle cannot have this dtype.
+        InputError: for an unknown dtype.
+    """
+    return DeviceEngine(bundle, TrtMaker(bundle, engine, dtype or bundle.dtype, folder=folder, on_building=on_building))
+
+
+def record_verification(engine: Engine, *, passed: bool, facts: Mapping[str, Any]) -> int:
+    """Write into the sidecars of the engines that this one has used what verification found, if it is TensorRT's.
+
+    `facts` are JSON values for people. An engine that failed is refused from then on, on this GPU and driver. Returns
+    the number of sidecars.
+
+    Raises:
+        EngineError: when a sidecar cannot be written.
+    """
+    maker = engine.maker if isinstance(engine, DeviceEngine) else None
+    return maker.record_verification(passed=passed, facts=facts) if isinstance(maker, TrtMaker) else 0
+
+
+class TrtMaker:
+    """Programs of a bundle through TensorRT (`trt`) or TensorRT for RTX (`trt-rtx`), from the cache or built.
+
+    Raises as `open_trt`.
     """
 
     def __init__(
@@ -46,8 +80,9 @@ class TrtMaker:
     ) -> None:
         self.name, self.dtype = engine, dtype
         self._package = import_package(engine)
-        self.device = CudaDevice()
-        self.gpu = gpu_of(self.device)
+        self._cuda = CudaDevice()
+        self.device: Device = self._cuda
+        self.gpu = gpu_of(self._cuda)
         self._supply = Supply(self._package, bundle, dtype, gpu=self.gpu, folder=folder, on_building=on_building)
         self._loaded: weakref.WeakValueDictionary[str, LoadedEngine] = weakref.WeakValueDictionary()
         self._places: dict[tuple[int, str], set[str]] = {}
@@ -76,11 +111,12 @@ class TrtMaker:
             "folder": str(self._supply.cache.path),
         }
 
-    def record_verification(self, passed: bool, facts: Mapping[str, Any]) -> None:
+    def record_verification(self, *, passed: bool, facts: Mapping[str, Any]) -> int:
         """Write into the sidecars of all engines used so far what verification found; failed ones are refused."""
         verification = Verification(gpu=self.gpu.name, driver=self.gpu.driver, passed=passed, facts=facts)
         for key, sidecar in self._used.items():
             self._used[key] = self._supply.cache.record_verification(sidecar, verification)
+        return len(self._used)
 
     def _program(self, block: int, kind: str, images: int, branches: int, window: int) -> TrtProgram:
         engine, profile = self._engine(block, kind, images, branches, window)
@@ -88,7 +124,7 @@ class TrtMaker:
         if self._scratch is None or self._scratch.nbytes < nbytes:
             self._scratch = self.device.allocate(max(nbytes, 1))  # programs keep the one they began with
         sizes = engine.profiles[profile].sizes(images, self._patches)
-        return TrtProgram(engine, profile, self.device, self._scratch, sizes)
+        return TrtProgram(engine, profile, self._cuda, self._scratch, sizes)
 
     def _engine(self, block: int, kind: str, images: int, branches: int, patches: int) -> tuple[LoadedEngine, int]:
         """An engine that takes calls of these sizes, and the number of its profile: loaded, kept or built."""

@@ -15,30 +15,28 @@ from typing import Any, Final
 
 from tarflow_runtimes import _onnx_proto as proto
 from tarflow_runtimes._bundle import Bundle
-from tarflow_runtimes._errors import EngineError
+from tarflow_runtimes._engines.device_engine import DTYPES, chosen_dtype
+from tarflow_runtimes._errors import EngineError, InputError
 from tarflow_runtimes._rewrites import half
 from tarflow_runtimes._rewrites._graph import PatternMismatch
 from tarflow_runtimes._rewrites.advance import advance_graph
 from tarflow_runtimes._trt._network import Graph
 
 KINDS: Final = ("advance", "forward", "gradient")
-PRECISIONS: Final = ("float32", "tf32", "float16", "bfloat16")
-"""What products are of: float32, float32 rounded to TF32 by the GPU, or half precision between float32 islands."""
+PRECISIONS: Final = (*DTYPES, "tf32")
+"""What products are of: a dtype of the engines on a GPU, or float32 that the GPU rounds to TF32."""
 
 
 def check_precision(bundle: Bundle, precision: str) -> None:
     """Refuse a precision that no engine of this bundle can have.
 
     Raises:
-        EngineError: for an unknown one, or for another than that of a bundle in half precision.
+        InputError: for an unknown one.
+        EngineError: for another than that of a bundle in half precision.
     """
     if precision not in PRECISIONS:
-        raise EngineError(f"unknown dtype {precision!r}", hint=f"valid are {', '.join(PRECISIONS)}")
-    if bundle.dtype == "float16" and precision != "float16":
-        raise EngineError(
-            f"bundle {bundle.path.name} holds float16 weights, {precision} cannot be made of them",
-            hint="use float16, or export the checkpoint with --dtype float32",
-        )
+        raise InputError(f"dtype must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    chosen_dtype(bundle, "float32" if precision == "tf32" else precision)
 
 
 @contextlib.contextmanager
