@@ -76,8 +76,7 @@ class CudaDevice:
     def free_bytes(self) -> int:
         """Memory of the GPU that nobody uses."""
         self._use()
-        status, free, _ = self._runtime.cudaMemGetInfo()
-        return int(self._checked((status, free)))
+        return int(self._checked(self._runtime.cudaMemGetInfo()))
 
     def allocate(self, nbytes: int) -> CudaBuffer:
         """Zeroed memory."""
