@@ -263,9 +263,11 @@ def test_images_may_be_at_different_positions(exported, flows, window, block):
             rows = cache.reshape(-1, 4, *cache.shape[1:])  # branch, image, head, patch
             rows[np.broadcast_to(~known[None, :, None, :], rows.shape[:-1])] = STALE
         start = np.where(known[:, loop.order, None], expected, inputs.noise)
+        start[3] += 1.0  # a finished image is not looked at, whatever is in it
+        start[3, loop.order[0]] = expected[3, loop.order[0]]
         decoded = loop.decode(window, position=position, start=start)
-        np.testing.assert_allclose(decoded.patches, expected, rtol=0, atol=5e-6)
-        np.testing.assert_array_equal(decoded.patches[3], expected[3])
+        np.testing.assert_allclose(decoded.patches[:3], expected[:3], rtol=0, atol=5e-6)
+        np.testing.assert_array_equal(decoded.patches[3], start[3])
         assert decoded.calls[3] == 0
         assert decoded.calls[2] == 1
         assert (decoded.positions[:, 3] == patches - 1).all()

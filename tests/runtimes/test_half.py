@@ -65,7 +65,11 @@ def test_rounding_is_pytorchs_on_all_finite_numbers(dtype, bits):
     np.testing.assert_array_equal(half.rounded(numbers, dtype), expected)
 
 
-@given(high=st.integers(0, 0x7F7F), low=st.integers(0, 0xFFFF), sign=st.booleans())
+@given(
+    high=st.integers(0, 0x7F7F),
+    low=st.one_of(st.sampled_from([0x7FFF, 0x8000, 0x8001]), st.integers(0, 0xFFFF)),
+    sign=st.booleans(),
+)
 def test_bfloat16_is_the_nearest_and_at_ties_the_even_one(high, low, sign):
     number = np.array([sign << 31 | high << 16 | low], np.uint32).view(np.float32)
     found = int(half.rounded(number, "bfloat16")[0]) & 0x7FFF
@@ -180,7 +184,7 @@ def with_weight(bundle: Bundle, name: str, value: float) -> None:
     offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
     with bundle.blocks[0].weights.open("r+b") as file:
         file.seek(offset)
-        file.write(np.float32(value).tobytes())
+        file.write(np.array(value, np.float32).tobytes())
 
 
 @pytest.mark.parametrize("name", ["attn_blocks.1.mlp.main.0.weight", "proj_out.bias"])
@@ -192,7 +196,8 @@ def test_weights_beyond_the_range_are_refused_by_name(copied, tmp_path, name):
     with pytest.raises(tfr.EngineError, match=f"{name} holds values beyond the range of float16"):
         halved(bundle, "step", "float16", tmp_path)
     halved(bundle, "step", "bfloat16", tmp_path)
-    for value in (np.finfo(np.float32).max, np.inf, np.nan):
+    all_ones = np.array(0xFFFFFFFF, np.uint32).view(np.float32)  # a NaN that would be rounded up to zero
+    for value in (np.finfo(np.float32).max, np.inf, np.nan, all_ones):
         with_weight(bundle, name, value)
         with pytest.raises(tfr.EngineError, match=f"{name} holds values beyond the range of bfloat16"):
             halved(bundle, "step", "bfloat16", tmp_path)
@@ -218,6 +223,18 @@ def test_an_output_that_a_product_makes_is_declined(twins, tmp_path):
     model.graph.output.append(onnx.helper.make_tensor_value_info(gemm.output[0], 1, None))
     with pytest.raises(PatternMismatch, match="would be in float16"):
         half.rewrite(model.SerializeToString(), "float16", single.blocks[0].weights, folder=tmp_path)
+
+
+def test_an_output_between_halves_stays_float32(twins, tmp_path):
+    single, _ = twins("class")
+    model = onnx.load_from_string(graph_of(single, "forward"))
+    (reshape,) = [node for node in model.graph.node if node.name == "layer_0.attention/Reshape_4"]
+    model.graph.output.append(onnx.helper.make_tensor_value_info(reshape.output[0], 1, None))
+    made = onnx.load_from_string(
+        half.rewrite(model.SerializeToString(), "float16", single.blocks[0].weights, folder=tmp_path)
+    )
+    assert element_types(made)["layer_0.attention/Reshape_4"] == [onnx.TensorProto.FLOAT]
+    assert element_types(made)["layer_0.attention/Reshape"] == [onnx.TensorProto.FLOAT16]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(twins, tmp_path):

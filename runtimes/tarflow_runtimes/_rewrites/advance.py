@@ -196,7 +196,7 @@ class _Rewrite:
         settled = self.op("Less", "settled", index, offset)  # (B, S)
 
         distance = self.op("Abs", "distance", self.op("Sub", "difference", "next", old))
-        finite = self._is_finite("next_is_finite", "next")
+        finite = self._is_finite("next_is_finite", "next")  # a maximum may leave NaN out
         distance = self.op("Where", "known_distance", finite, distance, self.number(math.inf))
         moved = self.op("ReduceMax", "moved", distance, self.integers(2), keepdims=0)  # (B, S)
         # The last patch of the window has no key yet, so that it takes its value however little it moved.
@@ -227,8 +227,10 @@ class _Rewrite:
     def _write(self, values: str, base: str) -> None:
         """Write `values` [B, S, D], the patches base+1 .. base+S, to where they lie in image order."""
         places = self._places("places", base, start=1)  # (B, S)
-        start = self.op("ReduceMin", "start", places, self.integers(1), keepdims=0)  # (B)
-        if self.sizes.get("S") != 1:
+        if self.sizes.get("S") == 1:
+            start = self.op("Squeeze", "start", places, self.integers(1))  # (B)
+        else:
+            start = self.op("ReduceMin", "start", places, self.integers(1), keepdims=0)  # (B)
             # Where in the update each patch goes is, forwards and backwards, also where each slot has its patch from.
             within = self.op("Sub", "within", places, self.op("Unsqueeze", "start_each", start, self.integers(1)))
             values = self._rows("update", values, within)
