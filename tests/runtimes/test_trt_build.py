@@ -12,8 +12,10 @@ import pytest
 
 import tarflow_runtimes as tfr
 from tarflow_export import export_bundle
+from tarflow_runtimes import _onnx_proto as proto
 from tarflow_runtimes._bundle import Bundle, open_bundle
 from tarflow_runtimes._flow import shipped_bundle
+from tarflow_runtimes._rewrites.advance import advance_graph
 from tarflow_runtimes._trt import _network
 from tarflow_runtimes._trt._build import Built, build
 from tarflow_runtimes._trt._graphs import KINDS, open_graph
@@ -23,6 +25,7 @@ from tarflow_runtimes._trt._profiles import Profile, joined, profiles_for, shape
 from tarflow_sdk.testing import random_model, tiny_config
 
 DTYPES = ("float32", "float16", "bfloat16")
+OTHER_MODELS = ["class", "unconditional", "three_blocks", "no_nvp", "no_nvp_unconditional", "one_head"]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,26 @@ def test_the_advance_graph_of_a_guided_batch_builds_for_every_target(exported, b
     assert engine.layers > 100
     assert not [line for line in engine.warnings if "Unused" in line]
     assert engine.seconds.keys() == {"parse", "build"}
+
+
+@pytest.mark.parametrize("name", ["class_n16", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_MODELS)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_graph_of_every_kind_of_model_builds(exported, built, name, dtype):
+    bundle = open_bundle(exported(name).path)
+    for kind in KINDS:
+        both = {"branches": [1, 2], "windows": [1, bundle.config.patches - 1]} if kind == "advance" else {}
+        made = built(bundle, len(bundle.blocks) - 1, kind, dtype, profiles=profiles_for([3], **both))
+        weights = 12 * bundle.config.layers * bundle.config.width**2
+        assert len(made.engine) > weights * (4 if dtype == "float32" else 2)
+
+
+def test_an_advance_graph_of_frozen_axes_needs_no_profile(rtx, exported):
+    bundle = open_bundle(exported("class_n16").path)
+    with open_graph(bundle, 1, "advance", "float32") as graph:
+        step = proto.parse_model(bundle.blocks[1].step.read_bytes(), where="step")
+        model = advance_graph(step, bundle.config, images=3, branches=2, window=5, reach=7)
+        inputs = {name: shape for name, shape in graph.inputs.items() if name != "reach"}
+        assert build(rtx, dataclasses.replace(graph, model=model, inputs=inputs), [], targets=["sm_80"]).engine
 
 
 @pytest.mark.slow
