@@ -104,6 +104,7 @@ GPU_ENGINES: Final = ("ort-cuda", "trt", "trt-rtx")
 TOLERANCES: Final[Mapping[tuple[str, str], Mapping[str, Tolerance]]] = {
     ("*", "float32"): _EXACT,
     ("*", "float16"): _ROUNDED,
+    ("*", "tf32"): _ROUNDED,  # the factors of products have the 11 bits of float16
     ("*", "bfloat16"): _COARSE,
     **{(engine, "float32"): _GPU_EXACT for engine in GPU_ENGINES},
     **{(engine, "float16"): _GPU_ROUNDED for engine in GPU_ENGINES},

@@ -93,9 +93,6 @@ class FakeCuda:
     def cudaGetDeviceProperties(self, ordinal: int) -> tuple[Any, ...]:
         return OK, SimpleNamespace(name=b"Fake 9000\0\0", major=9, minor=0)
 
-    def cudaMemGetInfo(self) -> tuple[Any, ...]:
-        return OK, 3 << 30, 8 << 30
-
     def cudaMalloc(self, nbytes: int) -> tuple[Any, ...]:
         memory = ctypes.create_string_buffer(b"\xff" * (nbytes + 256), nbytes + 256)
         address = ctypes.addressof(memory)

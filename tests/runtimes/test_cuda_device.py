@@ -48,7 +48,6 @@ def device(cuda) -> CudaDevice:
 def test_what_it_says_of_itself(device):
     assert (device.name, device.capability, device.kind, device.ordinal) == ("Fake 9000", (9, 0), "cuda", 0)
     assert device.stream == 77
-    assert device.free_bytes == 3 << 30
 
 
 def test_memory_is_zeroed_copied_and_freed(cuda, device):
@@ -128,7 +127,6 @@ def test_waiting_within_a_capture_is_an_error(cuda, device):
         ("cudaGraphInstantiate", lambda device, _: device.capture(lambda: None)),
         ("cudaGraphLaunch", lambda device, _: device.capture(lambda: None).replay()),
         ("cudaSetDevice", lambda device, _: device.synchronize()),
-        ("cudaMemGetInfo", lambda device, _: device.free_bytes),
     ],
 )
 def test_every_status_is_checked(cuda, device, call, run):
@@ -303,10 +301,11 @@ def cuda_build(monkeypatch):
     return asked
 
 
-def test_how_ort_cuda_opens_a_session(exported, cuda, cuda_build, capsys):
-    with tfr.load(exported("class").path, engine="ort-cuda") as flow:
+@pytest.mark.parametrize(("dtype", "tf32"), [(None, "0"), ("tf32", "1"), ("bfloat16", "0")])
+def test_how_ort_cuda_opens_a_session(exported, cuda, cuda_build, capsys, *, dtype, tf32):
+    with tfr.load(exported("class").path, engine="ort-cuda", dtype=dtype) as flow:
         assert flow.engine_report["device"] == "Fake 9000"
-        assert flow.engine_report["dtype"] == "float32"
+        assert flow.engine_report["dtype"] == (dtype or "float32")
         with pytest.raises(tfr.EngineError, match=r"cannot open a graph of .*: no such luck$"):
             flow.sample(1, seed=0)
         with pytest.raises(tfr.EngineError, match="cannot open"):
@@ -316,7 +315,7 @@ def test_how_ort_cuda_opens_a_session(exported, cuda, cuda_build, capsys):
     (step, ((provider, given),)), (density, ((_, given_density),)) = cuda_build.sessions
     assert provider == ort_cuda.PROVIDER
     assert given == {
-        "device_id": "0", "user_compute_stream": "77", "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested",
+        "device_id": "0", "user_compute_stream": "77", "use_tf32": tf32, "arena_extend_strategy": "kSameAsRequested",
         "enable_cuda_graph": "1",
     }  # fmt: skip
     assert "enable_cuda_graph" not in given_density
@@ -389,7 +388,7 @@ def test_graphs_that_are_refused_are_reported(exported, cuda, cuda_build, monkey
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"dtype": "int4"}, tfr.InputError, "dtype must be one of float32, float16, bfloat16, got 'int4'"),
+        ({"dtype": "int4"}, tfr.InputError, "dtype must be one of float32, tf32, float16, bfloat16, got 'int4'"),
         ({"weights": "int8"}, tfr.InputError, "weights int8 are for engine ort-cpu"),
         ({"engine": "ort-cpu", "dtype": "float16"}, tfr.InputError, "engine ort-cpu computes in"),
     ],

@@ -72,12 +72,6 @@ class CudaDevice:
         """The handle of the stream, for libraries that take one."""
         return int(self._stream)
 
-    @property
-    def free_bytes(self) -> int:
-        """Memory of the GPU that nobody uses."""
-        self._use()
-        return int(self._checked(self._runtime.cudaMemGetInfo()))
-
     def allocate(self, nbytes: int) -> CudaBuffer:
         """Zeroed memory."""
         self._use()

@@ -19,8 +19,9 @@ from tarflow_runtimes._device.loop import DeviceDecoder
 from tarflow_runtimes._engine import Floats, Integers
 from tarflow_runtimes._errors import EngineError, InputError
 
-DTYPES: Final = ("float32", "float16", "bfloat16")
-"""What linear layers and caches can be computed in on a device; everything else is float32."""
+DTYPES: Final = ("float32", "tf32", "float16", "bfloat16")
+"""What linear layers and caches can be computed in on a device; everything else is float32. With tf32 all is stored in
+float32, and the GPU may round the factors of products to 11 bits."""
 
 ACTIVATION_BYTES: Final = 2 << 30
 """Activations of one run of a forward or gradient program; larger batches are run in pieces."""

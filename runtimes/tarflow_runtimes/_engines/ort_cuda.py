@@ -19,7 +19,7 @@ PROVIDER: Final = "CUDAExecutionProvider"
 
 
 def open_ort_cuda(bundle: Bundle, dtype: str | None = None) -> DeviceEngine:
-    """The engine, computing in `dtype` or what the bundle is stored in. TF32 is off: float32 is float32.
+    """The engine, computing in `dtype` or what the bundle is stored in.
 
     Raises:
         EngineError: when ONNX Runtime is missing or built without CUDA, or there is no driver or GPU.
@@ -39,7 +39,7 @@ def open_ort_cuda(bundle: Bundle, dtype: str | None = None) -> DeviceEngine:
     options = {
         "device_id": str(device.ordinal),
         "user_compute_stream": str(device.stream),
-        "use_tf32": "0",
+        "use_tf32": str(int(dtype == "tf32")),
         "arena_extend_strategy": "kSameAsRequested",
     }
     return DeviceEngine(bundle, OrtMaker(bundle, device, name=NAME, dtype=dtype, provider=PROVIDER, options=options))

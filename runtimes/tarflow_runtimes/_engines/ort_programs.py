@@ -143,15 +143,10 @@ class OrtMaker:
 
     def advance(self, block: int, *, images: int, branches: int, window: int) -> OrtProgram:
         """The advance graph of a block; all sizes are frozen but the reach of attention."""
-        files = self._bundle.blocks[block]
-        model = advance_graph(
-            self._parse(block, files.step), self._bundle.config, images=images, branches=branches, window=window
-        )
-        program = self._open_with_graphs(model, block)
-        if not self._in_place:
-            check_in_place(self.device, program, self._bundle.config)
+        if not self._in_place:  # once, where it takes little memory
+            check_in_place(self.device, self._advance(block, 1, 1, 1), self._bundle.config)
             self._in_place = True
-        return program
+        return self._advance(block, images, branches, window)
 
     def forward(self, block: int, *, images: int) -> OrtProgram:
         """The forward graph of a block."""
@@ -170,6 +165,11 @@ class OrtMaker:
             "cuda_graphs": self._without_graphs or "on",
             "libraries": loaded_libraries(),
         }
+
+    def _advance(self, block: int, images: int, branches: int, window: int) -> OrtProgram:
+        model = self._parse(block, self._bundle.blocks[block].step)
+        sizes = {"images": images, "branches": branches, "window": window}
+        return self._open_with_graphs(advance_graph(model, self._bundle.config, **sizes), block)
 
     def _density(self, block: int, path: Path, images: int) -> OrtProgram:
         model: bytes = self._parse(block, path).SerializeToString()
@@ -195,12 +195,12 @@ class OrtMaker:
     def _open(self, model: bytes, block: int, *, images: int | None = None, graphs: bool) -> OrtProgram:
         """The program of a graph of a block in the maker's dtype; `images` freezes its batch."""
         weights = self._bundle.blocks[block].weights
-        if self.dtype == self._bundle.dtype:
-            session = self._session(model, weights.parent, images, graphs=graphs)
-        else:
+        if self.dtype in half.DTYPES and self._bundle.dtype == "float32":
             with tempfile.TemporaryDirectory(prefix="tarflow-", ignore_cleanup_errors=True) as name:
                 model = half.rewrite(model, self.dtype, weights, folder=Path(name))
                 session = self._session(model, Path(name), images, graphs=graphs)
+        else:
+            session = self._session(model, weights.parent, images, graphs=graphs)
         return OrtProgram(session, self.device, patches=self._bundle.config.patches, graphs=graphs)
 
     def _session(self, model: bytes, folder: Path, images: int | None, *, graphs: bool) -> Any:

@@ -15,28 +15,14 @@ from typing import Any, Final
 
 from tarflow_runtimes import _onnx_proto as proto
 from tarflow_runtimes._bundle import Bundle
-from tarflow_runtimes._engines.device_engine import DTYPES, chosen_dtype
-from tarflow_runtimes._errors import EngineError, InputError
+from tarflow_runtimes._engines.device_engine import chosen_dtype
+from tarflow_runtimes._errors import EngineError
 from tarflow_runtimes._rewrites import half
 from tarflow_runtimes._rewrites._graph import PatternMismatch
 from tarflow_runtimes._rewrites.advance import advance_graph
 from tarflow_runtimes._trt._network import Graph
 
 KINDS: Final = ("advance", "forward", "gradient")
-PRECISIONS: Final = (*DTYPES, "tf32")
-"""What products are of: a dtype of the engines on a GPU, or float32 that the GPU rounds to TF32."""
-
-
-def check_precision(bundle: Bundle, precision: str) -> None:
-    """Refuse a precision that no engine of this bundle can have.
-
-    Raises:
-        InputError: for an unknown one.
-        EngineError: for another than that of a bundle in half precision.
-    """
-    if precision not in PRECISIONS:
-        raise InputError(f"dtype must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    chosen_dtype(bundle, "float32" if precision == "tf32" else precision)
 
 
 @contextlib.contextmanager
@@ -47,7 +33,7 @@ def open_graph(bundle: Bundle, block: int, kind: str, precision: str) -> Iterato
         EngineError: when the bundle cannot have this precision, or its graphs are of a form that is not known.
         BundleError: when the graph is damaged.
     """
-    check_precision(bundle, precision)
+    chosen_dtype(bundle, precision)
     files = bundle.blocks[block]
     path: Path = files.step if kind == "advance" else getattr(files, kind)
     model = proto.parse_model(path.read_bytes(), where=str(path))

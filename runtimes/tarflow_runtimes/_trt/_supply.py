@@ -9,12 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tarflow_runtimes._bundle import Bundle
+from tarflow_runtimes._engines.device_engine import chosen_dtype
 from tarflow_runtimes._errors import Cancelled, EngineError
 from tarflow_runtimes._trt._build import build, builder_flags
 from tarflow_runtimes._trt._cache import MAX_BYTES, EngineCache
 from tarflow_runtimes._trt._explain import Explanation
 from tarflow_runtimes._trt._gpu import Gpu
-from tarflow_runtimes._trt._graphs import check_precision, open_graph
+from tarflow_runtimes._trt._graphs import open_graph
 from tarflow_runtimes._trt._network import Graph
 from tarflow_runtimes._trt._package import PORTABLE_TARGETS, Package
 from tarflow_runtimes._trt._profiles import Profile
@@ -69,7 +70,7 @@ class Supply:
         max_bytes: int = MAX_BYTES,
         on_building: OnBuilding | None = None,
     ) -> None:
-        check_precision(bundle, precision)
+        chosen_dtype(bundle, precision)
         self.package, self.bundle, self.precision, self.gpu = package, bundle, precision, gpu
         self.targets = targets_of(package, gpu, targets)
         self.cache = EngineCache(folder)
