@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -106,14 +107,92 @@ def test_full(build: Callable[..., Path]) -> None:
 MATRIX = _module(ROOT / "tests" / "runtimes" / "conftest.py").CONFIGS
 
 
+@pytest.fixture(scope="session")
+def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """`random_bundle(name, dtype)`: the bundle of a model of the matrix, and its golden file from this machine."""
+    made: dict[tuple[str, str], tuple[Path, Path]] = {}
+
+    def make(name: str, dtype: str) -> tuple[Path, Path]:
+        if (name, dtype) not in made:
+            folder = tmp_path_factory.mktemp("bundles")
+            bundle, expected = folder / f"{name}.tarflow", folder / "golden.safetensors"
+            export_bundle(random_model(MATRIX[name], seed=1), bundle, dtype=dtype, verify=False)
+            golden.write(bundle, expected, small=False)
+            made[name, dtype] = bundle, expected
+        return made[name, dtype]
+
+    return make
+
+
+def _check(folder: Path, bundle: Path, expected: Path, library: Path) -> None:
+    """Memory and every number of a random model, in one build."""
+    heap = _run(folder / "tests" / "tarflow_memory", bundle, "1000", TARFLOW_ORT_LIBRARY=library)
+    assert "0 from step to step" in heap
+    equal = _run(folder / "tests" / "tarflow_parity", bundle, expected, "--exact", TARFLOW_ORT_LIBRARY=library)
+    assert "bit-identical" in equal
+
+
+@pytest.mark.timeout(600)
+def test_quick_random(
+    build: Callable[..., Path], random_bundle: Callable[..., tuple[Path, Path]], cpp_library: Path
+) -> None:
+    _check(build("cpp"), *random_bundle("class", "float32"), cpp_library)
+
+
 @pytest.mark.cpp
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", MATRIX)
-@pytest.mark.timeout(600)
-def test_matrix(name: str, dtype: str, build: Callable[..., Path], cpp_library: Path, tmp_path: Path) -> None:
+def test_matrix(
+    name: str,
+    dtype: str,
+    build: Callable[..., Path],
+    random_bundle: Callable[..., tuple[Path, Path]],
+    cpp_library: Path,
+) -> None:
     """Random models: every guidance, batches of 1, 3 and 17, bit for bit what Python computes here."""
-    bundle, expected = tmp_path / f"{name}.tarflow", tmp_path / "golden.safetensors"
-    export_bundle(random_model(MATRIX[name], seed=1), bundle, dtype=dtype, verify=False)
-    golden.write(bundle, expected, small=False)
+    bundle, expected = random_bundle(name, dtype)
     program = build("cpp") / "tests" / "tarflow_parity"
-    assert "bit-identical" in _run(program, bundle, expected, TARFLOW_ORT_LIBRARY=cpp_library)
+    assert "bit-identical" in _run(program, bundle, expected, "--exact", TARFLOW_ORT_LIBRARY=cpp_library)
+
+
+@pytest.mark.cpp
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sanitizers(
+    sanitizers: str,
+    build: Callable[..., Path],
+    random_bundle: Callable[..., tuple[Path, Path]],
+    cpp_library: Path,
+) -> None:
+    """Unit tests, parity and memory; reports end a test. Little optimised, which halves the time to compile."""
+    name = f"cpp-{sanitizers.partition(',')[0]}"
+    folder = build(name, f"-DTARFLOW_SANITIZE={sanitizers}", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1")
+    assert "parity_shipped" in _ctest(folder, "quick")
+    options = f"suppressions={SOURCE / 'tests' / 'tsan.supp'}:halt_on_error=1"
+    bundle, expected = random_bundle("class", "float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TSAN_OPTIONS", options)
+        _check(folder, bundle, expected, cpp_library)
+
+
+WHEELS = ("1.28.0", "1.29.0", "1.30.0", "1.31.1", "1.32.0")
+"""The oldest ONNX Runtime that bundles run on, to the newest."""
+
+
+@pytest.mark.cpp
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("version", WHEELS)
+def test_one_program_runs_on_every_onnx_runtime(version: str, build: Callable[..., Path], tmp_path: Path) -> None:
+    """The committed golden file, computed by the library of another wheel than the one at hand."""
+    program = build("cpp") / "tests" / "tarflow_parity"
+    wheel = f"onnxruntime=={version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    done = subprocess.run([*command, "--dest", tmp_path, wheel], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{wheel} cannot be downloaded: {done.stderr[-500:]}")
+    (archive,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(archive) as files:
+        (member,) = [name for name in files.namelist() if "/libonnxruntime.so" in name]
+        library = files.extract(member, tmp_path)
+    assert f"ONNX Runtime {version}" in _run(program, BUNDLE, SHIPPED, TARFLOW_ORT_LIBRARY=library)

@@ -3,6 +3,7 @@
 
 #include <deque>
 #include <mutex>
+#include <new>
 
 #include "session.hpp"
 
@@ -27,11 +28,16 @@ class CachePool {
     }
     return {shape, type};
   }
-  /// Take back what nobody uses any more.
-  void give(Buffer buffer) {
+  /// Take back what nobody uses any more; it is freed where there is no memory to note it. Called by destructors.
+  void give(Buffer buffer) noexcept {
     const std::lock_guard<std::mutex> lock(mutex_);
-    bytes_ += buffer.bytes();
-    kept_.push_back(std::move(buffer));
+    const std::size_t bytes = buffer.bytes();
+    try {
+      kept_.push_back(std::move(buffer));
+    } catch (const std::bad_alloc&) {
+      return;
+    }
+    bytes_ += bytes;
     while (bytes_ > kBytes) {
       bytes_ -= kept_.front().bytes();
       kept_.pop_front();

@@ -90,6 +90,8 @@ std::vector<Ort::Value> Session::run(const std::vector<const OrtValue*>& given, 
   for (const std::string& name : inputs_) input_names.push_back(name.c_str());
   for (const std::string& name : names) output_names.push_back(name.c_str());
   std::vector<OrtValue*> results(names.size(), nullptr);
+  std::vector<Ort::Value> values;
+  values.reserve(names.size());  // before there are results to lose
   const Ort::RunOptions options;
   try {
     Ort::ThrowOnError(Ort::GetApi().Run(session_, options, input_names.data(), given.data(), given.size(),
@@ -97,7 +99,6 @@ std::vector<Ort::Value> Session::run(const std::vector<const OrtValue*>& given, 
   } catch (const Ort::Exception& error) {
     throw engine_error("ONNX Runtime failed in a run: " + first_line(error));
   }
-  std::vector<Ort::Value> values;
   for (OrtValue* result : results) values.emplace_back(result);
   return values;
 }

@@ -35,7 +35,9 @@ class Comparison {
     else std::printf("%-16s %.3g (limit %.3g)\n", name.c_str(), worst, limit);
     if (!(equal || (!exact_ && worst <= limit))) ++failures;
   }
-  void print() const { std::printf("%d of %d arrays are bit-identical\n", equal_, arrays_); }
+  void print() const {
+    std::printf("ONNX Runtime %s: %d of %d arrays are bit-identical\n", tarflow_ort_version(), equal_, arrays_);
+  }
 
  private:
   const Golden& golden_;
