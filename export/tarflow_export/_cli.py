@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from tarflow_runtimes._cli._engines import EngineDir
 from tarflow_runtimes._cli._shell import command, new_app, note, print_json, run
+from tarflow_runtimes._cli.build import build_engines, check_builds
 
 if TYPE_CHECKING:
     from tarflow_export._export import ExportReport, OnProgress, Verified
@@ -42,6 +44,11 @@ def export(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch; the bundle records that.")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="trt|trt-rtx", help="Build TensorRT's engines of the bundle, too, as tarflow build does."),
+    ] = None,
+    engine_dir: EngineDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")] = False,
 ) -> None:
@@ -52,6 +59,8 @@ def export(
     """
     from tarflow_export._export import export_bundle
 
+    if engine is not None:
+        check_builds(engine)
     options: dict[str, Any] = {
         "dtype": dtype,
         "overwrite": overwrite,
@@ -67,8 +76,11 @@ def export(
         return
     with _progress_bar() as on_progress:
         report = export_bundle(checkpoint, output, on_progress=on_progress, on_verified=_show_table, **options)
+    facts = report.to_json()
+    if engine is not None:
+        facts["build"] = build_engines(report.path, engine, engine_dir=engine_dir)
     if as_json:
-        print_json(report.to_json())
+        print_json(facts)
     else:
         _summarise(report)
 

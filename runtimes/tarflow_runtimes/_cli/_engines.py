@@ -43,7 +43,7 @@ EngineDir = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Where engines are kept. [default: the user's cache folder]")
 ]
 
-DEFAULT_BATCH, DEFAULT_WINDOW = "1,8,64", "16"
+DEFAULT_BATCH, DEFAULT_WINDOW, DEFAULT_BYTES = "1,8,64", "16", 20 << 30
 
 
 def check_engine(engine: str) -> None:

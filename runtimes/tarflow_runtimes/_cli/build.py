@@ -11,6 +11,7 @@ import typer
 
 from tarflow_runtimes._cli._engines import (
     DEFAULT_BATCH,
+    DEFAULT_BYTES,
     DEFAULT_WINDOW,
     Batch,
     Dtype,
@@ -61,7 +62,7 @@ def build(
     trt builds on the GPU that runs the engines; trt-rtx needs no GPU and builds for chosen architectures. Engines that
     are there already are not built again.
     """
-    check_engine(engine)
+    check_builds(engine)
     facts = build_engines(
         bundle,
         engine,
@@ -77,17 +78,25 @@ def build(
         print_json(facts)
 
 
+def check_builds(engine: str) -> None:
+    """Refuse an engine that is not built, or whose package is not ready here: before any work."""
+    from tarflow_runtimes._trt._package import import_package
+
+    check_engine(engine)
+    import_package(engine)
+
+
 def build_engines(
     path: Path | None,
     engine: str,
     *,
-    dtype: str | None,
-    shapes: Shapes,
-    targets: Sequence[str] | None,
-    workspace: int | None,
-    engine_dir: Path | None,
-    max_bytes: int,
-    rebuild: bool,
+    dtype: str | None = None,
+    shapes: Shapes | None = None,
+    targets: Sequence[str] | None = None,
+    workspace: int | None = None,
+    engine_dir: Path | None = None,
+    max_bytes: int = DEFAULT_BYTES,
+    rebuild: bool = False,
 ) -> dict[str, Any]:
     """Build what is missing, say so on stderr, and return the facts for `--json`."""
     from tarflow_runtimes._bundle import open_bundle
@@ -98,6 +107,7 @@ def build_engines(
 
     package = import_package(engine)
     bundle = open_bundle(path or shipped_bundle())
+    shapes = shapes or shapes_of(DEFAULT_BATCH, None, DEFAULT_WINDOW)
     wanted = list(wanted_engines(bundle, shapes.profiles(bundle.config)))
     engines: list[dict[str, Any]] = []
     with StepClock("building") as clock:

@@ -131,6 +131,7 @@ def _run(package: Package, name: str, network: Network, config: Any, on_build: O
     monitor = _monitor(package.module)()
     config.progress_monitor = monitor
     outcome: list[bytes | BaseException] = []
+    done = threading.Event()  # and not `join`: an interrupt in it lets Python 3.11 take the thread for ended
 
     def work() -> None:
         try:
@@ -138,13 +139,14 @@ def _run(package: Package, name: str, network: Network, config: Any, on_build: O
             outcome.append(b"" if made is None else bytes(memoryview(made)))
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             outcome.append(error)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=work, name="tarflow-trt-build", daemon=True)
     with listen() as heard:
         thread.start()
         try:
-            while thread.is_alive():
-                thread.join(POLL_SECONDS)
+            while not done.wait(POLL_SECONDS):
                 if on_build is not None and on_build(monitor.share()) is False:
                     monitor.cancelled = True
                     break
@@ -152,6 +154,7 @@ def _run(package: Package, name: str, network: Network, config: Any, on_build: O
             monitor.cancelled = True
             raise
         finally:
+            done.wait()
             thread.join()
             config.progress_monitor = None
     result = outcome[0]

@@ -1,0 +1,207 @@
+"""`tarflow build` and `tarflow-export --engine` with TensorRT for RTX, which builds for real without a GPU."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tarflow_runtimes._errors import EngineError
+from tarflow_runtimes._flow import shipped_bundle
+from tarflow_runtimes._trt import _gpu, _package
+from tarflow_runtimes._trt._cache import EngineCache
+from tarflow_runtimes._trt._gpu import Gpu
+
+QUICK = ("--engine", "trt-rtx", "--batch", "2", "--window", "1", "--guidance", "0", "--target", "sm_89")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where engines are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tarflow" / "engines"
+
+
+def test_a_second_build_finds_everything(tarflow: Callable, class_bundle: Path, folder: Path) -> None:
+    first, second = (tarflow("build", class_bundle, *QUICK, "--json") for _ in range(2))
+    assert (first.code, second.code) == (0, 0), first.err
+    built, found = json.loads(first.out), json.loads(second.out)
+    assert [one["built"] for one in built["engines"]] == [True] * 6
+    assert [one["built"] for one in found["engines"]] == [False] * 6
+    assert [one["file"] for one in built["engines"]] == [one["file"] for one in found["engines"]]
+    kinds = [(one["block"], one["graph"]) for one in built["engines"]]
+    assert kinds == [(block, kind) for block in (0, 1) for kind in ("advance", "forward", "gradient")]
+    assert (built["dtype"], built["targets"], built["folder"]) == ("float32", ["sm_89"], str(folder))
+    assert "block 0 advance: built in" in first.err
+    assert "(never built)" in first.err
+    assert "block 0 advance: was there" in second.err
+    assert second.err.splitlines()[-1].startswith(f"6 engines for sm_89 in {folder}: 0 built, 6 were there")
+    sidecar = json.loads(Path(built["engines"][0]["file"]).with_suffix(".json").read_text())
+    assert sidecar["profiles"] == [{"least": 1, "most": 2, "branches": 1, "patches": 1}]
+    assert sidecar["built"]["cache_updates"] == 5
+    assert sidecar["built"]["gpu"] is None
+    assert sidecar["identity"]["flags"] == ["REQUIRE_USER_ALLOCATION"]
+    again = tarflow("build", class_bundle, *QUICK, "--rebuild")
+    assert "6 built, 0 were there" in again.err
+
+
+def test_a_gpu_here_is_the_target(tarflow: Callable, class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(name="GPU", target="sm_86", driver="CUDA 13.0")
+    monkeypatch.setattr(_gpu, "present_gpu", lambda: gpu)
+    facts = json.loads(tarflow("build", class_bundle, *QUICK[:-2], "--dtype", "float16", "--json").out)
+    assert facts["targets"] == ["sm_86"]
+    monkeypatch.setattr(_gpu, "present_gpu", lambda: Gpu(name="H200", target="sm_90", driver="CUDA 13.0"))
+    result = tarflow("build", class_bundle, *QUICK[:-2])
+    assert result.code == 2
+    assert "cannot build for sm_90" in result.err
+    assert "ort-cuda or trt" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--engine", "ort-cpu"), "--engine must be trt or trt-rtx, got 'ort-cpu'"),
+        ((*QUICK, "--dtype", "int8"), "dtype must be one of float32, float16, bfloat16, tf32, got 'int8'"),
+        ((*QUICK, "--batch", "0"), "--batch 0: '0' is not a number of images"),
+        ((*QUICK, "--window", "x"), "--window x"),
+        ((*QUICK, "--target", "sm_90"), "cannot build for sm_90"),
+        ((*QUICK, "--workspace", "much"), "--workspace much: 'much' is not a size such as 20G"),
+        ((*QUICK, "--max-size", "1Q"), "--max-size 1Q"),
+        ((*QUICK, "--engine-dir", "/dev/null"), "/dev/null: cannot keep engines there"),
+    ],
+)
+def test_bad_input(refused: Callable, class_bundle: Path, arguments: tuple[str, ...], message: str) -> None:
+    assert message in refused("build", class_bundle, *arguments, hinted=False).err
+
+
+def test_a_bundle_in_half_precision_keeps_to_it(refused: Callable, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from tarflow_export import export_bundle
+    from tarflow_sdk.testing import random_model, tiny_config
+
+    path = tmp_path_factory.mktemp("half") / "half.tarflow"
+    export_bundle(random_model(tiny_config()), path, dtype="float16", verify=False)
+    assert "is of float16, it cannot run in bfloat16" in refused("build", path, *QUICK, "--dtype", "bfloat16").err
+
+
+def test_tensorrt_builds_on_its_gpu(refused: Callable, class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: str) -> object:
+        raise ModuleNotFoundError("No module named 'tensorrt'")
+
+    _package._import.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(_package, "import_module", missing)
+        result = refused("build", class_bundle, "--engine", "trt")
+        assert "engine trt needs TensorRT, which is not installed" in result.err
+        assert 'hint: pip install "tarflow-sdk[trt]"' in result.err
+
+    class Module:
+        __version__ = "11.4.0"
+        Builder = object
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_package, "import_module", lambda _: Module)
+        patch.setattr(_gpu, "present_gpu", lambda: None)
+        result = refused("build", class_bundle, "--engine", "trt")
+        assert "TensorRT builds on the GPU that runs the engine, and there is none here" in result.err
+        assert "trt-rtx, which needs no GPU" in result.err
+    _package._import.cache_clear()
+
+
+def test_export_builds_what_it_has_exported_with_the_defaults(tarflow: Callable, folder: Path, tmp_path: Path) -> None:
+    from tarflow_sdk import save_checkpoint
+    from tarflow_sdk.testing import random_model, tiny_config
+
+    checkpoint = tmp_path / "tiny.safetensors"
+    save_checkpoint(random_model(tiny_config(blocks=1, layers=1, classes=0)), checkpoint)
+    result = tarflow("export", checkpoint, "-o", "tiny.tarflow", "--no-verify", "--engine", "trt-rtx", "--json")
+    assert result.code == 0, result.err
+    facts = json.loads(result.out)["build"]
+    assert [one["graph"] for one in facts["engines"]] == ["advance", "forward", "gradient"]
+    assert {Path(one["file"]).parent for one in facts["engines"]} == {folder}
+    assert facts["dtype"] == "float32"
+    assert facts["targets"] == ["sm_80", "sm_86", "sm_89", "sm_120"]
+    profiles = facts["engines"][0]["profiles"]
+    assert [(one["least"], one["most"]) for one in profiles[:3]] == [(1, 1), (2, 8), (9, 64)]
+    assert {one["patches"] for one in profiles} == {1, 3}
+    assert {one["branches"] for one in profiles} == {1}
+    assert len(facts["engines"][1]["profiles"]) == 3
+    result = tarflow("export", checkpoint, "-o", "other.tarflow", "--engine", "ort-cpu")
+    assert (result.code, Path("other.tarflow").exists()) == (2, False)
+    assert "--engine must be trt or trt-rtx" in result.err
+
+
+def start(bundle: Path, *options: str) -> subprocess.Popen[str]:
+    code = "from tarflow_runtimes._cli.umbrella import main; main()"
+    command = [sys.executable, "-c", code, "build", str(bundle), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_two_processes_that_build_the_same_build_it_once(class_bundle: Path, folder: Path) -> None:
+    both = [start(class_bundle, *QUICK, "--json") for _ in range(2)]
+    results = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], results
+    engines = [json.loads(out)["engines"] for out, _ in results]
+    for one, other in zip(*engines, strict=True):
+        assert one["file"] == other["file"]
+        assert one["built"] + other["built"] == 1
+    assert len(list(folder.iterdir())) == 12
+
+
+@pytest.fixture
+def building(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process in the middle of a build that takes ten seconds."""
+    process = start(shipped_bundle(), "--engine", "trt-rtx")
+    try:
+        until(lambda: list(folder.glob(".*.lock")))
+        time.sleep(1.0)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_process_that_is_killed_leaves_nothing_that_loads(building: subprocess.Popen[str], folder: Path) -> None:
+    building.send_signal(signal.SIGKILL)
+    building.communicate()
+    (left,) = folder.iterdir()
+    assert left.suffix == ".lock"
+    cache = EngineCache()
+    assert cache.entries() == []
+    with cache.lock(left.name[1:-5]):
+        pass
+    left.touch()
+    assert cache.prune().leftovers == (left.name,)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_a_build_within_two_seconds(
+    building: subprocess.Popen[str], folder: Path, number: signal.Signals
+) -> None:
+    began = time.monotonic()
+    building.send_signal(number)
+    _, err = building.communicate(timeout=60)
+    assert time.monotonic() - began < 2.0
+    assert building.returncode == 130
+    assert err.splitlines()[-1] == "error: interrupted; the 0 engines that were finished are kept"
+    assert list(folder.iterdir()) == []
+
+
+def test_the_gpu_is_none_where_it_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise EngineError("no NVIDIA driver is loaded on this machine")
+
+    monkeypatch.setattr(_gpu, "CudaDevice", refuse)
+    assert _gpu.present_gpu() is None
