@@ -71,8 +71,9 @@ class Decoder(Protocol):
         Noise and patches are in image order; each turn starts from what the one before made.
         """
 
-    def array(self, array: npt.NDArray[Any]) -> DeviceArray:
-        """Copy an array to the device, for others to take."""
+    @property
+    def to_device(self) -> Callable[[npt.NDArray[Any]], DeviceArray]:
+        """Copies an array to the device, for others to take; it holds the device and nothing of the engine."""
 
 
 class Engine(Protocol):

@@ -250,7 +250,7 @@ class Flow:
             first_index=first_index,
             metadata=metadata,
             report=report,
-            to_device=None if decoder is None else decoder.array,
+            to_device=None if decoder is None else decoder.to_device,
         )
 
     def decode(

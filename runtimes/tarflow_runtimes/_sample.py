@@ -21,7 +21,7 @@ class Sample:
 
     `images` is float32 [B, C, height, width] in the model's range, about [-1, 1] and not clipped; `seed` is that of the
     noise, None when the caller gave the noise; `metadata` says how the images were made, and goes into PNG files;
-    `report` says how the blocks were inverted.
+    `report` says how the blocks were inverted; `to_device` copies arrays to the engine's device, where it has one.
     """
 
     images: npt.NDArray[np.float32]

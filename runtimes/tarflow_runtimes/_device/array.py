@@ -86,7 +86,8 @@ class DeviceArray:
         """`__cuda_array_interface__`, which an array on the host must not have."""
         if name != "__cuda_array_interface__" or self._device.kind != "cuda":
             raise AttributeError(f"{type(self).__name__} has no attribute {name}")
-        self._device.synchronize()
+        with self._device.lock:
+            self._device.synchronize()
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
@@ -109,7 +110,8 @@ class DeviceArray:
         """
         if copy or (dl_device is not None and tuple(dl_device) != self.__dlpack_device__()):
             raise BufferError("this array is given where it lies, without a copy")
-        self._device.synchronize()
+        with self._device.lock:
+            self._device.synchronize()
         shape = (ctypes.c_int64 * len(self.shape))(*self.shape)
         managed = _DLManagedTensor()
         managed.tensor = _DLTensor(
@@ -128,3 +130,11 @@ class DeviceArray:
         make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, _Destructor)
         _given[address] = (managed, shape, self._buffer)
         return make(address, CAPSULE, _destructor)
+
+
+def to_device(device: Device, array: npt.NDArray[Any]) -> DeviceArray:
+    """Copy an array to the device."""
+    with device.lock:
+        buffer = device.allocate(array.nbytes)
+        device.upload(buffer.address, array)
+    return DeviceArray(device, buffer, array.shape, array.dtype)

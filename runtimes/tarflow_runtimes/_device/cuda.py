@@ -7,6 +7,7 @@ Source: CUDA Runtime API, memory management, stream management, graph management
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable
@@ -122,6 +123,8 @@ class CudaDevice:
         runtime = self._runtime
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._checked(runtime.cudaStreamBeginCapture(self._stream, mode))
+        collects = gc.isenabled()
+        gc.disable()  # memory that this thread frees would end the capture
         try:
             launch()
         except BaseException:
@@ -129,6 +132,9 @@ class CudaDevice:
             if graph is not None and int(graph):
                 runtime.cudaGraphDestroy(graph)
             raise
+        finally:
+            if collects:
+                gc.enable()
         return CudaReplay(runtime, self._checked(runtime.cudaStreamEndCapture(self._stream)), self._stream)
 
     def synchronize(self) -> None:

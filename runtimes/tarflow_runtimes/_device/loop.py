@@ -11,6 +11,7 @@ Attention reads the first `reach` cache entries; the host knows a bound of the p
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tarflow_runtimes._bundle import Bundle
-from tarflow_runtimes._device.array import DeviceArray
+from tarflow_runtimes._device.array import DeviceArray, to_device
 from tarflow_runtimes._device.device import Device, Program, ProgramMaker
 from tarflow_runtimes._device.workspace import Workspace
 from tarflow_runtimes._engine import Floats, Integers, OnTurn, Turn
@@ -93,7 +94,8 @@ class DeviceDecoder:
 
                 def on_done(done: int, number: int = number) -> None:
                     if on_step is not None:
-                        self._device.synchronize()  # else it would hear of steps that are only asked for
+                        with self._device.lock:
+                            self._device.synchronize()  # else it would hear of steps that are only asked for
                         on_step(number, done)
 
                 reports.append(self._invert(job, turn, on_done))
@@ -122,12 +124,10 @@ class DeviceDecoder:
             address = workspace.address(f"window_{size}_1", patches.nbytes)
             return self._device.download(address, patches.shape, np.float32)[:, 1:]
 
-    def array(self, array: npt.NDArray[Any]) -> DeviceArray:
-        """Copy an array to the device, for others to take."""
-        with self._device.lock:
-            buffer = self._device.allocate(array.nbytes)
-            self._device.upload(buffer.address, array)
-        return DeviceArray(self._device, buffer, array.shape, array.dtype)
+    @property
+    def to_device(self) -> Callable[[npt.NDArray[Any]], DeviceArray]:
+        """Copies an array to the device, for others to take; it holds the device and nothing of this."""
+        return functools.partial(to_device, self._device)
 
     def close(self) -> None:
         """Let programs and memory go; runs under way end as they would have."""

@@ -37,7 +37,6 @@ def open_ort_cuda(bundle: Bundle, dtype: str | None = None) -> DeviceEngine:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; opening a session then says so
         ort.preload_dlls()  # CUDA's libraries as pip installs them lie where the loader does not look
     options = {
-        "device_id": str(device.ordinal),
         "user_compute_stream": str(device.stream),
         "use_tf32": str(int(dtype == "tf32")),
         "arena_extend_strategy": "kSameAsRequested",
