@@ -144,8 +144,8 @@ tarflow_status tarflow_model_engine(const tarflow_model* model, tarflow_engine* 
   return guarded([&] {
     need(model, "model");
     const Engine& used = *model->engine;
-    put({0, used.name().c_str(), ort_version(), used.device().c_str(), used.threads(), used.declined()}, engine,
-        "engine");
+    put({0, used.name().c_str(), ort_version(), used.weights(), used.device().c_str(), used.threads(), used.declined()},
+        engine, "engine");
   });
 }
 

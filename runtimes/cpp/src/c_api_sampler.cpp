@@ -285,10 +285,10 @@ tarflow_status tarflow_sampler_denoise(tarflow_sampler* sampler, int64_t n, cons
 tarflow_status tarflow_sampler_classify(tarflow_sampler* sampler, int64_t n, const float* images,
                                         double* log_posteriors) {
   return on_sampler(sampler, [&](const Engine& engine, const CancelFlag* cancelled) {
-    need(log_posteriors, "log_posteriors");
     const int64_t classes = engine.config().classes;
     if (classes == 0)
       throw input_error("this model has no classes, so it cannot classify", "use a class-conditional model");
+    need(log_posteriors, "log_posteriors");
     check_count(n);
     std::vector<double> column(static_cast<size_t>(n));
     for (int64_t label = 0; label < classes; ++label) {

@@ -54,6 +54,7 @@ class Engine {
   const Config& config() const { return bundle_.config; }
   const Logger& logger() const { return settings_.logger; }
   const std::string& name() const { return settings_.provider.name; }
+  const char* weights() const { return bundle_.half ? "float16" : "float32"; }
   int threads() const { return settings_.threads; }
   /// The processor and how many of it, as tuned plans name the machine.
   const std::string& device() const { return device_; }

@@ -108,7 +108,7 @@ std::map<std::string, std::string> identity_of(const Engine& engine) {
           {"tarflow-sdk", TARFLOW_VERSION},
           {"engine", engine.name()},
           {"device", engine.device()},
-          {"weights", engine.bundle().half ? "float16" : "float32"},
+          {"weights", engine.weights()},
           {"onnxruntime", ort_version()}};
 }
 

@@ -134,6 +134,7 @@ typedef struct tarflow_engine {
   size_t struct_size;
   const char *name;        /* as in the options */
   const char *ort_version; /* of ONNX Runtime */
+  const char *weights;     /* "float32" or "float16": the dtype of the linear layers */
   const char *device;      /* the processor and how many of it; what tuned plans are kept for */
   int64_t threads;
   int64_t portable_graphs; /* step graphs that run as the bundle has them because a faster form did not fit; so far */

@@ -9,6 +9,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tarflow/tarflow.h"
@@ -31,12 +32,18 @@ inline void check(tarflow_status status) {
   if (status != TARFLOW_OK) throw Error(status, tarflow_last_message(), tarflow_last_hint());
 }
 
-/// An opened bundle. Constant: several threads may share it.
+/// Hears what a model and its samplers have to say, from several threads at once; what it throws is dropped.
+using OnLog = std::function<void(tarflow_log_level level, const char* text)>;
+
+/// An opened bundle on an engine. Constant: several threads may share it.
 class Model {
  public:
   struct Options {
-    std::string ort_library;     // empty: searched, see docs/CPP.md
-    int threads = 0;             // inside the operators; 0 is one per processor
+    std::string engine = "ort-cpu";  // the others: docs/CPP.md
+    std::string engine_library;      // of a plugin
+    std::string ort_library;         // empty: searched, see docs/CPP.md
+    OnLog on_log;                    // empty: nothing is said
+    int threads = 0;                 // processors to use; 0 is all that this process may use
     bool verify_digests = true;
   };
 
@@ -44,13 +51,18 @@ class Model {
   Model(const std::string& path, const Options& options) {
     tarflow_model_options chosen;
     tarflow_model_options_init(&chosen);
+    if (options.on_log) log_ = std::make_shared<const OnLog>(options.on_log);
+    chosen.engine = options.engine.c_str();
+    chosen.engine_library = options.engine_library.empty() ? nullptr : options.engine_library.c_str();
     chosen.ort_library = options.ort_library.empty() ? nullptr : options.ort_library.c_str();
+    chosen.on_log = log_ ? &Model::log : nullptr;
+    chosen.log_user_data = const_cast<OnLog*>(log_.get());
     chosen.threads = options.threads;
     chosen.skip_digests = options.verify_digests ? 0 : 1;
     tarflow_model* model = nullptr;
     check(tarflow_model_open(path.c_str(), &chosen, &model));
     handle_.reset(model);
-    config_.struct_size = sizeof config_;
+    tarflow_config_init(&config_);
     check(tarflow_model_config(model, &config_));
   }
   const tarflow_config& config() const noexcept { return config_; }
@@ -61,14 +73,45 @@ class Model {
     check(tarflow_model_label(handle_.get(), number, &name));
     return name;
   }
+  /// What runs the model; its strings live as long as this object.
+  tarflow_engine engine() const {
+    tarflow_engine engine;
+    tarflow_engine_init(&engine);
+    check(tarflow_model_engine(handle_.get(), &engine));
+    return engine;
+  }
   const tarflow_model* get() const noexcept { return handle_.get(); }
 
  private:
+  friend class Sampler;
   struct Free {
     void operator()(tarflow_model* model) const noexcept { tarflow_model_free(model); }
   };
+  static void log(tarflow_log_level level, const char* text, void* user_data) noexcept {
+    try {
+      (*static_cast<const OnLog*>(user_data))(level, text);
+    } catch (...) {  // nothing may be thrown through C
+    }
+  }
+  std::shared_ptr<const OnLog> log_;  // samplers share it: they may outlive the model
   std::unique_ptr<tarflow_model, Free> handle_;
   tarflow_config config_{};
+};
+
+/// How one block is inverted.
+struct Strategy {
+  bool parallel = true;
+  std::int64_t window = 0;    // patches per evaluation; 0 is the whole block
+  double tolerance = 1e-5;    // what counts as settled
+  bool from_zeros = false;    // patches start as zeros instead of as the block's noise
+
+  static Strategy sequential() { return {false, 0, 1e-5, false}; }
+};
+
+/// Take what `tarflow tune` found fastest on this machine; sequential where nothing was measured.
+struct TunedPlans {
+  std::string file;                 // empty: NAME.plans.json beside the bundle
+  std::optional<double> tolerance;  // in place of the plans' own
 };
 
 struct SampleOptions {
@@ -80,8 +123,26 @@ struct SampleOptions {
   int guide = TARFLOW_GUIDE_AB;
   bool anneal_guidance = false;
   bool denoise = true;
+  std::vector<Strategy> plan;       // empty: sequential; else one strategy for all blocks, or one for each
+  std::optional<TunedPlans> tuned;  // in place of a plan
   std::int64_t batch_size = 0;
   std::function<bool(const tarflow_step&)> on_step;  // false cancels; what it throws comes out of sample()
+};
+
+/// How one block was inverted; the fields are those of tarflow_block_report.
+struct BlockReport {
+  std::int64_t block = 0;
+  Strategy strategy;
+  double residual = 0.0;
+  std::vector<std::int64_t> calls;                   // of each image
+  std::vector<std::vector<std::int64_t>> committed;  // of each image; empty when sequential
+  std::vector<std::int64_t> sequential_images;
+};
+
+/// How the last sample went: the blocks in the order in which they ran, and the images that overflowed.
+struct Report {
+  std::vector<BlockReport> blocks;
+  std::vector<std::int64_t> non_finite;
 };
 
 struct Encoded {
@@ -89,11 +150,11 @@ struct Encoded {
   std::vector<double> log_det;  // [n], nats
 };
 
-/// Draws and scores images; one thread at a time. Labels are empty (the null class) or one per image.
+/// Draws and scores images; one thread at a time, but for cancel(). Labels are empty (the null class) or one per image.
 class Sampler {
  public:
   explicit Sampler(const Model& model)
-      : dims_(model.dims()) {
+      : dims_(model.dims()), classes_(static_cast<std::size_t>(model.config().classes)), log_(model.log_) {
     tarflow_sampler* sampler = nullptr;
     check(tarflow_sampler_create(model.get(), &sampler));
     handle_.reset(sampler);
@@ -118,6 +179,22 @@ class Sampler {
     chosen.guide = options.guide;
     chosen.anneal_guidance = options.anneal_guidance ? 1 : 0;
     chosen.denoise = options.denoise ? 1 : 0;
+    std::vector<tarflow_strategy> strategies;
+    for (const Strategy& one : options.plan)
+      strategies.push_back({one.parallel ? 1 : 0, one.from_zeros ? 1 : 0, one.window, one.tolerance});
+    if (!strategies.empty()) {
+      if (options.tuned) throw Error(TARFLOW_ERROR_INPUT, "both plan and tuned were given", "leave one of them out");
+      chosen.decode = TARFLOW_DECODE_PLAN;
+      chosen.strategies = strategies.data();
+      chosen.strategies_length = static_cast<std::int64_t>(strategies.size());
+    }
+    if (options.tuned) {
+      chosen.decode = TARFLOW_DECODE_AUTO;
+      chosen.plans_file = options.tuned->file.empty() ? nullptr : options.tuned->file.c_str();
+      chosen.auto_tolerance = options.tuned->tolerance.value_or(-1.0);
+      if (options.tuned->tolerance && !(*options.tuned->tolerance >= 0.0))
+        throw Error(TARFLOW_ERROR_INPUT, "tolerance must be at least 0", "");
+    }
     chosen.batch_size = options.batch_size;
     chosen.on_step = options.on_step ? &Sampler::call : nullptr;
     chosen.user_data = &watch;
@@ -127,6 +204,37 @@ class Sampler {
     if (watch.thrown) std::rethrow_exception(watch.thrown);
     check(status);
     return images;
+  }
+
+  /// End the call that another thread is in within one step; it throws Error (TARFLOW_ERROR_CANCELLED) there.
+  void cancel() noexcept { tarflow_sampler_cancel(handle_.get()); }
+
+  /// How the last sample() went.
+  Report report() const {
+    tarflow_report whole;
+    tarflow_report_init(&whole);
+    check(tarflow_sampler_report(handle_.get(), &whole));
+    Report report;
+    report.non_finite.assign(whole.non_finite, whole.non_finite + whole.non_finite_count);
+    for (std::int64_t turn = 0; turn < whole.blocks; ++turn) {
+      tarflow_block_report block;
+      tarflow_block_report_init(&block);
+      check(tarflow_sampler_block_report(handle_.get(), turn, &block));
+      BlockReport made;
+      made.block = block.block;
+      made.strategy = {block.strategy.parallel != 0, block.strategy.window, block.strategy.tolerance,
+                       block.strategy.from_zeros != 0};
+      made.residual = block.residual;
+      made.calls.assign(block.calls, block.calls + whole.images);
+      const std::int64_t* next = block.committed;
+      for (std::int64_t image = 0; image < whole.images && block.committed_count != 0; ++image) {
+        made.committed.emplace_back(next, next + block.calls[image]);
+        next += block.calls[image];
+      }
+      made.sequential_images.assign(block.sequential_images, block.sequential_images + block.sequential_count);
+      report.blocks.push_back(std::move(made));
+    }
+    return report;
   }
 
   Encoded encode(const std::vector<float>& images, const std::vector<std::int64_t>& labels = {}) {
@@ -143,6 +251,14 @@ class Sampler {
     std::vector<double> result(static_cast<std::size_t>(n));
     check(tarflow_sampler_log_prob(handle_.get(), n, images.data(), labels.empty() ? nullptr : labels.data(),
                                    result.data()));
+    return result;
+  }
+
+  /// log p(class | image) [n, classes] under a uniform prior.
+  std::vector<double> classify(const std::vector<float>& images) {
+    const std::int64_t n = count(images, {});
+    std::vector<double> result(static_cast<std::size_t>(n) * classes_);
+    check(tarflow_sampler_classify(handle_.get(), n, images.data(), result.data()));
     return result;
   }
 
@@ -186,8 +302,9 @@ class Sampler {
     return static_cast<std::int64_t>(images.size() / dims_);
   }
 
+  std::size_t dims_, classes_;
+  std::shared_ptr<const OnLog> log_;
   std::unique_ptr<tarflow_sampler, Free> handle_;
-  std::size_t dims_;
 };
 
 }  // namespace tarflow
