@@ -1,0 +1,131 @@
+"""Sequential sampling and denoising: libtarflow against the Python runtime, same bundle, same noise, same ONNX Runtime.
+
+    python benchmarks/cpp.py --library build/cpp/libtarflow.so [--bundle NAME.tarflow] [--batch 1,16,64] [--json FILE]
+
+Each side lives in a process of its own and is called in turn; times are medians over the rounds, the ratio is the
+median of the rounds' ratios, above 1 where libtarflow is faster. The pictures of both sides are compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _libtarflow import LibTarFlow
+from _peer import Peer, serve
+from _work import header, write_json
+
+
+def serve_python(bundle: str, _: str) -> None:
+    """The Python runtime."""
+    import tarflow_runtimes as tfr
+
+    flow = tfr.load(bundle)
+
+    def sample(noise: str, labels: list[int] | None, guidance: float, *, denoise: bool) -> np.ndarray:
+        given = np.load(noise)
+        return flow.sample(len(given), labels=labels, noise=given, guidance=guidance, denoise=denoise).images
+
+    serve(sample, runtime=f"onnxruntime {flow.engine_report['onnxruntime']}, {flow.engine_report['threads']} threads")
+
+
+def serve_cpp(bundle: str, library: str) -> None:
+    """Libtarflow, called through ctypes."""
+    opened = LibTarFlow(library, bundle)
+
+    def sample(noise: str, labels: list[int] | None, guidance: float, *, denoise: bool) -> np.ndarray:
+        return opened.sample(np.load(noise), labels, guidance=guidance, denoise=int(denoise))
+
+    serve(sample, runtime=f"onnxruntime {opened.ort_version}")
+
+
+def compare(python: Peer, cpp: Peer, folder: Path, shape: tuple[int, ...], *, rounds: int, **options: object) -> dict:
+    """Both sides in turn on the same noise, the one that begins changing: seconds, their ratio, whether bits agree."""
+    np.save(folder / "noise.npy", np.random.default_rng(shape[0]).standard_normal(shape, dtype=np.float32))
+    request = {"noise": str(folder / "noise.npy"), **options}
+    images = []
+    for peer in (python, cpp):
+        peer.call(**request, save=str(folder / "images.npy"))
+        images.append(np.load(folder / "images.npy").ravel())
+    times: list[tuple[float, float]] = []
+    for turn in range(rounds):
+        order = (python, cpp) if turn % 2 else (cpp, python)
+        seconds = {peer.name: peer.call_rested(**request) for peer in order}
+        times.append((seconds["python"], seconds["cpp"]))
+    mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    ratios = sorted(python_seconds / cpp_seconds for python_seconds, cpp_seconds in times)
+    return {
+        "python_ms": 1e3 * mine,
+        "cpp_ms": 1e3 * theirs,
+        "ratio": statistics.median(ratios),
+        "ratio_low": ratios[0],
+        "ratio_high": ratios[-1],
+        "bit_identical": bool(np.array_equal(*images)),
+    }
+
+
+def shared_library() -> str:
+    """The ONNX Runtime of this Python, for libtarflow."""
+    spec = importlib.util.find_spec("onnxruntime")
+    assert spec is not None
+    assert spec.origin is not None
+    return str(next((Path(spec.origin).parent / "capi").glob("libonnxruntime.so*")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", required=True, help="libtarflow.so")
+    parser.add_argument("--bundle", help="the shipped digits unless given")
+    parser.add_argument("--batch", default="1,16,64")
+    parser.add_argument("--guidance", default="0,1.5")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", help="write the rows to this file")
+    arguments = parser.parse_args()
+
+    from tarflow_runtimes._bundle import open_bundle
+    from tarflow_runtimes._flow import shipped_bundle
+
+    os.environ.setdefault("TARFLOW_ORT_LIBRARY", shared_library())
+    bundle = open_bundle(arguments.bundle or shipped_bundle(), verify_digests=False)
+    config = bundle.config
+    given = (str(Path(__file__).resolve()), str(bundle.path), str(Path(arguments.library).resolve()))
+    python, cpp = Peer("python", *given), Peer("cpp", *given)
+    head = header(bundle=bundle.path.name, python=python.ready["runtime"], cpp=cpp.ready["runtime"],
+                  rounds=arguments.rounds)  # fmt: skip
+    print(json.dumps(head))
+    print("batch guide denoise  Python ms    C++ ms  Python/C++  (low..high)  same bits")
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        for batch in map(int, arguments.batch.split(",")):
+            labels = [i % config.classes for i in range(batch)] if config.classes else None
+            shape = (batch, config.patches, config.patch_values)
+            calls = [(float(guidance), False) for guidance in arguments.guidance.split(",")]
+            for guidance, denoise in [*calls, (0.0, True)] if config.noise_std else calls:
+                options = {"labels": labels, "guidance": guidance, "denoise": denoise}
+                row = compare(python, cpp, Path(name), shape, rounds=arguments.rounds, **options)
+                rows.append({"batch": batch, "guidance": guidance, "denoise": denoise} | row)
+                print(
+                    f"{batch:5d} {guidance:5.1f} {denoise!s:>7} {row['python_ms']:10.1f} {row['cpp_ms']:9.1f}"
+                    f" {row['ratio']:10.2f}x {row['ratio_low']:6.2f}..{row['ratio_high']:.2f}  {row['bit_identical']}",
+                    flush=True,
+                )
+                if arguments.json:
+                    write_json(arguments.json, {"header": head, "rows": rows})
+    python.close()
+    cpp.close()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        {"python": serve_python, "cpp": serve_cpp}[sys.argv[2]](*sys.argv[3:])
+    else:
+        main()
