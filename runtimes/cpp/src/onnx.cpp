@@ -143,7 +143,7 @@ std::string written(const Node& node) {
   wire::put_bytes(out, 3, node.name);
   wire::put_bytes(out, 4, node.op_type);
   for (const Attribute& entry : node.attributes) wire::put_bytes(out, 5, entry.bytes);
-  wire::put_bytes(out, 7, node.domain);
+  if (!node.domain.empty()) wire::put_bytes(out, 7, node.domain);
   return out + node.rest;
 }
 
