@@ -1,6 +1,7 @@
 """libtarflow: built in build/cpp, its quick tests in `make test`, and everything (`-m cpp`) in `make test-cpp`."""
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -10,10 +11,14 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import onnx
 import pytest
 
 import tarflow_runtimes as tfr
 from tarflow_export import export_bundle
+from tarflow_runtimes import _onnx_proto as proto
+from tarflow_runtimes._rewrites import sequential_graph
+from tarflow_runtimes._rewrites.split_gradient import split_gradient
 from tarflow_sdk.testing import random_model
 
 ROOT = Path(__file__).parents[2]
@@ -196,3 +201,38 @@ def test_one_program_runs_on_every_onnx_runtime(version: str, build: Callable[..
         (member,) = [name for name in files.namelist() if "/libonnxruntime.so" in name]
         library = files.extract(member, tmp_path)
     assert f"ONNX Runtime {version}" in _run(program, BUNDLE, SHIPPED, TARFLOW_ORT_LIBRARY=library)
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", ["class", "unconditional", "no_nvp"])
+@pytest.mark.timeout(600)
+def test_rewrites(name: str, dtype: str, build: Callable[..., Path], tmp_path: Path) -> None:
+    """The load-time rewrites make, node for node, the graphs that Python's make."""
+    path, graphs = tmp_path / f"{name}.tarflow", tmp_path / "graphs"
+    graphs.mkdir()
+    export_bundle(random_model(MATRIX[name], seed=1), path, dtype=dtype, verify=False)
+    _run(build("cpp") / "tests" / "tarflow_unit_rewrites", path, graphs)
+    with tfr.load(path) as flow:
+        bundle = flow.bundle
+    expected = {}
+    for branches, temperature, windows in itertools.product((1, 2), (False, True), (False, True)):
+        model = proto.parse_model(bundle.blocks[1].step.read_bytes(), where="step")
+        kind = {"branches": branches, "temperature": temperature, "windows": windows}
+        graph = sequential_graph(model, bundle.config, **kind)
+        expected[f"step_{branches}{'t' * temperature}{'w' * windows}"] = graph.model
+    if bundle.config.nvp and dtype == "float32":
+        halves = split_gradient(proto.parse_model(bundle.blocks[1].gradient.read_bytes(), where="gradient"))
+        expected |= {"gradient_forward": halves.forward, "gradient_backward": halves.backward}
+    assert sorted(expected) == sorted(file.stem for file in graphs.iterdir())
+    for graph_name, theirs in expected.items():
+        assert _plain((graphs / f"{graph_name}.onnx").read_bytes()) == _plain(theirs), graph_name
+
+
+def _plain(data: bytes) -> onnx.ModelProto:
+    """A model whose standard domain is written in one way, as nothing."""
+    model = onnx.load_from_string(data)
+    for node in model.graph.node:
+        if not node.domain:
+            node.ClearField("domain")
+    return model
