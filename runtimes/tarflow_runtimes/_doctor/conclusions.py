@@ -112,20 +112,22 @@ def _linux(facts: Facts) -> Fault | None:
     return Fault(problem=f"it runs on Linux only, this is {facts.system}", remedy="use engine ort-cuda or ort-cpu")
 
 
-def _provider(facts: Facts) -> Fault | None:
-    """ONNX Runtime is the build for CUDA, and finds CUDA's libraries."""
-    version, provider = facts.modules["onnxruntime"].version, facts.provider
-    if not provider.built:
-        others = " ".join(_distributions(facts, "onnxruntime")) or "onnxruntime"
-        return Fault(
-            problem=f"onnxruntime {version} is a build without CUDA",
-            remedy=f"pip uninstall -y {others} && {INSTALL['ort-cuda']}",
-        )
-    if provider.problem and not (facts.driver.problem and "libcuda.so" in provider.problem):
-        return Fault(
-            problem=f"onnxruntime's CUDA provider does not load: {provider.problem}", remedy=INSTALL["ort-cuda"]
-        )
-    return None
+def _built_for_cuda(facts: Facts) -> Fault | None:
+    if facts.provider.built:
+        return None
+    others = " ".join(_distributions(facts, "onnxruntime")) or "onnxruntime"
+    return Fault(
+        problem=f"onnxruntime {facts.modules['onnxruntime'].version} is a build without CUDA",
+        remedy=f"pip uninstall -y {others} && {INSTALL['ort-cuda']}",
+    )
+
+
+def _provider_loads(facts: Facts) -> Fault | None:
+    """ONNX Runtime finds CUDA's libraries."""
+    if not facts.provider.problem:
+        return None
+    problem = f"onnxruntime's CUDA provider does not load: {facts.provider.problem}"
+    return Fault(problem=problem, remedy=INSTALL["ort-cuda"])
 
 
 def _driver(facts: Facts) -> Fault | None:
@@ -191,10 +193,10 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
-def _device(engine: str, *packages: str) -> tuple[Check, ...]:
-    """What every engine on a GPU needs besides its own library."""
+def _device(engine: str, package: str) -> tuple[Check, ...]:
+    """What every engine on a GPU needs besides its own library, whose package has a say in the driver's version."""
     bindings = "cuda.bindings"
-    return (_package(engine, bindings), _driver, _driver_is_new_enough(bindings, *packages), _gpu)
+    return (_package(engine, bindings), _driver, _driver_is_new_enough(bindings, package), _gpu)
 
 
 CHECKS: Final[dict[str, tuple[Check, ...]]] = {
@@ -202,8 +204,9 @@ CHECKS: Final[dict[str, tuple[Check, ...]]] = {
     "ort-cuda": (
         _package("ort-cuda", "onnxruntime", MINIMUM_ORT),
         _package("ort-cuda", "google.protobuf"),
-        _provider,
+        _built_for_cuda,
         *_device("ort-cuda", "onnxruntime"),
+        _provider_loads,
     ),
     "trt": (
         _linux,
