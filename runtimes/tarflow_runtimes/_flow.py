@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,16 @@ from tarflow_runtimes._arguments import Label, class_numbers, float_array, guida
 from tarflow_runtimes._bundle import Bundle, ModelConfig, open_bundle
 from tarflow_runtimes._density import PIXEL_SCALE_BITS, encode_patches, log_prob_of, patchify, score, unpatchify
 from tarflow_runtimes._engine import Engine, Floats, Integers
-from tarflow_runtimes._engines import open_engine
+from tarflow_runtimes._engines import Options, open_engine
 from tarflow_runtimes._errors import BundleError, DecodeWarning, InputError
 from tarflow_runtimes._noise import standard_normal
 from tarflow_runtimes._plan import DecodeReport, Parallel, Plan, Sequential, Strategy
 from tarflow_runtimes._sample import Sample
 from tarflow_runtimes._sampler import Guidance, OnStep, decode_patches, progress
 from tarflow_runtimes._tuned import Identity, TunedPlans, identity_of, plans_path, read_plans
+
+if TYPE_CHECKING:
+    from tarflow_runtimes._trt._supply import OnBuilding
 
 SHIPPED: Final = "mnist.tarflow"
 """The bundle that comes with the package, in its folder `models`."""
@@ -58,23 +61,27 @@ def load(
     *,
     weights: str = "stored",
     dtype: str | None = None,
+    engine_dir: str | os.PathLike[str] | None = None,
+    on_building: OnBuilding | None = None,
     verify_digests: bool = True,
 ) -> Flow:
     """Open the bundle at `path`, or the one that comes with the package, on an engine.
 
-    Engines: `ort-cpu`, and `ort-cuda` on an NVIDIA GPU; `auto` takes the fastest that is ready on this machine.
+    Engines are `ort-cpu` and, on an NVIDIA GPU, `ort-cuda`, `trt` and `trt-rtx` (docs/GPU.md). `auto` takes the first
+    that is ready of trt, trt-rtx, ort-cuda and ort-cpu, and says why in `engine_report`.
 
     `weights="int8"` rounds the linear layers to 8 bits for sampling and decoding: about three times as fast on wide
     models at small batches, and not the same images (`tarflow verify --weights int8` measures the difference). All
     else, the density and the denoiser, runs on the weights as they are stored.
     `dtype` is what an engine on a GPU computes linear layers and caches in: "float32", "float16" or "bfloat16", by
-    default what the bundle is stored in.
+    default what the bundle is stored in. TensorRT's engines are kept in `engine_dir`, by default the user's cache
+    folder; `on_building(Building)` hears of those that are built, and may return False to cancel.
     `verify_digests=False` skips the SHA-256 of the files (seconds for a bundle of gigabytes); sizes and paths are
     always checked.
 
     Raises:
         BundleError: when the bundle is missing, damaged, unsafe or too new.
-        EngineError: when the engine is unknown or not installed.
+        EngineError: when the engine is unknown, not installed or cannot run here: no driver, no GPU.
         InputError: when `weights` are neither "stored" nor "int8", or `dtype` is none that the engine has.
 
     >>> import tarflow_runtimes as tfr
@@ -82,7 +89,9 @@ def load(
     ...     flow.sample(10, labels=range(10), seed=0, guidance=1.5).save("grid.png")
     """
     bundle = open_bundle(shipped_bundle() if path is None else path, verify_digests)
-    opened, reason = open_engine(engine, bundle, weights, dtype)
+    folder = None if engine_dir is None else Path(engine_dir)
+    options = Options(weights=weights, dtype=dtype, engine_dir=folder, on_building=on_building)
+    opened, reason = open_engine(engine, bundle, options)
     return Flow(bundle, opened, reason)
 
 

@@ -73,7 +73,7 @@ def test_ceilings_stand_beside(tarflow: Callable, class_bundle: Path, monkeypatc
         (("--json", "b.txt"), "--json b.txt: cannot tell what to write"),
         (("--plot", "b.svg"), "--plot b.svg: cannot tell what to write"),
         (("--json", "no/b.json"), "the folder no does not exist"),
-        (("--engine", "trt"), "engine trt is not in this version"),
+        (("--engine", "trt2"), "unknown engine 'trt2'"),
         (("--engine", "ort-cpu,fast"), "unknown engine 'fast'"),
     ],
 )

@@ -67,7 +67,7 @@ def test_a_gpu_here_is_the_target(tarflow: Callable, class_bundle: Path, monkeyp
     ("arguments", "message"),
     [
         (("--engine", "ort-cpu"), "--engine must be trt or trt-rtx, got 'ort-cpu'"),
-        ((*QUICK, "--dtype", "int8"), "dtype must be one of float32, float16, bfloat16, tf32, got 'int8'"),
+        ((*QUICK, "--dtype", "int8"), "dtype must be one of float32, tf32, float16, bfloat16, got 'int8'"),
         ((*QUICK, "--batch", "0"), "--batch 0: '0' is not a number of images"),
         ((*QUICK, "--window", "x"), "--window x"),
         ((*QUICK, "--target", "sm_90"), "cannot build for sm_90"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +19,13 @@ import pytest
 
 import tarflow_runtimes as tfr
 from tarflow_runtimes import _doctor as doctor
-from tarflow_runtimes._bundle import open_bundle
+from tarflow_runtimes._bundle import Bundle
 from tarflow_runtimes._device.host import HostDevice
+from tarflow_runtimes._engines import ort_cuda, trt
 from tarflow_runtimes._engines.device_engine import DeviceEngine
 from tarflow_runtimes._engines.ort_programs import OrtMaker
-from tarflow_runtimes._flow import shipped_bundle
+from tarflow_runtimes._trt import _package
+from tarflow_runtimes._trt._gpu import Gpu
 
 ENGINES = ("ort-cuda", "trt", "trt-rtx")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -37,7 +40,20 @@ class Target:
     stands_in: bool
 
 
-STAND_INS = [pytest.param(Target("ort-cuda", "float32", stands_in=True), id="ort-cuda-on-the-host")]
+STAND_INS = [pytest.param(Target(engine, "float32", stands_in=True), id=f"{engine}-on-the-host") for engine in ENGINES]
+
+spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).parents[1] / "runtimes/fake_tensorrt.py")
+assert spec is not None
+assert spec.loader is not None
+fake_tensorrt = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fake_tensorrt)
+
+
+class HostGpu(HostDevice):
+    """The host's memory under a GPU's name."""
+
+    stream = 7
+    capability = (8, 9)
 
 
 @functools.cache
@@ -63,27 +79,69 @@ def faults() -> dict[str, doctor.Fault | None]:
     return found()
 
 
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stand-ins run, which are slow: 3 blocks of 16 patches, verified."""
+    from tarflow_export import export_bundle
+    from tarflow_sdk.testing import random_model, tiny_config
+
+    config = tiny_config(patch_size=2, blocks=3, layers=1)
+    return export_bundle(random_model(config), tmp_path_factory.mktemp("bundle") / "tiny.tarflow").path
+
+
 @pytest.fixture(scope="module")
-def flow(target: Target) -> Iterator[tfr.Flow]:
-    """The shipped digits on the target."""
-    with open_flow(target, shipped_bundle()) as opened:
+def bundle(target: Target, request: pytest.FixtureRequest) -> Path | None:
+    """The shipped digits on a GPU."""
+    return request.getfixturevalue("tiny_bundle") if target.stands_in else None
+
+
+@pytest.fixture(scope="module")
+def engine_dir(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where TensorRT's engines are kept, empty at first."""
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def open_flow(target: Target, bundle: Path | None, engine_dir: Path) -> Iterator[Callable[..., tfr.Flow]]:
+    """Open the bundle on the target."""
+    options: dict[str, Any] = {"engine": target.engine, "dtype": target.dtype, "engine_dir": engine_dir}
+    with pytest.MonkeyPatch.context() as patched:
+        if target.stands_in:
+            stand_in(target.engine, patched)
+        yield lambda **more: tfr.load(bundle, **options, **more)
+    if target.stands_in:
+        _package._import.cache_clear()
+
+
+def stand_in(engine: str, patched: pytest.MonkeyPatch) -> None:
+    """Put the host's memory in place of the GPU, and under an engine what runs there."""
+    if engine == "ort-cuda":
+
+        def open_host(bundle: Bundle, dtype: str) -> DeviceEngine:
+            provider: dict[str, Any] = {"provider": "CPUExecutionProvider", "options": {}}
+            return DeviceEngine(bundle, OrtMaker(bundle, HostDevice(), name=engine, dtype=dtype, **provider))
+
+        patched.setattr(ort_cuda, "open_ort_cuda", open_host)
+        return
+    module = fake_tensorrt.module(engine)
+    patched.setattr(_package, "import_module", {module.__name__: module}.__getitem__)
+    patched.setattr(_package, "owners", lambda _: [])
+    patched.setattr(trt, "CudaDevice", HostGpu)
+    patched.setattr(trt, "gpu_of", lambda _: Gpu(name="Host GPU", target="sm_89", driver="CUDA 13.0"))
+    _package._import.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def flow(open_flow: Callable[..., tfr.Flow]) -> Iterator[tfr.Flow]:
+    """One flow for all tests of a target."""
+    with open_flow() as opened:
         yield opened
 
 
-def open_flow(target: Target, path: Path) -> tfr.Flow:
-    """A bundle on the target."""
-    if not target.stands_in:
-        return tfr.load(path, engine=target.engine, dtype=target.dtype)
-    bundle = open_bundle(path)
-    provider: dict[str, Any] = {"provider": "CPUExecutionProvider", "options": {}}
-    maker = OrtMaker(bundle, HostDevice(), name=target.engine, dtype=target.dtype, **provider)
-    return tfr.Flow(bundle, DeviceEngine(bundle, maker), "stands in")
-
-
-@pytest.fixture(scope="session")
-def cpu() -> Iterator[tfr.Flow]:
-    """The shipped digits on the default engine."""
-    with tfr.load() as opened:
+@pytest.fixture(scope="module")
+def cpu(bundle: Path | None) -> Iterator[tfr.Flow]:
+    """The same bundle on the default engine."""
+    with tfr.load(bundle) as opened:
         yield opened
 
 

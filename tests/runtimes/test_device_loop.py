@@ -420,7 +420,7 @@ def test_tuning_and_benchmarks_run(exported, monkeypatch):
     with open_flow(path) as flow:
         plans = tfr.tune(flow, [2], draws=1)
         assert plans.entries[0].identity["engine"] == "ort-cuda"
-    monkeypatch.setattr("tarflow_runtimes._bench.load", lambda path, engine: open_flow(path))
+    monkeypatch.setattr("tarflow_runtimes._bench.load", lambda path, **_: open_flow(path))
     result = bench(path, engines=["ort-cuda"], batches=[2], decodes=["sequential"], rounds=1, ceilings=False)
     (case,) = result.cases
     assert case.gflops > 0

@@ -1,4 +1,4 @@
-"""The options of the verbs that deal with TensorRT's engines, and what they name."""
+"""The options that choose an engine, and those of the verbs that deal with TensorRT's; what they name."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tarflow_runtimes._cli._lists import count, items, size, weight
+from tarflow_runtimes._cli._shell import note
 from tarflow_runtimes._errors import InputError
 
 if TYPE_CHECKING:
     from tarflow_runtimes._bundle import ModelConfig
     from tarflow_runtimes._trt._profiles import Profile
+    from tarflow_runtimes._trt._supply import Building, OnBuilding
+
+Engine = Annotated[
+    str, typer.Option(metavar="NAME", help="What runs the graphs: ort-cpu, ort-cuda, trt, trt-rtx, or auto.")
+]
 
 DTYPES = "float32|tf32|float16|bfloat16"
 
@@ -44,6 +50,18 @@ EngineDir = Annotated[
 ]
 
 DEFAULT_BATCH, DEFAULT_WINDOW, DEFAULT_BYTES = "1,8,64", "16", 20 << 30
+
+
+def say_builds() -> OnBuilding:
+    """Says on stderr, once for each, which engine is being built and why."""
+    told: set[tuple[int, str]] = set()
+
+    def on_building(building: Building) -> None:
+        if (building.block, building.kind) not in told:
+            told.add((building.block, building.kind))
+            note(f"building the {building.kind} engine of block {building.block}: {building.reason}")
+
+    return on_building
 
 
 def check_engine(engine: str) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tarflow_runtimes._cli._engines import Dtype, Engine, EngineDir, say_builds
 from tarflow_runtimes._cli._shell import command, json_text, new_app, note, print_json, printable
+from tarflow_runtimes._errors import InputError
 
 if TYPE_CHECKING:
     from tarflow_runtimes._bundle import Bundle
@@ -44,18 +46,23 @@ def inspect(bundle: BundleArgument = None, as_json: Json = False) -> None:
 def verify(
     bundle: BundleArgument = None,
     *,
-    engine: Annotated[str, typer.Option(metavar="NAME", help="What runs the graphs.")] = "ort-cpu",
+    engine: Engine = "ort-cpu",
     weights: Annotated[
         str, typer.Option(metavar="stored|int8", help="int8: measure what rounding does, against the stored weights.")
     ] = "stored",
+    dtype: Dtype = None,
+    engine_dir: EngineDir = None,
     as_json: Json = False,
 ) -> None:
     """Run an engine on the inputs that a bundle carries and compare with PyTorch's outputs, without PyTorch.
 
-    The exit code is 1 when a tolerance is missed. With --weights int8, draw images from the same noise with rounded and
-    stored weights instead, and write how far they differ to NAME.int8.json beside the bundle.
+    The exit code is 1 when a tolerance is missed. TensorRT's engines keep the outcome; those that missed are not used
+    again. With --weights int8, draw images from the same noise with rounded and stored weights instead, and write how
+    far they differ to NAME.int8.json beside the bundle.
     """
     if weights != "stored":
+        if dtype is not None:
+            raise InputError("--dtype is of engines on a GPU, --weights of ort-cpu", hint="leave one of them out")
         _measure_effect(bundle, engine, weights, as_json=as_json)
         return
     import tarflow_runtimes as tfr
@@ -63,17 +70,25 @@ def verify(
     from tarflow_runtimes._parity import require_passed
     from tarflow_runtimes._verify import verify as run_verification
 
-    with tfr.load(bundle, engine=engine) as flow, StepClock("verifying") as clock:
+    options: dict[str, Any] = {"dtype": dtype, "engine_dir": engine_dir, "on_building": say_builds()}
+    with tfr.load(bundle, engine=engine, **options) as flow, StepClock("verifying") as clock:
         blocks = flow.config.blocks
         records = run_verification(flow.bundle, flow.backend, on_block=lambda block: clock.show(block + 1, blocks))
         facts = {"bundle": str(flow.bundle.path), "digest": flow.bundle.digest, "engine": flow.engine}
+        facts["dtype"] = str(flow.engine_report.get("dtype", flow.bundle.dtype))
+        missed = [record.name for record in records if not record.passed]
+        if facts["engine"] in {"trt", "trt-rtx"}:
+            from tarflow_runtimes._engines.trt import record_verification
+
+            found = {"bundle": flow.bundle.digest, "comparisons": len(records), "missed": missed}
+            record_verification(flow.backend, passed=not missed, facts=found)
     note(comparison_table(records))
-    passed = all(record.passed for record in records)
+    passed = not missed
     if as_json:
         listed = [record.to_json() for record in records]
         print_json(facts | {"passed": passed, "seconds": clock.seconds, "records": listed})
     require_passed(records)
-    note(f"all {len(records)} comparisons passed on {facts['engine']} ({clock.seconds:.1f} s)")
+    note(f"all {len(records)} comparisons passed on {facts['engine']}, {facts['dtype']} ({clock.seconds:.1f} s)")
 
 
 def _measure_effect(path: Path | None, engine: str, weights: str, *, as_json: bool) -> None:
@@ -82,7 +97,6 @@ def _measure_effect(path: Path | None, engine: str, weights: str, *, as_json: bo
     from tarflow_runtimes._cli._output import check_output, publish
     from tarflow_runtimes._cli._progress import StepClock
     from tarflow_runtimes._effect import measure_effect
-    from tarflow_runtimes._errors import InputError
 
     with tfr.load(path, engine=engine, weights=weights) as changed:
         bundle = changed.bundle

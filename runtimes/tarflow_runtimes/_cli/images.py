@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tarflow_runtimes._cli._engines import Engine, say_builds
 from tarflow_runtimes._cli._shell import command, new_app, note, print_json
 from tarflow_runtimes._errors import InputError
 
@@ -33,7 +34,6 @@ BundleOption = Annotated[
     Path | None,
     typer.Option("--bundle", metavar="BUNDLE", help="A .tarflow folder. [default: the digits of the package]"),
 ]
-EngineOption = Annotated[str, typer.Option("--engine", metavar="NAME", help="What runs the graphs.")]
 LabelsOption = Annotated[
     str | None,
     typer.Option(
@@ -55,7 +55,7 @@ def encode(
         str, typer.Option("-o", "--output", metavar="PATH", help="z.npy, or z.npz with log_det beside z.")
     ],
     bundle: BundleOption = None,
-    engine: EngineOption = "ort-cpu",
+    engine: Engine = "ort-cpu",
     labels: LabelsOption = None,
     batch_size: BatchOption = BATCH_SIZE,
     overwrite: Overwrite = False,
@@ -88,7 +88,7 @@ def denoise(
         ),
     ],
     bundle: BundleOption = None,
-    engine: EngineOption = "ort-cpu",
+    engine: Engine = "ort-cpu",
     labels: LabelsOption = None,
     sigma: Annotated[
         float | None,
@@ -127,7 +127,7 @@ def score(
     files: Files,
     *,
     bundle: BundleOption = None,
-    engine: EngineOption = "ort-cpu",
+    engine: Engine = "ort-cpu",
     labels: LabelsOption = None,
     output: Annotated[
         str | None,
@@ -163,7 +163,7 @@ def classify(
     files: Files,
     *,
     bundle: BundleOption = None,
-    engine: EngineOption = "ort-cpu",
+    engine: Engine = "ort-cpu",
     output: Annotated[
         str | None,
         typer.Option(
@@ -260,7 +260,7 @@ def _opened(
     from tarflow_runtimes._cli._images import read_images
     from tarflow_runtimes._cli._labels import parse_labels, spread
 
-    with tfr.load(bundle, engine=engine) as flow:
+    with tfr.load(bundle, engine=engine, on_building=say_builds()) as flow:
         config = flow.config
         classes = parse_labels(labels, classes=config.classes, names=config.labels)
         images = read_images(paths, channels=config.image_channels, size=config.image_size)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tarflow_runtimes._cli._decode import check_decode, plan_of, warnings_told
+from tarflow_runtimes._cli._engines import Dtype, Engine, EngineDir, say_builds
 from tarflow_runtimes._cli._shell import command, new_app, note, print_json, run
 from tarflow_runtimes._errors import InputError
 
@@ -29,10 +30,12 @@ def infer(
         Path | None, typer.Argument(metavar="BUNDLE", help="A .tarflow folder. [default: the digits of the package]")
     ] = None,
     *,
-    engine: Annotated[str, typer.Option(metavar="NAME", help="What runs the graphs.")] = "ort-cpu",
+    engine: Engine = "ort-cpu",
     weights: Annotated[
         str, typer.Option(metavar="stored|int8", help="int8: faster on wide models at small batches, not the same.")
     ] = "stored",
+    dtype: Dtype = None,
+    engine_dir: EngineDir = None,
     n: Annotated[
         int | None, typer.Option("-n", metavar="COUNT", help="Images to draw. [default: one per label, else 16]")
     ] = None,
@@ -127,7 +130,8 @@ def infer(
 
     clock = StepClock("sampling")
     began = time.perf_counter()
-    with tfr.load(bundle, engine=engine, weights=weights) as flow:
+    chosen: dict[str, Any] = {"engine": engine, "weights": weights, "dtype": dtype, "engine_dir": engine_dir}
+    with tfr.load(bundle, **chosen, on_building=say_builds()) as flow:
         config = flow.config
         listed = parse_labels(labels, classes=config.classes, names=config.labels)
         count = n or (len(np.atleast_1d(given)) if given is not None else len(listed or range(DEFAULT_COUNT)))
