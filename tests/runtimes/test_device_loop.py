@@ -59,6 +59,27 @@ def make_maker(bundle: Bundle, device: HostDevice, dtype: str = "float32", kind:
     return kind(bundle, device, name="ort-cuda", dtype=dtype, provider="CPUExecutionProvider", options={})
 
 
+class ReachMaker(OrtMaker):
+    """Its attention reads the first part of the caches, as TensorRT's does; `bound` are the reaches asked for."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._reach = None
+        self.bound: list[int | None] = []
+
+    def advance(self, block: int, **shape: int) -> OrtProgram:
+        program = super().advance(block, **shape)
+        bind = program.bind
+        assert "reach" in program.inputs
+
+        def noting(addresses, *, reach=None):
+            self.bound.append(reach)
+            return bind(addresses, reach=reach)
+
+        program.bind = noting  # type: ignore[method-assign]
+        return program
+
+
 def open_flow(path, dtype: str = "float32", kind: type[OrtMaker] = OrtMaker) -> Flow:
     bundle = open_bundle(path)
     return Flow(bundle, DeviceEngine(bundle, make_maker(bundle, CountingDevice(), dtype, kind)))
@@ -95,6 +116,28 @@ def test_the_images_are_those_of_the_cpu(exported, flows, on_device, name, optio
         for plan in (None, exact(), exact(3), exact(2, "zeros"), tfr.Plan(blocks=mixed)):
             actual = on_device(name).decode(noise, labels, plan=plan, **options)
             np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5, err_msg=str(plan))
+
+
+@pytest.mark.parametrize("name", ["class_n16", "three_blocks"])
+def test_attention_reads_what_is_filled_and_no_less(exported, flows, name):
+    model = exported(name)
+    patches = model.config.patches
+    with open_flow(model.path, kind=ReachMaker) as flow:
+        noise, labels = model.latents(3), model.labels(3)
+        for plan in (None, exact(), exact(3), exact(2, "zeros")):
+            flow._engine.maker.bound.clear()
+            np.testing.assert_allclose(
+                flow.decode(noise, labels, plan=plan, **GUIDED),
+                flows(name).decode(noise, labels, **GUIDED),
+                rtol=0,
+                atol=1e-5,
+            )
+            reaches = set(flow._engine.maker.bound)
+            assert all(reach <= patches for reach in reaches)
+            if patches == 16 and plan is None:
+                assert reaches == {14, 16}, "a group of 14 steps, then the last"
+            if patches == 16 and plan == exact(2, "zeros"):
+                assert min(reaches) == 8, "windows of 2 get at most 8 patches further in 4 launches"
 
 
 @pytest.mark.parametrize("window", [0, 5])

@@ -239,10 +239,11 @@ class DeviceDecoder:
 
     def _launch(self, job: _Job, program: Program, block: int, *, size: int, position: int, count: int) -> None:
         """Launch a group from `position` or before it; all entries that it reads are before position + size * count."""
-        patches = self._config.patches
-        stride = -(-patches // REACHES)
-        farthest = min(position + size * count, patches - 1)
-        reach = min(-(-farthest // stride) * stride, patches)
+        reach = patches = self._config.patches
+        if "reach" in program.inputs:
+            stride = -(-patches // REACHES)
+            farthest = min(position + size * count, patches - 1)
+            reach = min(-(-farthest // stride) * stride, patches)
         with self._device.lock:
             if count % 2:
                 job.workspace.bound(program, block, size, reach, 0).launch()

@@ -73,7 +73,7 @@ class OrtReplay:
 
 
 class OrtProgram:
-    """One session of static shapes; only `reach` may be of any length up to N."""
+    """One session of static shapes; only `reach`, in graphs that have it, may be of any length up to N."""
 
     def __init__(self, session: Any, device: Device, *, patches: int, graphs: bool) -> None:
         self.session, self._device, self._graphs = session, device, graphs
@@ -140,9 +140,13 @@ class OrtMaker:
         self._bundle, self._provider, self._options = bundle, provider, dict(options)
         self._without_graphs = "" if device.kind != "cpu" else "on the CPU there are none"
         self._in_place = False
+        self._reach: int | None = bundle.config.patches
 
     def advance(self, block: int, *, images: int, branches: int, window: int) -> OrtProgram:
-        """The advance graph of a block; all sizes are frozen but the reach of attention."""
+        """The advance graph of a block, all sizes frozen, the reach of attention too.
+
+        To read a part of a cache, ONNX Runtime copies it (Slice): three times its bytes, and the half on average.
+        """
         if not self._in_place:  # once, where it takes little memory
             check_in_place(self.device, self._advance(block, 1, 1, 1), self._bundle.config)
             self._in_place = True
@@ -167,9 +171,9 @@ class OrtMaker:
         }
 
     def _advance(self, block: int, images: int, branches: int, window: int) -> OrtProgram:
-        model = self._parse(block, self._bundle.blocks[block].step)
+        model, config = self._parse(block, self._bundle.blocks[block].step), self._bundle.config
         sizes = {"images": images, "branches": branches, "window": window}
-        return self._open_with_graphs(advance_graph(model, self._bundle.config, **sizes), block)
+        return self._open_with_graphs(advance_graph(model, config, **sizes, reach=self._reach), block)
 
     def _density(self, block: int, path: Path, images: int) -> OrtProgram:
         model: bytes = self._parse(block, path).SerializeToString()
