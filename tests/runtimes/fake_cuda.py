@@ -111,7 +111,7 @@ class FakeCuda:
         return OK, 77
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:
-        self.streams.remove(stream)
+        self.streams.remove(int(stream))
         return (OK,)
 
     def cudaStreamSynchronize(self, stream: Any) -> tuple[Any, ...]:
@@ -124,7 +124,7 @@ class FakeCuda:
     def cudaMemcpyAsync(
         self, target: int, source: int, nbytes: int, kind: cudaMemcpyKind, stream: int
     ) -> tuple[Any, ...]:
-        assert stream == 77
+        assert int(stream) == 77
         if kind == cudaMemcpyKind.cudaMemcpyHostToDevice:
             data = ctypes.string_at(source, nbytes)
             return self.enqueue(lambda: ctypes.memmove(target, data, nbytes))
@@ -133,7 +133,7 @@ class FakeCuda:
     def cudaMemcpy2DAsync(  # noqa: PLR0917
         self, target: int, tstep: int, source: int, sstep: int, width: int, rows: int, kind: Any, stream: int
     ) -> tuple[Any, ...]:
-        assert stream == 77
+        assert int(stream) == 77
         assert kind == cudaMemcpyKind.cudaMemcpyDeviceToDevice
         if width > tstep or width > sstep:
             return (cudaError_t.cudaErrorInvalidValue,)
@@ -142,11 +142,11 @@ class FakeCuda:
         )
 
     def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple[Any, ...]:
-        assert stream == 77
+        assert int(stream) == 77
         return self.enqueue(lambda: ctypes.memset(address, value, nbytes))
 
     def cudaStreamBeginCapture(self, stream: int, mode: cudaStreamCaptureMode) -> tuple[Any, ...]:
-        assert (stream, mode) == (77, cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        assert (int(stream), mode) == (77, cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         self.captured = []
         return (OK,)
 
@@ -157,16 +157,16 @@ class FakeCuda:
 
     def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[Any, ...]:
         assert flags == 0
-        return OK, self._keep(list(self.graphs[graph]))
+        return OK, self._keep(list(self.graphs[int(graph)]))
 
     def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Any, ...]:
-        assert stream == 77
-        for work in self.graphs[graph]:
+        assert int(stream) == 77
+        for work in self.graphs[int(graph)]:
             self.enqueue(work)
         return (OK,)
 
     def cudaGraphDestroy(self, graph: int) -> tuple[Any, ...]:
-        del self.graphs[graph]
+        del self.graphs[int(graph)]
         return (OK,)
 
     def cudaGraphExecDestroy(self, graph: int) -> tuple[Any, ...]:
