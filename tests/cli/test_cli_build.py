@@ -174,8 +174,10 @@ def building(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_process_that_is_killed_leaves_nothing_that_loads(building: subprocess.Popen[str], folder: Path) -> None:
+    (worker,) = Path(f"/proc/{building.pid}/task/{building.pid}/children").read_text().split()
     building.send_signal(signal.SIGKILL)
     building.communicate()
+    until(lambda: not Path("/proc", worker).exists())
     (left,) = folder.iterdir()
     assert left.suffix == ".lock"
     cache = EngineCache()

@@ -11,8 +11,9 @@ from pathlib import Path
 from tarflow_runtimes._bundle import Bundle
 from tarflow_runtimes._engines.device_engine import chosen_dtype
 from tarflow_runtimes._errors import Cancelled, EngineError
-from tarflow_runtimes._trt._build import build, builder_flags
+from tarflow_runtimes._trt._build import build
 from tarflow_runtimes._trt._cache import MAX_BYTES, EngineCache
+from tarflow_runtimes._trt._compile import builder_flags
 from tarflow_runtimes._trt._explain import Explanation
 from tarflow_runtimes._trt._gpu import Gpu
 from tarflow_runtimes._trt._graphs import open_graph
