@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +77,17 @@ def test_the_default_engine_is_not_ready(tarflow: Callable, found: Callable, her
     report = tarflow("doctor", "--json")
     assert report.code == 1
     assert len(json.loads(report.out)["warnings"]) == 2
+
+
+@pytest.mark.parametrize("engine", ["ort-cuda", "trt", "trt-rtx"])
+def test_asking_for_an_engine_that_is_not_ready(
+    refused: Callable, here: Facts, class_bundle: Path, engine: str
+) -> None:
+    """One line with what is missing and one with what mends it, exit code 2, and nothing runs instead."""
+    fault = doctor.verdicts(here)[engine]
+    if fault is None:
+        pytest.skip(f"engine {engine} is ready here: tests/gpu runs it")
+    result = refused("infer", class_bundle, "--engine", engine)
+    error, hint = result.err.splitlines()
+    assert "NVIDIA driver" in error or f"engine {engine} needs" in error
+    assert ("driver" in hint) == ("NVIDIA driver" in error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from tarflow_runtimes._errors import InputError
 if TYPE_CHECKING:
     from tarflow_runtimes._bundle import ModelConfig
     from tarflow_runtimes._trt._profiles import Profile
-    from tarflow_runtimes._trt._supply import Building, OnBuilding
+    from tarflow_runtimes._trt._supply import Building
 
 Engine = Annotated[
     str, typer.Option(metavar="NAME", help="What runs the graphs: ort-cpu, ort-cuda, trt, trt-rtx, or auto.")
@@ -52,8 +52,8 @@ EngineDir = Annotated[
 DEFAULT_BATCH, DEFAULT_WINDOW, DEFAULT_BYTES = "1,8,64", "16", 20 << 30
 
 
-def say_builds() -> OnBuilding:
-    """Says on stderr, once for each, which engine is being built and why."""
+def engine_options(engine: str, dtype: str | None, engine_dir: Path | None) -> dict[str, Any]:
+    """The arguments of `load` that choose an engine; builds are said on stderr, once each, with their reason."""
     told: set[tuple[int, str]] = set()
 
     def on_building(building: Building) -> None:
@@ -61,7 +61,7 @@ def say_builds() -> OnBuilding:
             told.add((building.block, building.kind))
             note(f"building the {building.kind} engine of block {building.block}: {building.reason}")
 
-    return on_building
+    return {"engine": engine, "dtype": dtype, "engine_dir": engine_dir, "on_building": on_building}
 
 
 def check_engine(engine: str) -> None:
