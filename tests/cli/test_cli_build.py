@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tarflow_runtimes._device import cuda_import
 from tarflow_runtimes._errors import EngineError
 from tarflow_runtimes._flow import shipped_bundle
 from tarflow_runtimes._trt import _gpu, _package
@@ -111,6 +113,38 @@ def test_tensorrt_builds_on_its_gpu(refused: Callable, class_bundle: Path, monke
         assert "TensorRT builds on the GPU that runs the engine, and there is none here" in result.err
         assert "trt-rtx, which needs no GPU" in result.err
     _package._import.cache_clear()
+
+
+LACKING = {
+    "library": ("engine {} needs TensorRT", 'pip install "tarflow-sdk[{}]"'),
+    "driver": ("no NVIDIA driver is loaded on this machine", "install NVIDIA's driver"),
+    "GPU": ("the NVIDIA driver finds no GPU", "CUDA_VISIBLE_DEVICES"),
+}
+
+
+@pytest.mark.parametrize("engine", ["trt", "trt-rtx"])
+@pytest.mark.parametrize("lacking", LACKING)
+def test_what_infer_lacks_is_one_line_and_a_remedy(
+    refused: Callable, monkeypatch: pytest.MonkeyPatch, engine: str, lacking: str
+) -> None:
+    def import_module(_: str) -> object:
+        if lacking == "library":
+            raise ModuleNotFoundError("No module named 'tensorrt'")
+        return SimpleNamespace(__version__="99.0", Builder=object)
+
+    def forget() -> None:
+        _package._import.cache_clear()
+        cuda_import.import_cuda.cache_clear()
+
+    no_device = SimpleNamespace(name="cudaErrorNoDevice")
+    monkeypatch.setattr(_package, "import_module", import_module)
+    monkeypatch.setattr(cuda_import, "cuda_runtime", lambda: SimpleNamespace(cudaGetDeviceCount=lambda: (no_device, 0)))
+    monkeypatch.setattr(cuda_import, "driver_version", lambda: 0 if lacking == "driver" else 13000)
+    forget()
+    err = refused("infer", "--engine", engine, "-n", "1").err
+    forget()
+    for expected in LACKING[lacking]:
+        assert expected.format(engine) in err
 
 
 def test_export_builds_what_it_has_exported_with_the_defaults(tarflow: Callable, folder: Path, tmp_path: Path) -> None:

@@ -250,8 +250,23 @@ def test_verifications_are_kept_by_gpu_and_driver(cache):
         ("A", "1", False),
         ("A", "2", True),
     ]
-    assert sidecar.verification("C", "1") is None
+    assert sidecar.failed_on("A", "1")
+    assert not sidecar.failed_on("A", "2")
+    assert not sidecar.failed_on("C", "1")
     assert cache.load(sidecar) == b"engine"
+
+
+def test_an_engine_that_failed_is_found_only_elsewhere(cache):
+    sidecar = cache.record_verification(store(cache), Verification(gpu="GPU", driver="1", passed=False, facts={}))
+    here = Gpu(name="GPU", target="sm_89", driver="1")
+    found = cache.explain(WANTED, SOURCE, here)
+    assert (found.hit, found.nearest, found.barred) == (None, sidecar, True)
+    assert found.reason == "it failed its verification here"
+    assert cache.explain(WANTED, SOURCE, dataclasses.replace(here, driver="2")).hit == sidecar
+    assert cache.explain(WANTED, SOURCE).hit == sidecar
+    more = dataclasses.replace(WANTED, profiles=(Profile(least=1, most=16),))
+    again = store(cache, more)
+    assert cache.explain(WANTED, SOURCE, here).hit == again
 
 
 def test_why_an_engine_cannot_be_used_here(cache):

@@ -20,6 +20,7 @@ from typing import Final
 from tarflow_runtimes._errors import EngineError
 from tarflow_runtimes._trt._explain import Explanation, explain
 from tarflow_runtimes._trt._folder import EngineFolder
+from tarflow_runtimes._trt._gpu import Gpu
 from tarflow_runtimes._trt._sidecar import Sidecar, Source, Verification, Wanted, read_sidecar
 
 MAX_BYTES: Final = 20 << 30
@@ -70,9 +71,13 @@ class EngineCache:
         except OSError:
             return 0.0
 
-    def explain(self, wanted: Wanted, source: Source) -> Explanation:
-        """The engine for this, or why there is none."""
-        return explain(wanted, source, self.entries(), self.damage)
+    def explain(self, wanted: Wanted, source: Source, gpu: Gpu | None = None) -> Explanation:
+        """The engine for this, or why there is none; one that failed its verification on this GPU is none."""
+
+        def failed(sidecar: Sidecar) -> bool:
+            return gpu is not None and sidecar.failed_on(gpu.name, gpu.driver)
+
+        return explain(wanted, source, self.entries(), damage=self.damage, failed=failed)
 
     def damage(self, sidecar: Sidecar) -> str:
         """What is wrong with an engine's file as far as its size tells, or nothing."""

@@ -25,10 +25,14 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    """The engine that does, if there is one; else the nearest and its differences, and why in one line."""
+    """The engine that does, if there is one; else the nearest and its differences, and why in one line.
+
+    `barred` says that the nearest would do, had it not failed its verification.
+    """
 
     hit: Sidecar | None = None
     nearest: Sidecar | None = None
+    barred: bool = False
     differences: tuple[Difference, ...] = ()
     reason: str = ""
 
@@ -71,18 +75,31 @@ def _shown(value: Any) -> str:
 
 
 def explain(
-    wanted: Wanted, source: Source, entries: Iterable[Sidecar], damage: Callable[[Sidecar], str]
+    wanted: Wanted,
+    source: Source,
+    entries: Iterable[Sidecar],
+    *,
+    damage: Callable[[Sidecar], str],
+    failed: Callable[[Sidecar], bool],
 ) -> Explanation:
-    """Look among `entries`, the one used last first; `damage` says what is wrong with an engine's file."""
+    """Look among `entries`, the one used last first.
+
+    `damage` says what is wrong with an engine's file, `failed` whether it failed its verification here.
+    """
     candidates: list[tuple[Sidecar, tuple[Difference, ...], str]] = []
+    barred: Sidecar | None = None
     for sidecar in entries:
         identity = sidecar.made.identity
         found, broken = differences(sidecar.made, wanted), damage(sidecar)
         if not found and not broken:
-            return Explanation(hit=sidecar, reason="built for this")
+            if not failed(sidecar):
+                return Explanation(hit=sidecar, reason="built for this")
+            barred = barred or sidecar
         same_graph = identity.graph == wanted.identity.graph and sidecar.source.alike(source)
         if (identity.engine == wanted.identity.engine and same_graph) or not found:
             candidates.append((sidecar, found, broken))
+    if barred is not None:
+        return Explanation(nearest=barred, barred=True, reason="it failed its verification here")
     if not candidates:
         return Explanation(reason="never built")
     sidecar, found, broken = min(candidates, key=lambda one: len(one[1]) + bool(one[2]))
@@ -110,7 +127,6 @@ def unusable(sidecar: Sidecar, version: str, gpu: Gpu, damage: str) -> str:
         targets=(gpu.target,),
     )
     reasons = [_reason(sidecar.made, here, differences(sidecar.made, here), damage)]
-    verification = sidecar.verification(gpu.name, gpu.driver)
-    if verification is not None and not verification.passed:
+    if sidecar.failed_on(gpu.name, gpu.driver):
         reasons.append("it failed its verification here")
     return "; ".join(filter(None, reasons))

@@ -120,10 +120,9 @@ class Sidecar:
         identity = self.made.identity
         return f"{self.source.bundle} block {self.source.block} {identity.graph} {identity.precision}"
 
-    def verification(self, gpu: str, driver: str) -> Verification | None:
-        """What verification found on that GPU with that driver, if it ran there."""
-        found = [one for one in self.verifications if (one.gpu, one.driver) == (gpu, driver)]
-        return found[-1] if found else None
+    def failed_on(self, gpu: str, driver: str) -> bool:
+        """Whether verification ran on that GPU with that driver, and failed."""
+        return any((one.gpu, one.driver, one.passed) == (gpu, driver, False) for one in self.verifications)
 
     def verified(self, verification: Verification) -> Sidecar:
         """With this verification in place of an earlier one on the same GPU and driver."""

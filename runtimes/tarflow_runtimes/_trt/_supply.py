@@ -81,7 +81,7 @@ class Supply:
     def explain(self, block: int, kind: str, profiles: Sequence[Profile]) -> Explanation:
         """The engine for this graph and these shapes, or why there is none; builds nothing."""
         with open_graph(self.bundle, block, kind, self.precision) as graph:
-            return self.cache.explain(self._wanted(graph, profiles), self._source(block))
+            return self.cache.explain(self._wanted(graph, profiles), self._source(block), self.gpu)
 
     def get(
         self,
@@ -105,14 +105,14 @@ class Supply:
             made = wanted if wider is None else self._wanted(graph, wider)
 
             def find() -> Explanation:
-                asked = Explanation(reason="asked to build it again")
-                return asked if rebuild else self.cache.explain(wanted, source)
+                if rebuild:
+                    return Explanation(reason="asked to build it again")
+                return self._unbarred(self.cache.explain(wanted, source, self.gpu))
 
             if (found := find()).hit is None:
                 with self.cache.lock(made.key, lambda: self._tell(graph, 0.0, "another process builds it")):
                     if (found := find()).hit is None:  # else that process has built it
                         return self._build(graph, made, source, found.reason)
-            self._check_verification(found.hit)
             try:
                 engine = self.cache.load(found.hit)
             except EngineError as error:
@@ -171,15 +171,15 @@ class Supply:
         if self._heard(graph, share, reason) is False:
             raise Cancelled(f"the build of the {graph.name} was cancelled")
 
-    def _check_verification(self, sidecar: Sidecar) -> None:
-        if self.gpu is None:
-            return
-        found = sidecar.verification(self.gpu.name, self.gpu.driver)
-        if found is not None and not found.passed:
+    def _unbarred(self, found: Explanation) -> Explanation:
+        """Refuse rather than build what failed here once more, without being asked."""
+        if found.barred and found.nearest is not None and self.gpu is not None:
             raise EngineError(
-                f"the engine of {sidecar.name} failed its verification on this {self.gpu.name} with {self.gpu.driver}",
+                f"the engine of {found.nearest.name} failed its verification on this {self.gpu.name} with"
+                f" {self.gpu.driver}",
                 hint="build it again (tarflow build --rebuild) and run tarflow verify, or use another engine or dtype",
             )
+        return found
 
 
 def targets_of(package: Package, gpu: Gpu | None, targets: Sequence[str] | None) -> tuple[str, ...]:
