@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-BASELINES = ("original", "graphed-bfloat16", "graphed-float32")
+BASELINES = ("original", "graphed-bfloat16", "graphed-float16", "graphed-float32")
 """What speed-ups are to: the first of these that ran."""
 
 COLUMNS = ("sampler", "s, whole model", "ms per step", "images/s", "speed-up", "of the floor", "PSNR, dB", "max diff")

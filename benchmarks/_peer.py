@@ -7,6 +7,7 @@ as `.npy` files, commands and answers as JSON lines.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -79,6 +80,12 @@ class Peer:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout=30)
+
+
+def keep_stdout() -> None:
+    """Keep what libraries print out of the answers: file descriptor 1 becomes standard error for all but `print`."""
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
 
 def serve(work: Callable[..., np.ndarray | tuple[np.ndarray, Any]], **ready: Any) -> None:

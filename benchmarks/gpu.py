@@ -1,6 +1,6 @@
 """Sampling on an NVIDIA GPU: this SDK, the original, and PyTorch with a CUDA graph, beside the card's own limits.
 
-    python benchmarks/gpu.py --quick [--reference PATH/TO/ml-tarflow]     # about ten minutes
+    python benchmarks/gpu.py --quick [--reference PATH/TO/ml-tarflow]     # about ten minutes, and TensorRT's builds
     python benchmarks/gpu.py --reference PATH/TO/ml-tarflow               # all shapes, hours
     python benchmarks/gpu.py --tiny --device cpu                          # every line of it, without a GPU
 
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _floors import floor_seconds, measure_floors
 from _gpu_samplers import DTYPES, dtype_of, serve_sampler, title
 from _gpu_table import document, table
-from _peer import Peer, PeerError
+from _peer import Peer, PeerError, keep_stdout
 from _work import CHECKPOINTS, ROOT, SHAPES, Work, header, write_json
 
 from tarflow_runtimes import _doctor as doctor
@@ -67,6 +67,7 @@ QUICK = (
     Case(model="imagenet64", batches=(1, 32), blocks=1),
     Case(model="afhq", batches=(1,), guidance=(0.0,), blocks=1),
 )
+QUICK_DTYPES = ("float32", "float16")
 TINY = (Case(model="tiny", batches=(1, 3), windows=(None, 4)),)
 
 
@@ -115,26 +116,30 @@ def measure(peers: dict[str, Peer], work: Work, cell: dict[str, Any], options: a
     """
     request = work.request(cell["batch"], cell["guidance"]) | {"window": cell["window"]}
     names = [name for name in peers if cell["window"] is None or not name.startswith(("original", "graphed"))]
-    first: dict[str, float] = {}
-    images: dict[str, np.ndarray] = {}
+    times: dict[str, list[float]] = {name: [] for name in names}
     failed: list[str] = []
-    for name in names:
-        path = work.folder / f"{name}.npy"
+
+    def call(name: str, **more: str) -> float | None:
+        """Seconds of a call; a sampler that fails, out of memory say, is out of this cell."""
         try:
-            first[name] = peers[name].call(**request, save=str(path))
+            return peers[name].call_rested(**request, **more)
         except PeerError as error:
             failed.append(str(error))
             say(f"left out: {error}")
-        else:
-            images[name] = np.load(path)
-    times: dict[str, list[float]] = {name: [] for name in first}
+            del times[name]
+            return None
+
+    first = {name: call(name, save=str(work.folder / f"{name}.npy")) for name in names}
+    images = {name: np.load(work.folder / f"{name}.npy") for name in times}
     began = time.monotonic()
-    for done in range(options.rounds if times else 0):
+    for done in range(options.rounds):
         if done and time.monotonic() - began > options.limit:
             break
-        turn = done % len(times)
-        for name in [*list(times)[turn:], *list(times)[:turn]]:
-            times[name].append(peers[name].call_rested(**request))
+        order = list(times)
+        for name in order[done % len(order) :] + order[: done % len(order)] if order else ():
+            seconds = call(name)
+            if seconds is not None:
+                times[name].append(seconds)
     rows = [
         row(name, times, images)
         | {
@@ -221,7 +226,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--reference", default="", help="folder of the original code (transformer_flow.py)")
     parser.add_argument("--models", help="of mnist, photos, imagenet64, afhq, separated by commas; default: all")
     parser.add_argument("--engines", help="separated by commas; default: every one that is ready on a GPU")
-    parser.add_argument("--dtypes", help=f"of {', '.join(DTYPES)}, separated by commas")
+    parser.add_argument("--dtypes", help=f"of {', '.join(DTYPES)}; default: all, --quick the first two")
     parser.add_argument("--rounds", type=int, help="default: 7, --quick 3")
     parser.add_argument("--limit", type=float, help="seconds after which a cell begins no more rounds; default: 600")
     parser.add_argument("--folder", type=Path, help="keep models and bundles here, and reuse them")
@@ -231,7 +236,7 @@ def parsed() -> argparse.Namespace:
         parser.error(f"{options.reference} has no transformer_flow.py")
     options.reference = str(Path(options.reference).resolve()) if options.reference else ""
     small = options.quick or options.tiny
-    options.dtypes = options.dtypes.split(",") if options.dtypes else DTYPES
+    options.dtypes = options.dtypes.split(",") if options.dtypes else QUICK_DTYPES if options.quick else DTYPES
     options.engines = options.engines.split(",") if options.engines else None
     options.rounds = options.rounds or (3 if small else 7)
     options.limit = options.limit or (60.0 if small else 600.0)
@@ -271,6 +276,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
+        keep_stdout()
         serve_sampler(sys.argv[2], Work.open(sys.argv[3]), reference=sys.argv[4], device=sys.argv[5])
     else:
         main()

@@ -19,6 +19,8 @@ from tarflow_runtimes._doctor import Fault
 from tarflow_runtimes._parity import require_passed
 from tarflow_runtimes._verify import verify
 
+pytestmark = pytest.mark.timeout(3600)  # TensorRT builds engines in minutes
+
 ENGINES = ("ort-cuda", "trt", "trt-rtx")
 IMAGES, SEED = 4, 11
 LABELS = [0, 1, 2, None]

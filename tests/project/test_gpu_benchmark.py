@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,8 +17,11 @@ from tarflow_sdk.testing import random_model, tiny_config
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from _floors import floor_seconds
+from _gpu_table import table
 from _graphed import GraphedSampler
-from gpu import FULL, QUICK
+from _peer import PeerError
+from _work import SHAPES, Work
+from gpu import FULL, QUICK, measure
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
@@ -59,6 +64,49 @@ def test_the_shapes_of_the_acceptance() -> None:
     assert (tuple(wide.batches), tuple(wide.guidance), wide.blocks) == ((1, 8, 32, 128), (0.0, 1.5), None)
     assert {case.model for case in FULL} >= {"mnist", "imagenet64", "afhq"}
     assert {case.model for case in QUICK} == {"mnist", "imagenet64", "afhq"}
+
+
+class Sampler:
+    """A peer whose calls take so many seconds; None is a call that fails."""
+
+    detail = None
+
+    def __init__(self, *seconds: float | None, image: float = 0.0) -> None:
+        self.seconds, self.image = list(seconds), image
+
+    def call_rested(self, *, save: str | None = None, **_: Any) -> float:
+        seconds = self.seconds.pop(0)
+        if seconds is None:
+            raise PeerError("out of memory")
+        if save is not None:
+            np.save(save, np.full((2, 1, 4, 4), self.image, np.float32))
+        return seconds
+
+
+def test_a_cell_of_the_table(tmp_path: Path) -> None:
+    """Medians of the rounds and of their ratios; samplers that fail at first or later are named and left out."""
+    work = Work(folder=tmp_path, model="tiny", config=SHAPES["tiny"])
+    peers: dict[str, Any] = {
+        "original": Sampler(9.0, 4.0, 8.0, 6.0, image=0.02),
+        "graphed-float32": Sampler(None),
+        "ort-cuda-float32": Sampler(5.0, 2.0, 2.0, 1.0),
+        "trt-float32": Sampler(5.0, 1.0, None),
+    }
+    options = SimpleNamespace(rounds=3, limit=60.0, device="cuda")
+    cell: dict[str, Any] = {"model": "tiny", "batch": 2, "guidance": 0.0, "window": None}
+    found = measure(peers, work, cell, options)  # type: ignore[arg-type]
+    assert found["failed"] == ["out of memory", "out of memory"]
+    original, ours = found["rows"]
+    assert (original["sampler"], ours["sampler"]) == ("original", "ort-cuda-float32")
+    assert (ours["seconds"], ours["first_call_seconds"], ours["images_per_s"]) == (2.0, 5.0, 1.0)
+    assert ours["faster_than"] == {"original": {"median": 4.0, "low": 2.0, "high": 6.0}}
+    assert (ours["compared_with"], ours["psnr_db"], ours["max_difference"]) == ("ort-cuda-float32", None, 0.0)
+    assert original["psnr_db"] == pytest.approx(40.0)
+    for row in found["rows"]:
+        row |= {"model_seconds": 8 * row["seconds"], "ms_per_step": 1.0, "floor_share": 0.25}
+    lines = table(found).splitlines()
+    assert "| ours, ort-cuda, float32 | 16 | 1.000 | 1 | 4.00 (2.00..6.00) | 25.0% | - | 0.0e+00 |" in lines
+    assert lines.count("Did not run: out of memory") == 2
 
 
 @pytest.mark.slow

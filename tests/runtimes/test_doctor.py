@@ -35,6 +35,7 @@ VERSIONS = {
 def machine(**changes: Any) -> Facts:
     """A machine on which everything is ready, with these facts changed."""
     modules = {name: Module(version=VERSIONS[name], file=f"/site/{name}/__init__.py") for name in MODULES}
+    modules["tensorrt_rtx"] = dataclasses.replace(modules["tensorrt_rtx"], targets=("sm_80", "sm_89", "sm_120"))
     facts = Facts(
         system="Linux x86_64",
         python="3.12.0",
@@ -162,8 +163,20 @@ FAULTS: dict[str, tuple[Facts, str, str, str]] = {
     "Hopper": (
         machine(gpus=(H200, L4)),
         "trt-rtx",
-        "TensorRT-RTX has no target for NVIDIA H200 (sm_90)",
+        "TensorRT for RTX 1.7.1.116 builds for sm_80, sm_89, sm_120, not for NVIDIA H200 (sm_90)",
         "use engine trt or ort-cuda",
+    ),
+    "Volta": (
+        machine(gpus=(Gpu(name="NVIDIA V100", capability=(7, 0), memory=1, free=1),)),
+        "trt",
+        "TensorRT has no kernels for NVIDIA V100 (sm_70)",
+        "use engine ort-cuda",
+    ),
+    "a driver that does not start": (
+        machine(driver=Driver(version="580.65", cuda=(13, 0), problem="cuInit failed: X (803)"), gpus=()),
+        "ort-cuda",
+        "the NVIDIA driver 580.65 does not start: cuInit failed: X (803)",
+        "restart the machine",
     ),
     "Windows": (machine(system="Windows AMD64"), "trt", "it runs on Linux only", "use engine ort-cuda"),
 }
@@ -200,7 +213,7 @@ def test_auto_says_what_it_passed_over() -> None:
     assert reason.split("; ") == [
         "auto: ort-cuda is ready on NVIDIA H200",
         "trt is not: the package tensorrt is not installed",
-        "trt-rtx is not: TensorRT-RTX has no target for NVIDIA H200 (sm_90)",
+        "trt-rtx is not: TensorRT for RTX 1.7.1.116 builds for sm_80, sm_89, sm_120, not for NVIDIA H200 (sm_90)",
     ]
     engine, reason = choose(machine(**CPU_ORT, driver=NO_DRIVER, gpus=()))
     assert engine == "ort-cpu"
@@ -315,6 +328,8 @@ def test_this_machine() -> None:
             assert not facts.modules[name].installed
         else:
             assert facts.modules[name].version == expected
+    if facts.modules["tensorrt_rtx"].installed:
+        assert {"sm_80", "sm_89", "sm_120"} <= set(facts.modules["tensorrt_rtx"].targets)
     if facts.driver.problem:
         assert facts.gpus == ()
         assert all(found[engine] for engine in ("ort-cuda", "trt", "trt-rtx"))

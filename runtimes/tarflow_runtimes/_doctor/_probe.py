@@ -24,7 +24,7 @@ NO_DEVICE, CAPABILITY_MAJOR, CAPABILITY_MINOR = 100, 75, 76
 
 
 def probe_module(name: str) -> dict[str, Any]:
-    """Version, file, and the libraries that importing it has loaded."""
+    """Version, file, the libraries that importing it has loaded, and what it can build for."""
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -37,7 +37,14 @@ def probe_module(name: str) -> dict[str, Any]:
         "version": str(getattr(module, "__version__", "")),
         "file": str(getattr(module, "__file__", None) or ""),
         "libraries": loaded_libraries(),
+        "targets": build_targets(module),
     }
+
+
+def build_targets(module: Any) -> list[str]:
+    """The members SM80, ... of TensorRT for RTX's ComputeCapability, as `sm_80`."""
+    members = getattr(getattr(module, "ComputeCapability", None), "__members__", {})
+    return [f"sm_{name[2:]}" for name in members if re.fullmatch(r"SM\d+", name)]
 
 
 def probe_provider() -> dict[str, Any]:

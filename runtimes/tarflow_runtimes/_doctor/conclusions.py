@@ -8,26 +8,21 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from tarflow_runtimes._device.cuda_import import DRIVER, NO_DRIVER, NO_GPU, VISIBLE
-from tarflow_runtimes._doctor.facts import Facts, Gpu
+from tarflow_runtimes._doctor.facts import Facts
+from tarflow_runtimes._engines._ort_import import INSTALL as INSTALL_ORT
 from tarflow_runtimes._engines._ort_import import MINIMUM_VERSION as MINIMUM_ORT
+from tarflow_runtimes._trt._package import PACKAGES
 
 PREFERENCE: Final = ("trt", "trt-rtx", "ort-cuda", "ort-cpu")
 """The engines as `auto` prefers them: the one that is expected to be fastest first; `benchmarks/gpu.py` measures."""
 
-MINIMUM_TENSORRT: Final = (10, 15)
-MINIMUM_TENSORRT_RTX: Final = (1, 7)
-"""The first with cache updates that alias their input, which the step graph is made of."""
-
 DRIVER_OF_CUDA: Final = {12: "525", 13: "580"}
 """The oldest driver for each major version of CUDA (CUDA release notes, minor version compatibility)."""
 
-RTX_TARGETS: Final = ((7, 5), (8, 0), (8, 6), (8, 9))
-"""Compute capabilities below 12.0 that TensorRT-RTX builds for; it has none for 9.0 and 10.x."""
+OLDEST_FOR_TENSORRT: Final = (7, 5)
+"""The oldest compute capability that TensorRT has kernels for (its support matrix)."""
 
-INSTALL: Final = {
-    engine: f'pip install "tarflow-sdk[{extra}]"'
-    for engine, extra in {"ort-cpu": "ort", "ort-cuda": "ort-cuda", "trt": "trt", "trt-rtx": "trt-rtx"}.items()
-}
+INSTALL: Final = INSTALL_ORT | {engine: f'pip install "tarflow-sdk[{engine}]"' for engine in PACKAGES}
 """The command that brings an engine's packages."""
 
 
@@ -131,9 +126,15 @@ def _provider_loads(facts: Facts) -> Fault | None:
 
 
 def _driver(facts: Facts) -> Fault | None:
-    if not facts.driver.problem:
+    driver = facts.driver
+    if not driver.problem:
         return None
-    return Fault(problem=f"{NO_DRIVER}: {facts.driver.problem}", remedy=DRIVER)
+    if driver.cuda != (0, 0):
+        problem = f"the NVIDIA driver {driver.version} does not start: {driver.problem}"
+        return Fault(
+            problem=problem, remedy="restart the machine, as after an update of the driver, or install it again"
+        )
+    return Fault(problem=f"{NO_DRIVER}: {driver.problem}", remedy=DRIVER)
 
 
 def _driver_is_new_enough(*packages: str) -> Check:
@@ -177,16 +178,20 @@ def _gpu(facts: Facts) -> Fault | None:
     return Fault(problem=NO_GPU, remedy=VISIBLE)
 
 
-def _architecture(what: str, runs: Callable[[Gpu], bool], remedy: str) -> Check:
-    """The first GPU, the one that engines run on, is one that the library has code for."""
+def _kernels_of_tensorrt(facts: Facts) -> Fault | None:
+    gpu = facts.gpus[0]  # the one that engines run on
+    if gpu.capability >= OLDEST_FOR_TENSORRT:
+        return None
+    problem = f"TensorRT has no kernels for {gpu.name} ({gpu.architecture})"
+    return Fault(problem=problem, remedy="use engine ort-cuda or ort-cpu")
 
-    def check(facts: Facts) -> Fault | None:
-        gpu = facts.gpus[0]
-        if runs(gpu):
-            return None
-        return Fault(problem=f"{what} has no target for {gpu.name} ({gpu.architecture})", remedy=remedy)
 
-    return check
+def _target_of_tensorrt_rtx(facts: Facts) -> Fault | None:
+    gpu, package = facts.gpus[0], facts.modules["tensorrt_rtx"]
+    if gpu.architecture in package.targets:
+        return None
+    builds = f"TensorRT for RTX {package.version} builds for {', '.join(package.targets)}"
+    return Fault(problem=f"{builds}, not for {gpu.name} ({gpu.architecture})", remedy="use engine trt or ort-cuda")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -210,21 +215,17 @@ CHECKS: Final[dict[str, tuple[Check, ...]]] = {
     ),
     "trt": (
         _linux,
-        _package("trt", "tensorrt", MINIMUM_TENSORRT),
+        _package("trt", "tensorrt", PACKAGES["trt"].minimum),
         _package("trt", "google.protobuf"),
         *_device("trt", "tensorrt"),
-        _architecture("TensorRT", lambda gpu: gpu.capability >= (7, 5), "use engine ort-cpu"),
+        _kernels_of_tensorrt,
     ),
     "trt-rtx": (
         _linux,
-        _package("trt-rtx", "tensorrt_rtx", MINIMUM_TENSORRT_RTX),
+        _package("trt-rtx", "tensorrt_rtx", PACKAGES["trt-rtx"].minimum),
         _package("trt-rtx", "google.protobuf"),
         *_device("trt-rtx", "tensorrt_rtx"),
-        _architecture(
-            "TensorRT-RTX",
-            lambda gpu: gpu.capability in RTX_TARGETS or gpu.capability >= (12, 0),
-            "use engine trt or ort-cuda",
-        ),
+        _target_of_tensorrt_rtx,
     ),
 }
 """What each engine needs, in the order in which a person would mend it."""

@@ -52,13 +52,15 @@ class Module:
     """A Python package as a process of its own found it.
 
     `file` is where it lies, or empty when it is not installed; `problem` says why it does not import, in one line;
-    `libraries` are the files of NVIDIA's and ONNX Runtime's libraries that came with it into that process.
+    `libraries` are the files of NVIDIA's and ONNX Runtime's libraries that came with it into that process; `targets`
+    are the architectures that it can build for without their GPU.
     """
 
     version: str = ""
     file: str = ""
     problem: str = ""
     libraries: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
 
     @property
     def installed(self) -> bool:

@@ -33,7 +33,7 @@ def gather() -> Facts:
         driver["cuda"] = tuple(driver["cuda"])
     modules = {name: found["module", name] for name in MODULES}
     for module in modules.values():
-        module["libraries"] = tuple(module.get("libraries", ()))
+        module |= {name: tuple(module.get(name, ())) for name in ("libraries", "targets")}
     return Facts(
         system=f"{platform.system()} {platform.machine()}",
         python=f"{platform.python_version()} ({sys.executable})",

@@ -19,8 +19,8 @@ PORTABLE_TARGETS: Final = ("sm_80", "sm_86", "sm_89", "sm_120")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Described:
-    """A package before it is imported."""
+class Described:
+    """A package before it is imported: NVIDIA's name, and the first version that updates caches in place."""
 
     title: str
     module: str
@@ -28,13 +28,13 @@ class _Described:
     minimum: tuple[int, int]
 
 
-_PACKAGES: Final = {
-    # KVCacheUpdate, which holds the caches, came with 10.15
-    "trt": _Described(title="TensorRT", module="tensorrt", distribution="tensorrt", minimum=(10, 15)),
-    "trt-rtx": _Described(
+PACKAGES: Final = {
+    "trt": Described(title="TensorRT", module="tensorrt", distribution="tensorrt", minimum=(10, 15)),
+    "trt-rtx": Described(
         title="TensorRT for RTX", module="tensorrt_rtx", distribution="tensorrt-rtx-cu13", minimum=(1, 7)
     ),
 }
+"""By engine."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +78,7 @@ def import_package(engine: str) -> Package:
 
 @functools.cache
 def _import(engine: str) -> Package:
-    described = _PACKAGES[engine]
+    described = PACKAGES[engine]
     install = f'pip install "tarflow-sdk[{engine}]"'
     if sys.platform != "linux":
         raise EngineError(f"engine {engine} runs on Linux only", hint="use engine ort-cuda or ort-cpu")
