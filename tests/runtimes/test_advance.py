@@ -222,7 +222,9 @@ def test_frozen_axes_change_nothing(exported, flows, dtype, window):
     graph = rewritten(flow, 1, images=2, branches=2, window=window, reach=patches)
     decoded = Loop(flow, 1, inputs, graph).decode(window, tolerance=0.1)
     np.testing.assert_array_equal(decoded.positions, expected.positions)
-    np.testing.assert_array_equal(decoded.patches, expected.patches)
+    # Without its transpositions the graph of one patch has ONNX Runtime round elsewhere between halves.
+    rounding = 1e-3 if dtype == "float16" and window == 1 else 0.0
+    np.testing.assert_allclose(decoded.patches, expected.patches, rtol=rounding, atol=rounding)
     np.testing.assert_array_equal(decoded.residual, expected.residual)
 
     model = onnx.load_from_string(graph).graph
@@ -231,6 +233,8 @@ def test_frozen_axes_change_nothing(exported, flows, dtype, window):
     assert all(dim.dim_value for shape in shapes for dim in shape)
     names = {value.name for value in model.input}
     assert ("tolerance" in names) == (window > 1)
+    swapped = [node for node in model.node if node.op_type == "Transpose" and node.attribute[0].ints == [0, 2, 1, 3]]
+    assert bool(swapped) == (window > 1)
     assert "reach" not in names
 
 

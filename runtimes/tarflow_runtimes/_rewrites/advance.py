@@ -37,6 +37,9 @@ from tarflow_runtimes._rewrites._graph import Graph, PatternMismatch
 LARGEST: Final = float(np.finfo(np.float32).max)
 """`|x| < LARGEST` says that x is finite: it does not hold for NaN."""
 
+SWAPPED: Final = [0, 2, 1, 3]
+"""The permutation between [R, S, H, E] and [R, H, S, E]."""
+
 MEASURED: Final = {"G": ("inverse_temperature", 0), "B": ("patches", 0), "S": ("patches", 1)}
 """Axis -> the input and the axis of it from which the step graph takes its size."""
 
@@ -62,6 +65,8 @@ def advance_graph(
     }
     rewrite = _Rewrite(Graph(model), config, sizes)
     rewrite.limit_attention()
+    if window == 1:
+        rewrite.drop_transpositions()
     rewrite.close_loop()
     return rewrite.graph.serialized()
 
@@ -127,6 +132,18 @@ class _Rewrite:
                 graph.producer(cache, "TensorScatter")
                 graph.replace(cache, f"advance/reached_{cache}")
                 self.op("Slice", f"reached_{cache}", cache, self.integers(0), length, self.integers(2))
+
+    def drop_transpositions(self) -> None:
+        """Reshape instead: with S = 1, [R, S, H, E] and [R, H, S, E] are the same numbers in the same order."""
+        graph, heads, width = self.graph, self.config.heads, self.config.head_dim
+        nodes = [
+            node for node in graph.nodes if node.op_type == "Transpose" and proto.attribute(node, "perm") == SWAPPED
+        ]
+        graph.remove(nodes)
+        for node in nodes:
+            to_heads = graph.producer(node.input[0]).op_type == "Reshape"
+            shape = (-1, heads, 1, width) if to_heads else (-1, 1, heads, width)
+            graph.add("Reshape", [node.input[0], self.integers(*shape)], list(node.output))
 
     def _columns(self) -> str:
         """What the mask compares with the positions of the rows: 0, 1, ..., N-1."""
