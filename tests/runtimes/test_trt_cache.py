@@ -186,7 +186,8 @@ def test_storing_makes_room_but_not_of_those_in_use(cache):
 
 def test_what_belongs_to_no_engine_is_pruned(cache):
     sidecar = store(cache)
-    cache.store_kernels(sidecar, b"kernels")
+    cache.store_beside("kernels-1.7-sm_89.bin", b"kernels")
+    assert sidecar in cache.entries()
     keep = {path.name for path in cache.path.iterdir()} | {"notes.txt", "timing-11.4-sm_89.bin"}
     other = "f" * 32
     left = [
@@ -194,7 +195,6 @@ def test_what_belongs_to_no_engine_is_pruned(cache):
         f".{other}.json.partial",
         f"{other}.engine",
         f".{other}.lock",
-        f"{other}.kernels",
     ]
     for name in (*left, "notes.txt", "timing-11.4-sm_89.bin"):
         (cache.path / name).write_bytes(b"x")
@@ -210,6 +210,17 @@ def test_what_is_being_written_is_not_pruned(cache):
         assert cache.prune().leftovers == ()
         assert partial.exists()
     assert cache.prune().leftovers == (partial.name,)
+
+
+def test_what_lies_beside_is_whole_or_not_there(cache, monkeypatch):
+    assert cache.load_beside("kernels.bin") == b""
+    cache.store_beside("kernels.bin", b"kernels")
+    assert cache.load_beside("kernels.bin") == b"kernels"
+    (cache.path / "kernels.bin").write_bytes((cache.path / "kernels.bin").read_bytes()[:-1])
+    assert cache.load_beside("kernels.bin") == b""
+    monkeypatch.setattr(os, "fsync", full)
+    cache.store_beside("more.bin", b"kernels")
+    assert not (cache.path / "more.bin").exists()
 
 
 def test_one_at_a_time_holds_a_lock(cache):
@@ -306,10 +317,11 @@ def test_unsafe_folders_are_refused(tmp_path, monkeypatch):
         EngineCache(shared)
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(cache, monkeypatch):
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
+def full(_: int) -> None:
+    raise OSError(28, "No space left on device")
 
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(cache, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(tfr.EngineError, match=r"cannot write .*\.engine: No space left"):
         store(cache)

@@ -236,24 +236,28 @@ def test_a_damaged_engine_is_built_again_and_not_loaded(opened, engine, tmp_path
     assert builds(engine) == before + flow.config.blocks
 
 
-def test_compiled_kernels_are_kept_with_their_engine(opened, engine, tmp_path):
-    maker = maker_of(opened())
-    program = maker.forward(0, images=1)
-    device = maker.device
-    specs = program.inputs | program.outputs
-    buffers = {name: device.allocate(one.nbytes) for name, one in specs.items()}
-    bound = program.bind({name: buffer.address for name, buffer in buffers.items()})
-    bound.launch()
-    del program, bound
-    kept = list((tmp_path / "engines").glob("*.kernels"))
+def test_compiled_kernels_are_shared_and_kept(opened, engine, tmp_path):
+    def launch(maker: TrtMaker, block: int) -> Any:
+        program = maker.forward(block, images=1)
+        buffers = {name: maker.device.allocate(one.nbytes) for name, one in (program.inputs | program.outputs).items()}
+        program.bind({name: buffer.address for name, buffer in buffers.items()}).launch()
+        return program.engine._how
+
+    def kernels(*blocks: int) -> list[bytes]:
+        maker = maker_of(opened())
+        return [launch(maker, block).runtime_cache.blob for block in blocks]
+
+    folder = tmp_path / "engines"
     if engine == "trt":
-        assert kept == []
+        launch(maker_of(opened()), 0)
+        assert not list(folder.glob("kernels-*"))
         return
-    again = maker.forward(0, images=1)
-    assert again.engine._kernels.blob == b"kernels"
-    del again
-    kept[0].write_bytes(kept[0].read_bytes() + b"x")
-    assert maker.forward(0, images=1).engine._kernels.blob == b""
+    assert kernels(0, 1) == [b"1 launches", b"2 launches"]
+    (file,) = folder.glob("kernels-*")
+    assert file.name == "kernels-1.7.1-sm_89.bin"
+    assert kernels(0) == [b"3 launches"]
+    file.write_bytes(file.read_bytes() + b"x")
+    assert kernels(1) == [b"1 launches"]
 
 
 def test_flags_of_the_build_are_those_of_the_dtype(opened, engine, monkeypatch, tmp_path):

@@ -173,6 +173,8 @@ def _explain(
     lines = [
         f"block {one['block']} {one['graph']}: {'hit' if one['hit'] else 'miss'}, {one['reason']}" for one in engines
     ]
+    if not all(one["hit"] for one in engines):
+        lines.append("tarflow build with the same options builds what is missing; so does the first use")
     return {"engines": engines}, lines
 
 

@@ -24,7 +24,7 @@ from tarflow_runtimes._trt._gpu import gpu_of
 from tarflow_runtimes._trt._log import listen
 from tarflow_runtimes._trt._package import import_package
 from tarflow_runtimes._trt._profiles import Profile, shape_of
-from tarflow_runtimes._trt._runtime import LoadedEngine
+from tarflow_runtimes._trt._runtime import Kernels, LoadedEngine
 from tarflow_runtimes._trt._sidecar import Sidecar, Verification
 from tarflow_runtimes._trt._supply import OnBuilding, Supply
 
@@ -84,6 +84,7 @@ class TrtMaker:
         self.device: Device = self._cuda
         self.gpu = gpu_of(self._cuda)
         self._supply = Supply(self._package, bundle, dtype, gpu=self.gpu, folder=folder, on_building=on_building)
+        self._kernels = Kernels(self._supply.cache, self._package, self.gpu.target)
         self._loaded: weakref.WeakValueDictionary[str, LoadedEngine] = weakref.WeakValueDictionary()
         self._places: dict[tuple[int, str], set[str]] = {}
         self._used: dict[str, Sidecar] = {}
@@ -137,7 +138,7 @@ class TrtMaker:
         supplied = self._supply.get(block, kind, [profile], wider=[dataclasses.replace(profile, least=1)])
         key = supplied.sidecar.key
         self.device.synchronize()  # makes its GPU this thread's
-        loaded = LoadedEngine(self._package, supplied, self._supply.cache)
+        loaded = LoadedEngine(self._package, supplied, self._kernels)
         self._loaded[key] = loaded
         self._used[key] = supplied.sidecar
         keys.add(key)

@@ -26,7 +26,7 @@ from tarflow_runtimes._trt._sidecar import Sidecar, Source, Verification, Wanted
 MAX_BYTES: Final = 20 << 30
 """What the engines of a folder may take; beyond it those that were not used for longest go."""
 
-_OURS = re.compile(r"\.?(?P<key>[0-9a-f]{32})\.(engine|json|lock|kernels|(engine|json|kernels)\.partial)")
+_OURS = re.compile(r"\.?(?P<key>[0-9a-f]{32})\.(engine|json|lock|(engine|json)\.partial)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,20 +130,19 @@ class EngineCache:
         self._evict(max_bytes, {*keep, sidecar.key})
         return sidecar
 
-    def load_kernels(self, sidecar: Sidecar) -> bytes:
-        """The kernels that were compiled of an engine on some GPU, if they are there and whole."""
+    def load_beside(self, name: str) -> bytes:
+        """What was kept under that name beside the engines, if it is there and whole."""
         try:
-            data = self._folder.read(f"{sidecar.key}.kernels")
+            data = self._folder.read(name)
         except OSError:
             return b""
         digest, blob = data[:32], data[32:]
         return blob if hashlib.sha256(blob).digest() == digest else b""
 
-    def store_kernels(self, sidecar: Sidecar, blob: bytes) -> None:
-        """Keep compiled kernels with their engine, if that is still there; where the disk refuses, without them."""
-        if self._read(sidecar.key) is not None:
-            with contextlib.suppress(EngineError):
-                self._folder.write(f"{sidecar.key}.kernels", hashlib.sha256(blob).digest() + blob)
+    def store_beside(self, name: str, blob: bytes) -> None:
+        """Keep what makes the next run quicker; where the disk refuses, the next run is slower."""
+        with contextlib.suppress(EngineError):
+            self._folder.write(name, hashlib.sha256(blob).digest() + blob)
 
     def _write(self, sidecar: Sidecar) -> None:
         self._folder.write(f"{sidecar.key}.json", (json.dumps(sidecar.to_json(), indent=2) + "\n").encode())
@@ -161,7 +160,7 @@ class EngineCache:
 
     def remove(self, key: str) -> None:
         """Remove an engine, its sidecar first."""
-        self._folder.remove(f"{key}.json", f"{key}.engine", f"{key}.kernels")
+        self._folder.remove(f"{key}.json", f"{key}.engine")
 
     def nbytes(self, sidecar: Sidecar) -> int:
         """What an engine's files take."""

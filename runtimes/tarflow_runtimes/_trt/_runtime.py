@@ -38,7 +38,7 @@ class LoadedEngine:
         EngineError: when the package refuses the engine, or it does not update in place what it should.
     """
 
-    def __init__(self, package: Package, supplied: Supplied, cache: EngineCache) -> None:
+    def __init__(self, package: Package, supplied: Supplied, kernels: Kernels) -> None:
         self.package, self.sidecar, self.axes = package, supplied.sidecar, supplied.axes
         trt = package.module
         with listen() as heard:
@@ -49,7 +49,8 @@ class LoadedEngine:
             raise self.refused("load", heard)
         self._runtime = runtime  # must outlive the engine
         self._check_tensors()
-        self._kernels = self._compiled_kernels(cache)
+        self._kernels = kernels
+        self._how = self._configured()
 
     @property
     def profiles(self) -> Sequence[Profile]:
@@ -84,20 +85,8 @@ class LoadedEngine:
         Raises:
             EngineError: when there is not enough memory for it.
         """
-        trt = self.package.module
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         with listen() as heard:
-            if self.package.ahead:
-                config = self.engine.create_runtime_config()
-                config.set_execution_context_allocation_strategy(strategy)
-                config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
-                config.dynamic_shapes_kernel_specialization_strategy = (
-                    trt.DynamicShapesKernelSpecializationStrategy.EAGER
-                )
-                config.set_runtime_cache(self._kernels)
-                context = self.engine.create_execution_context(config)
-            else:
-                context = self.engine.create_execution_context(strategy)
+            context = self.engine.create_execution_context(self._how)
             if context is None or not context.set_optimization_profile_async(profile, stream):
                 raise self.refused("run", heard)
         return context
@@ -113,6 +102,19 @@ class LoadedEngine:
             f"{self.package.name} cannot {what} the engine of {self.sidecar.name}: {why}",
             hint="see tarflow doctor, and tarflow cache explain; tarflow build --rebuild builds it again",
         )
+
+    def _configured(self) -> Any:
+        """How contexts are made: a strategy, or for TensorRT for RTX a configuration, which must outlive them."""
+        trt = self.package.module
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self.package.ahead:
+            return strategy
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._kernels.attach(config)
+        return config
 
     def _check_tensors(self) -> None:
         """All tensors lie on the GPU, and exactly the outputs that should share the memory of an input do."""
@@ -131,20 +133,32 @@ class LoadedEngine:
                     hint="use another engine, or another version of the package",
                 )
 
-    def _compiled_kernels(self, cache: EngineCache) -> Any:
-        """TensorRT for RTX: the kernels that were compiled on such a GPU before; what comes is kept at the end."""
-        if not self.package.ahead:
-            return None
-        kernels = self.engine.create_runtime_config().create_runtime_cache()
-        blob = cache.load_kernels(self.sidecar)
-        if blob:
-            kernels.deserialize(blob)  # refuses those of another GPU, driver or version, and they are compiled again
-        weakref.finalize(self, _keep_kernels, cache, self.sidecar, kernels, hashlib.sha256(blob).digest())
-        return kernels
+
+class Kernels:
+    """TensorRT for RTX: the kernels that were compiled on this GPU. All engines share them: blocks differ in weights.
+
+    They are read from a file beside the engines, and written when nobody uses them any more. They must outlive every
+    context that was made with them.
+    """
+
+    def __init__(self, cache: EngineCache, package: Package, target: str) -> None:
+        self._cache, self._name = cache, f"kernels-{package.version}-{target}.bin"
+        self._shared: Any = None
+
+    def attach(self, config: Any) -> None:
+        """Let an engine use them through its runtime configuration."""
+        if self._shared is None:
+            self._shared = config.create_runtime_cache()
+            blob = self._cache.load_beside(self._name)
+            if blob:
+                self._shared.deserialize(blob)  # refuses those of another GPU or driver; they are compiled again
+            digest = hashlib.sha256(blob).digest()
+            weakref.finalize(self, _keep, self._cache, self._name, self._shared, digest)
+        config.set_runtime_cache(self._shared)
 
 
-def _keep_kernels(cache: EngineCache, sidecar: Any, kernels: Any, before: bytes) -> None:
-    """Store compiled kernels that are not those loaded."""
+def _keep(cache: EngineCache, name: str, kernels: Any, before: bytes) -> None:
+    """Store kernels that are not those loaded."""
     blob = bytes(memoryview(kernels.serialize()))
     if hashlib.sha256(blob).digest() != before:
-        cache.store_kernels(sidecar, blob)
+        cache.store_beside(name, blob)
