@@ -113,7 +113,7 @@ def test_the_images_are_those_of_the_cpu(exported, flows, on_device, name, optio
     for images in (1, 3):
         noise, labels = model.latents(images), model.labels(images)
         expected = flows(name).decode(noise, labels, **options)
-        for plan in (None, exact(), exact(3), exact(2, "zeros"), tfr.Plan(blocks=mixed)):
+        for plan in (None, exact(), exact(1), exact(3), exact(2, "zeros"), tfr.Plan(blocks=mixed)):
             actual = on_device(name).decode(noise, labels, plan=plan, **options)
             np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5, err_msg=str(plan))
 
@@ -383,7 +383,8 @@ def test_values_that_are_not_finite_lead_to_the_sequential_answer(hard_path):
         warnings.simplefilter("ignore", tfr.DecodeWarning)
         expected = cpu.sample(8, **options)
         sequential = flow.sample(8, **options)
-        parallel = flow.sample(8, plan=tfr.Parallel(tolerance=1e-5), **options)
+        heard: list[tfr.Step] = []
+        parallel = flow.sample(8, plan=tfr.Parallel(tolerance=1e-5), on_step=heard.append, **options)
         again = flow.sample(8, **options)
         one = flow.sample(1, first_index=4, plan=tfr.Parallel(tolerance=1e-5), **options)
     finite = [i for i in range(8) if i not in expected.report.non_finite]
@@ -393,6 +394,9 @@ def test_values_that_are_not_finite_lead_to_the_sequential_answer(hard_path):
     for sample in (sequential, parallel):
         np.testing.assert_allclose(sample.images[finite], expected.images[finite], atol=1e-4 * scale)
     np.testing.assert_array_equal(again.images, sequential.images)
+    steps = [step.step for step in heard]
+    assert steps == sorted(steps)
+    assert steps[-1] == 30
     report = parallel.report.blocks[1]
     assert report.sequential_images
     assert all(calls > 15 for calls in report.calls), "what was tried in parallel counts, too"

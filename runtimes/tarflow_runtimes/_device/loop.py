@@ -186,15 +186,23 @@ class DeviceDecoder:
             steps = last if turn.steps is None else min(turn.steps, last)
             self._sequential(job, turn.block, steps, on_done)
             return BlockReport(block=turn.block, strategy=turn.strategy, calls=(steps,) * job.images)
-        calls, residual, failed = self._parallel(job, turn.block, turn.strategy, on_done)
+        reached = 0
+
+        def on_more(done: int) -> None:
+            nonlocal reached
+            reached = max(reached, done)
+            on_done(reached)
+
+        calls, residual, failed = self._parallel(job, turn.block, turn.strategy, on_more)
         if failed:
             workspace, nbytes = job.workspace, self._patch_bytes(job) * self._config.patches
             with self._device.lock:
                 workspace.clear_caches()
                 self._device.copy(workspace.address("finished", nbytes), workspace.address("noise", nbytes), nbytes)
-            self._sequential(job, turn.block, last, lambda _: None)
+            self._sequential(job, turn.block, last, on_more)
             calls, residual = calls + last, 0.0
-        on_done(last)
+        else:
+            on_more(last)
         return BlockReport(
             block=turn.block,
             strategy=turn.strategy,
