@@ -28,14 +28,16 @@ Case = dict[str, Any]
 COPIES = 4
 """Inputs that a floor is the worst of."""
 
-GUIDANCES: dict[str, dict[str, Any]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "guided": {"guidance": 2.0},
     "annealed": {"guidance": 1.5, "attention_temperature": 0.7, "anneal_guidance": True},
     "temperature": {"guidance": 1.0, "guide": "a", "attention_temperature": 1.5},
+    "parallel": {"parallel": {"window": 3, "tolerance": 1e-5, "init": "noise"}},
+    "whole": {"guidance": 1.5, "parallel": {"window": 0, "tolerance": 1e-4, "init": "zeros"}},
 }
 
-LIMITS = {"log_det": 1e-5, "log_prob": 1e-5}
+LIMITS = {"log_det": 1e-5, "log_prob": 1e-5, "log_posteriors": 1e-4}
 """Of |difference| / max(1, |value|), for sums over all dimensions; elsewhere 1e-4 of |difference|."""
 
 
@@ -44,16 +46,18 @@ def cases(config: tfr.ModelConfig, *, small: bool) -> list[Case]:
     found: list[Case] = [{"name": "noise", "call": "noise", "arguments": {"seed": 7, "first_index": 3, "n": 2}}]
     for n in (2,) if small else (17, 3, 1):
         labels = [-1 if i % 3 == 1 else i % config.classes for i in range(n)] if config.classes else None
-        for kind, guidance in GUIDANCES.items():
-            if guidance and not config.classes:
+        for kind, given in KINDS.items():
+            if "guidance" in given and not config.classes:
                 continue
-            arguments = {"n": n, "labels": labels, "seed": 7 + n, "first_index": 2**40, "denoise": False, **guidance}
+            arguments = {"n": n, "labels": labels, "seed": 7 + n, "first_index": 2**40, "denoise": False, **given}
             found.append({"name": f"{kind}_{n}", "call": "sample", "arguments": arguments})
-    images, given = found[1]["name"], found[1]["arguments"]
+    images, first = found[1]["name"], found[1]["arguments"]
     cut = {"n": 5, "labels": None, "seed": 9, "batch_size": 2, "denoise": config.noise_std is not None}
     found.append({"name": "cut", "call": "sample", "arguments": cut})
-    on = {"n": given["n"], "labels": given["labels"], "images": images}
+    on = {"n": first["n"], "labels": first["labels"], "images": images}
     found += [{"name": call, "call": call, "arguments": on} for call in ("encode", "log_prob")]
+    if config.classes:
+        found.append({"name": "classify", "call": "classify", "arguments": on})
     found.append({"name": "denoise", "call": "denoise", "arguments": {**on, "sigma": 0.2, "strength": 0.5}})
     return found
 
@@ -66,13 +70,16 @@ def compute(flow: tfr.Flow, case: Case, images: Floats | None = None, noise: Flo
     if call == "sample":
         if noise is not None:
             arguments |= {"seed": None, "first_index": 0, "noise": noise}
-        return {case["name"]: flow.sample(**arguments).images}
+        parallel = arguments.pop("parallel", None)
+        return {case["name"]: flow.sample(**arguments, plan=parallel and tfr.Parallel(**parallel)).images}
     labels = arguments["labels"]
     if call == "encode":
         z, log_det = flow.encode(images, labels)
         return {"z": z, "log_det": log_det}
     if call == "log_prob":
         return {"log_prob": flow.log_prob(images, labels)}
+    if call == "classify":
+        return {"log_posteriors": flow.classify(images)}
     return {"denoised": flow.denoise(images, labels, sigma=arguments["sigma"], strength=arguments["strength"])}
 
 

@@ -1,5 +1,5 @@
 // The same numbers as Python: parity BUNDLE GOLDEN [--exact], a file that golden.py wrote. With --exact it was written
-// on this machine with this ONNX Runtime, and every bit is asked for.
+// on this machine with this ONNX Runtime, and every bit is asked for, but of posteriors.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -33,7 +33,9 @@ class Comparison {
     ++arrays_;
     if (equal) ++equal_;
     else std::printf("%-16s %.3g (limit %.3g)\n", name.c_str(), worst, limit);
-    if (!(equal || (!exact_ && worst <= limit))) ++failures;
+    // NumPy's exp and log, in the posteriors alone, are not the C library's to the last bit.
+    const double here = exact_ ? (name == "log_posteriors" ? 1e-14 : 0.0) : limit;
+    if (!(equal || (here > 0.0 && worst <= here))) ++failures;
   }
   void print() const {
     std::printf("ONNX Runtime %s: %d of %d arrays are bit-identical\n", tarflow_ort_version(), equal_, arrays_);
@@ -61,6 +63,11 @@ static std::vector<float> sample(tarflow::Sampler& sampler, const Json& argument
   options.guide = guide == "a" ? TARFLOW_GUIDE_A : guide == "b" ? TARFLOW_GUIDE_B : TARFLOW_GUIDE_AB;
   options.anneal_guidance = arguments.value("anneal_guidance", false);
   options.denoise = arguments.at("denoise").get<bool>();
+  if (arguments.contains("parallel")) {
+    const Json& given = arguments.at("parallel");
+    options.plan = {{true, given.at("window").get<std::int64_t>(), given.at("tolerance").get<double>(),
+                     given.at("init") == "zeros"}};
+  }
   options.batch_size = arguments.value("batch_size", std::int64_t{0});
   return sampler.sample(arguments.at("n").get<std::int64_t>(), labels_of(arguments), options);
 }
@@ -90,6 +97,8 @@ static void compare(const tarflow::Model& model, const Golden& golden, bool exac
         comparison.add(limits, "log_det", encoded.log_det);
       } else if (call == "log_prob") {
         comparison.add(limits, "log_prob", sampler.log_prob(images, labels));
+      } else if (call == "classify") {
+        comparison.add(limits, "log_posteriors", sampler.classify(images));
       } else if (call == "denoise") {
         comparison.add(limits, "denoised", sampler.denoise(images, labels, arguments.at("sigma").get<double>(),
                                                            arguments.at("strength").get<double>()));
