@@ -91,3 +91,11 @@ def test_asking_for_an_engine_that_is_not_ready(
     error, hint = result.err.splitlines()
     assert "NVIDIA driver" in error or f"engine {engine} needs" in error
     assert ("driver" in hint) == ("NVIDIA driver" in error)
+
+
+def test_auto_explains_itself(tarflow: Callable, class_bundle: Path) -> None:
+    """With the doctor's words, on stderr and in the report."""
+    reason = json.loads(tarflow("doctor", "--json").out)["auto"]["reason"]
+    result = tarflow("infer", class_bundle, "--engine", "auto", "-n", 1, "--json")
+    assert result.err.splitlines()[0] == reason
+    assert json.loads(result.out)["chosen"] == reason

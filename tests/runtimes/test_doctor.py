@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from tarflow_runtimes._doctor import Facts, choose, gather, probes, verdicts, warnings
+from tarflow_runtimes._doctor.conclusions import CHECKS, INSTALL, PREFERENCE
 from tarflow_runtimes._doctor.facts import LIBRARIES, MODULES, Driver, Gpu, Library, Module, Provider
 from tarflow_runtimes._doctor.probes import probe
+from tarflow_runtimes._engines import ENGINES
 
 H200 = Gpu(name="NVIDIA H200", capability=(9, 0), memory=150_000_000_000, free=149_000_000_000)
 L4 = Gpu(name="NVIDIA L4", capability=(8, 9), memory=24_000_000_000, free=None)
@@ -63,6 +65,11 @@ def test_a_machine_that_has_everything() -> None:
     assert set(verdicts(facts).values()) == {None}
     assert warnings(facts) == []
     assert choose(facts) == ("trt", "auto: trt is ready on NVIDIA L4")
+
+
+def test_every_engine_has_its_place() -> None:
+    assert set(ENGINES) == set(CHECKS) == set(PREFERENCE) == set(INSTALL)
+    assert list(ENGINES) == list(verdicts(machine()))
 
 
 CPU_ORT = {

@@ -144,6 +144,8 @@ def infer(
         names = [f"{first_index + index:06d}.png" for index in range(count)]
         check_pictures(target, channels=config.image_channels, names=names)
         loaded = time.perf_counter()
+        if engine == "auto":
+            note(str(flow.engine_report["chosen"]))
         plan = plan_of(flow, decode, tolerance, window, plans)
         with clock, warnings_told():
             sample = flow.sample(
@@ -151,6 +153,7 @@ def infer(
             )
         facts: dict[str, Any] = {
             "engine": flow.engine,
+            "chosen": flow.engine_report["chosen"],
             "weights": sample.metadata["weights"],
             "digest": flow.bundle.digest,
         }
