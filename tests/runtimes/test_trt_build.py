@@ -23,6 +23,7 @@ from tarflow_runtimes._trt._graphs import KINDS, open_graph
 from tarflow_runtimes._trt._network import Graph, parse
 from tarflow_runtimes._trt._package import PORTABLE_TARGETS, import_package
 from tarflow_runtimes._trt._profiles import Profile, joined, profiles_for, shape_of, uncovered
+from tarflow_runtimes._trt._supply import wanted_engines
 from tarflow_sdk.testing import random_model, tiny_config
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -259,10 +260,22 @@ def test_what_another_process_builds_is_what_this_one_would(rtx, exported):
     assert there.seconds.keys() == here.seconds.keys()
 
 
-@pytest.mark.parametrize(("worker", "why"), [("no.such.module", "No module named"), ("__future__", "exit code 0")])
-def test_a_process_that_ends_without_an_answer_is_an_error(rtx, graph, monkeypatch, worker, why):
-    monkeypatch.setattr(_build, "WORKER", worker)
-    with pytest.raises(tfr.EngineError, match=f"ended while it built the forward graph.*: .*{why}") as caught:
+ENDS = {
+    "import os; os.abort()": "exit code -6",
+    "pass": "exit code 0",
+    "raise MemoryError": "MemoryError",
+    """print('{"share": 0.5}')""": "exit code 0",
+    """print('{"built": {}, "nbytes": 5}')""": "exit code 0",
+}
+"""What a process might do instead of answering, and how the error says so."""
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_a_process_that_ends_without_an_answer_is_an_error(rtx, graph, monkeypatch, tmp_path, code):
+    (tmp_path / "worker_that_ends.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(_build, "WORKER", "worker_that_ends")
+    with pytest.raises(tfr.EngineError, match=f"ended while it built the forward graph.*: {ENDS[code]}") as caught:
         build(rtx, graph, profiles_for([2]), targets=["sm_89"])
     assert "memory" in caught.value.hint
 
@@ -289,6 +302,19 @@ def test_the_digest_is_that_of_the_graph_and_its_weights(copied, exported):
         path.write_bytes(data)
     assert len({first, *others}) == len(others) + 1
     assert digest(copied) == first
+
+
+def test_forward_and_gradient_need_no_more_images_than_they_run_at_once(exported, monkeypatch):
+    bundle = open_bundle(exported("class").path)
+    profiles = profiles_for([1, 8, 64], branches=[1, 2], windows=[1, 3])
+    wanted = list(wanted_engines(bundle, profiles))
+    assert [(block, kind) for block, kind, _ in wanted] == [(block, kind) for block in (0, 1) for kind in KINDS]
+    assert wanted[0][2] == profiles
+    assert [(one.least, one.most) for one in wanted[1][2]] == [(1, 1), (2, 8), (9, 64)]
+    monkeypatch.setattr("tarflow_runtimes._trt._supply.density_images", lambda _: 5)
+    wanted = list(wanted_engines(bundle, profiles))
+    assert wanted[0][2] == profiles
+    assert [(one.least, one.most) for one in wanted[1][2]] == [(1, 1), (2, 5)]
 
 
 def test_profiles():

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes._bundle import Bundle
+from tarflow_runtimes._bundle import Bundle, ModelConfig
 from tarflow_runtimes._device.device import Device, Program, ProgramMaker
 from tarflow_runtimes._device.loop import DeviceDecoder
 from tarflow_runtimes._engine import Floats, Integers
@@ -47,6 +47,12 @@ def chosen_dtype(bundle: Bundle, dtype: str | None) -> str:
             hint=f"use {bundle.dtype}, or export the checkpoint with --dtype float32",
         )
     return dtype
+
+
+def density_images(config: ModelConfig) -> int:
+    """Images whose activations fit into one run of a forward or gradient program; at least 1."""
+    image_bytes = 4 * config.patches * (4 * config.heads * config.patches + 20 * config.width)
+    return max(1, ACTIVATION_BYTES // image_bytes)
 
 
 class _Call:
@@ -133,9 +139,8 @@ class DeviceEngine:
 
     def _run(self, block: int, kind: str, arrays: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
         """Run a forward or gradient program on a batch, in pieces of one size; the last piece is filled up."""
-        config, batch = self._bundle.config, len(arrays["patches"])
-        image_bytes = 4 * config.patches * (4 * config.heads * config.patches + 20 * config.width)
-        size = max(1, min(batch, ACTIVATION_BYTES // image_bytes))
+        batch = len(arrays["patches"])
+        size = min(batch, density_images(self._bundle.config))
         given = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
         made: list[dict[str, npt.NDArray[Any]]] = []
         for start in range(0, batch, size):

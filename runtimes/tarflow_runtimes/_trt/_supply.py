@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tarflow_runtimes._bundle import Bundle
-from tarflow_runtimes._engines.device_engine import chosen_dtype
+from tarflow_runtimes._engines.device_engine import chosen_dtype, density_images
 from tarflow_runtimes._errors import Cancelled, EngineError
 from tarflow_runtimes._trt._build import build
 from tarflow_runtimes._trt._cache import MAX_BYTES, EngineCache
@@ -208,8 +208,14 @@ def targets_of(package: Package, gpu: Gpu | None, targets: Sequence[str] | None)
 
 
 def wanted_engines(bundle: Bundle, profiles: Sequence[Profile]) -> Iterator[tuple[int, str, tuple[Profile, ...]]]:
-    """Every graph of a bundle that takes these shapes of the advance graph: block, kind, profiles."""
-    whole = tuple(dict.fromkeys(Profile(least=one.least, most=one.most) for one in profiles))
+    """Every graph of a bundle for these shapes of the advance graph: block, kind, profiles.
+
+    Forward and gradient run large batches in pieces, so that they need no larger profiles.
+    """
+    limit = density_images(bundle.config)
+    whole = tuple(
+        dict.fromkeys(Profile(least=one.least, most=min(one.most, limit)) for one in profiles if one.least <= limit)
+    )
     for block in range(len(bundle.blocks)):
         yield block, "advance", tuple(profiles)
         yield block, "forward", whole
