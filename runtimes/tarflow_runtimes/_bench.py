@@ -11,7 +11,7 @@ import itertools
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,7 +55,7 @@ def bench(
     bundle: Path | None = None,
     *,
     engines: Sequence[str] = ("ort-cpu",),
-    dtype: str | None = None,
+    options: Mapping[str, Any] | None = None,
     batches: Sequence[int] = (1, 16),
     decodes: Sequence[str] = ("sequential", "auto"),
     guidance: Sequence[float] = (0.0,),
@@ -65,7 +65,7 @@ def bench(
     ceilings: bool = True,
     on_progress: OnProgress | None = None,
 ) -> BenchResult:
-    """Measure every combination of the lists; nothing is written. `dtype` is as in `load`.
+    """Measure every combination of the lists; nothing is written. `options` are further arguments of `load`.
 
     Raises:
         BundleError: when the bundle is missing, damaged, unsafe or too new.
@@ -102,7 +102,7 @@ def bench(
         for case in cases:
             if case.engine not in flows:
                 began = time.perf_counter()
-                flows[case.engine] = stack.enter_context(load(bundle, engine=case.engine, dtype=dtype))
+                flows[case.engine] = stack.enter_context(load(bundle, engine=case.engine, **(options or {})))
                 loaded = time.perf_counter() - began
                 seconds, _ = _Runner(flows[case.engine], case, tolerance, seed).draw(0, images=1)
                 firsts[case.engine] = (1e3 * loaded, 1e3 * seconds)

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._bundle import open_bundle
+from tarflow_runtimes._bundle import Bundle, open_bundle
+from tarflow_runtimes._device.host import HostDevice
+from tarflow_runtimes._engines import ENGINES, Options
+from tarflow_runtimes._engines.device_engine import DeviceEngine
+from tarflow_runtimes._engines.ort_programs import OrtMaker
 
 
 def test_inspect(tarflow: Callable, class_bundle: Path) -> None:
@@ -66,10 +70,7 @@ def test_verify(tarflow: Callable, class_bundle: Path) -> None:
 
 
 def test_verify_fails_when_a_tolerance_is_missed(tarflow: Callable, own_bundle: Path) -> None:
-    weights = own_bundle / "block_01/weights.bin"
-    weights.write_bytes((np.fromfile(weights, np.float32) * np.float32(1.1)).tobytes())
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    edit(own_bundle, lambda manifest: manifest["files"]["block_01/weights.bin"].update(sha256=digest))
+    scale_weights(own_bundle, 1.1)
     result = tarflow("verify", own_bundle, "--json")
     assert result.code == 1
     report = json.loads(result.out)
@@ -83,9 +84,50 @@ def test_verify_fails_when_a_tolerance_is_missed(tarflow: Callable, own_bundle: 
     assert hint.startswith("hint: ")
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_verify_tells_the_engines_of_tensorrt(
+    tarflow: Callable, own_bundle: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """Passed or not, the outcome goes to where those engines are kept; the host's memory stands in for a GPU here."""
+    if damaged:
+        scale_weights(own_bundle, 1.1)
+
+    def open_host(bundle: Bundle, options: Options) -> DeviceEngine:
+        provider: dict[str, Any] = {"name": "ort-cuda", "provider": "CPUExecutionProvider", "options": {}}
+        engine = DeviceEngine(bundle, OrtMaker(bundle, HostDevice(), dtype=options.dtype or "", **provider))
+        engine.name = "trt"
+        return engine
+
+    monkeypatch.setitem(ENGINES, "trt", open_host)
+    told: list[tuple[bool, Any]] = []
+    monkeypatch.setattr(
+        "tarflow_runtimes._engines.trt.record_verification", lambda _, *, passed, facts: told.append((passed, facts))
+    )
+    result = tarflow("verify", own_bundle, "--engine", "trt", "--dtype", "float32", "--json")
+    assert result.code == int(damaged)
+    report = json.loads(result.out)
+    assert (report["engine"], report["dtype"], report["passed"]) == ("trt", "float32", not damaged)
+    [(passed, facts)] = told
+    assert passed is not damaged
+    assert facts == {
+        "bundle": open_bundle(own_bundle).digest,
+        "comparisons": len(report["records"]),
+        "missed": [record["name"] for record in report["records"] if not record["passed"]],
+    }
+    assert bool(facts["missed"]) == damaged
+
+
 def test_verify_needs_a_reference(refused: Callable, colour_bundle: Path) -> None:
     assert "--no-verify" in refused("verify", colour_bundle, code=1).err
     assert "trt" in refused("verify", colour_bundle, "--engine", "trt").err
+
+
+def scale_weights(bundle: Path, factor: float) -> None:
+    """Make block 1 of another model, with a manifest that knows it."""
+    weights = bundle / "block_01/weights.bin"
+    weights.write_bytes((np.fromfile(weights, np.float32) * np.float32(factor)).tobytes())
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    edit(bundle, lambda manifest: manifest["files"]["block_01/weights.bin"].update(sha256=digest))
 
 
 def flip(path: Path) -> None:

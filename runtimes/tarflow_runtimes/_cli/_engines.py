@@ -52,8 +52,8 @@ EngineDir = Annotated[
 DEFAULT_BATCH, DEFAULT_WINDOW, DEFAULT_BYTES = "1,8,64", "16", 20 << 30
 
 
-def engine_options(engine: str, dtype: str | None, engine_dir: Path | None) -> dict[str, Any]:
-    """The arguments of `load` that choose an engine; builds are said on stderr, once each, with their reason."""
+def load_options(dtype: str | None, engine_dir: Path | None) -> dict[str, Any]:
+    """The arguments of `load` that go with an engine; builds are said on stderr, once each, with their reason."""
     told: set[tuple[int, str]] = set()
 
     def on_building(building: Building) -> None:
@@ -61,7 +61,7 @@ def engine_options(engine: str, dtype: str | None, engine_dir: Path | None) -> d
             told.add((building.block, building.kind))
             note(f"building the {building.kind} engine of block {building.block}: {building.reason}")
 
-    return {"engine": engine, "dtype": dtype, "engine_dir": engine_dir, "on_building": on_building}
+    return {"dtype": dtype, "engine_dir": engine_dir, "on_building": on_building}
 
 
 def check_engine(engine: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tarflow_runtimes._cli._engines import Dtype
+from tarflow_runtimes._cli._engines import Dtype, EngineDir, load_options
 from tarflow_runtimes._cli._lists import count, items, weight
 from tarflow_runtimes._cli._shell import command, json_text, new_app, note, printable
 from tarflow_runtimes._errors import InputError
@@ -40,6 +40,7 @@ def bench(
     *,
     engine: Annotated[str, typer.Option(metavar="LIST", help="What runs the graphs.")] = "ort-cpu",
     dtype: Dtype = None,
+    engine_dir: EngineDir = None,
     batch: Annotated[str, typer.Option(metavar="LIST", help="Images that run together.")] = "1,16",
     decode: Annotated[
         str,
@@ -95,7 +96,7 @@ def bench(
         result = run_bench(
             bundle,
             engines=engines,
-            dtype=dtype,
+            options=load_options(dtype, engine_dir),
             batches=batches,
             decodes=decodes,
             guidance=weights,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tarflow_runtimes._cli._engines import Dtype, Engine, EngineDir, engine_options
+from tarflow_runtimes._cli._engines import Dtype, Engine, EngineDir, load_options
 from tarflow_runtimes._cli._shell import command, json_text, new_app, note, print_json, printable
 from tarflow_runtimes._errors import InputError
 
@@ -70,8 +70,8 @@ def verify(
     from tarflow_runtimes._parity import require_passed
     from tarflow_runtimes._verify import verify as run_verification
 
-    options = engine_options(engine, dtype, engine_dir)
-    with tfr.load(bundle, **options) as flow, StepClock("verifying") as clock:
+    options = load_options(dtype, engine_dir)
+    with tfr.load(bundle, engine=engine, **options) as flow, StepClock("verifying") as clock:
         blocks = flow.config.blocks
         records = run_verification(flow.bundle, flow.backend, on_block=lambda block: clock.show(block + 1, blocks))
         facts = {"bundle": str(flow.bundle.path), "digest": flow.bundle.digest, "engine": flow.engine}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tarflow_runtimes._cli._engines import Dtype, Engine, EngineDir, engine_options
+from tarflow_runtimes._cli._engines import Dtype, Engine, EngineDir, load_options
 from tarflow_runtimes._cli._shell import command, new_app, note, print_json
 from tarflow_runtimes._errors import InputError
 
@@ -72,9 +72,8 @@ def encode(
     from tarflow_runtimes._cli._output import check_output, write_arrays
 
     target = check_output(output, kinds=(".npy", ".npz"), overwrite=overwrite)
-    with _opened(
-        files, bundle=bundle, engine=engine_options(engine, dtype, engine_dir), labels=labels, batch_size=batch_size
-    ) as work:
+    options = {"engine": engine, **load_options(dtype, engine_dir)}
+    with _opened(files, bundle=bundle, options=options, labels=labels, batch_size=batch_size) as work:
         encoded = work.map(lambda flow, images, classes: flow.encode(images, labels=classes))
         z, log_det = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
         written = write_arrays(target, z, key="z", arrays={"log_det": log_det})
@@ -117,9 +116,8 @@ def denoise(
     if not math.isfinite(strength):
         raise InputError(f"--strength must be a finite number, got {strength}", hint="1 is the full step")
     target = check_output(output, kinds=(".png", "folder", ".npy", ".npz"), overwrite=overwrite)
-    with _opened(
-        files, bundle=bundle, engine=engine_options(engine, dtype, engine_dir), labels=labels, batch_size=batch_size
-    ) as work:
+    options = {"engine": engine, **load_options(dtype, engine_dir)}
+    with _opened(files, bundle=bundle, options=options, labels=labels, batch_size=batch_size) as work:
         names = _png_names(work.images)
         check_pictures(target, channels=work.flow.config.image_channels, names=names)
         images = np.concatenate(
@@ -158,9 +156,8 @@ def score(
     from tarflow_runtimes._cli._output import check_output, write_arrays
 
     target = None if output is None else check_output(output, kinds=(".npy", ".npz"), overwrite=overwrite)
-    with _opened(
-        files, bundle=bundle, engine=engine_options(engine, dtype, engine_dir), labels=labels, batch_size=batch_size
-    ) as work:
+    options = {"engine": engine, **load_options(dtype, engine_dir)}
+    with _opened(files, bundle=bundle, options=options, labels=labels, batch_size=batch_size) as work:
         log_prob = np.concatenate(work.map(lambda flow, images, classes: flow.log_prob(images, labels=classes)))
         bits = -log_prob / (work.flow.config.dims * math.log(2.0)) + 7.0
         written = (
@@ -195,9 +192,8 @@ def classify(
     from tarflow_runtimes._cli._output import check_output, write_arrays
 
     target = None if output is None else check_output(output, kinds=(".npy", ".npz"), overwrite=overwrite)
-    with _opened(
-        files, bundle=bundle, engine=engine_options(engine, dtype, engine_dir), labels=None, batch_size=batch_size
-    ) as work:
+    options = {"engine": engine, **load_options(dtype, engine_dir)}
+    with _opened(files, bundle=bundle, options=options, labels=None, batch_size=batch_size) as work:
         posteriors = np.concatenate(work.map(lambda flow, images, _: flow.classify(images)))
         written = [] if target is None else write_arrays(target, posteriors, key="log_posteriors", arrays={})
         names = [label_name(label, work.flow.config.labels) for label in range(posteriors.shape[1])]
@@ -266,7 +262,7 @@ class _Work:
 
 @contextlib.contextmanager
 def _opened(
-    paths: list[Path], *, bundle: Path | None, engine: dict[str, Any], labels: str | None, batch_size: int
+    paths: list[Path], *, bundle: Path | None, options: dict[str, Any], labels: str | None, batch_size: int
 ) -> Iterator[_Work]:
     """Open the model; read the images and labels that a verb was given."""
     if batch_size < 1:
@@ -276,7 +272,7 @@ def _opened(
     from tarflow_runtimes._cli._images import read_images
     from tarflow_runtimes._cli._labels import parse_labels, spread
 
-    with tfr.load(bundle, **engine) as flow:
+    with tfr.load(bundle, **options) as flow:
         config = flow.config
         classes = parse_labels(labels, classes=config.classes, names=config.labels)
         images = read_images(paths, channels=config.image_channels, size=config.image_size)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tarflow_runtimes._cli._decode import check_decode, plan_of, warnings_told
-from tarflow_runtimes._cli._engines import Dtype, Engine, EngineDir, engine_options
+from tarflow_runtimes._cli._engines import Dtype, Engine, EngineDir, load_options
 from tarflow_runtimes._cli._shell import command, new_app, note, print_json, run
 from tarflow_runtimes._errors import InputError
 
@@ -130,7 +130,7 @@ def infer(
 
     clock = StepClock("sampling")
     began = time.perf_counter()
-    with tfr.load(bundle, weights=weights, **engine_options(engine, dtype, engine_dir)) as flow:
+    with tfr.load(bundle, engine=engine, weights=weights, **load_options(dtype, engine_dir)) as flow:
         config = flow.config
         listed = parse_labels(labels, classes=config.classes, names=config.labels)
         count = n or (len(np.atleast_1d(given)) if given is not None else len(listed or range(DEFAULT_COUNT)))
