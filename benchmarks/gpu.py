@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --reference PATH/TO/ml-tarflow               # all shapes, hours
     python benchmarks/gpu.py --tiny --device cpu                          # every line of it, without a GPU
 
-Needs PyTorch with CUDA and `pip install "tarflow-sdk[export,...]"` with the extra of each engine to be measured; every
-engine that `tarflow doctor` calls ready is. Writes NAME.json and NAME.md, by default below benchmarks/results/.
+docs/GPU.md says how to install what it needs. Every engine that `tarflow doctor` calls ready is measured. NAME.json and
+NAME.md are written, by default below benchmarks/results/.
 
 Each sampler lives in a process of its own, and they are called in turn on the same noise and labels; seconds are
 medians over the rounds and include the way of latents and images between host and GPU, ratios are medians of the
