@@ -13,7 +13,7 @@ import dataclasses
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tarflow_runtimes._bundle import Bundle
 from tarflow_runtimes._device.cuda import CudaDevice
@@ -27,6 +27,9 @@ from tarflow_runtimes._trt._profiles import Profile, shape_of
 from tarflow_runtimes._trt._runtime import Kernels, LoadedEngine
 from tarflow_runtimes._trt._sidecar import Sidecar, Verification
 from tarflow_runtimes._trt._supply import OnBuilding, Supply
+
+CACHES: Final = ("next_key_", "next_value_")
+"""How the names of the updated caches begin."""
 
 
 def open_trt(
@@ -164,13 +167,29 @@ class TrtProgram:
         return TrtBound(self, addresses, reach)
 
     def record(self, launches: Sequence[Bound]) -> Replay:
-        """A CUDA graph of some launches."""
+        """A CUDA graph of some launches, each of which has run before: a context sets itself up at its first run."""
 
         def launch() -> None:
             for bound in launches:
                 bound.launch()
 
+        for bound in launches:
+            assert isinstance(bound, TrtBound)  # `bind` made it
+            if not bound.ran:
+                self._run_for_nothing(bound)
         return self.device.capture(launch)
+
+    def _run_for_nothing(self, bound: TrtBound) -> None:
+        """Launch, and take back what was written, but for cache entries that the next launches write again."""
+        device, kept = self.device, []
+        for name, spec in self.outputs.items():
+            if not name.startswith(CACHES):
+                kept.append((bound.addresses[name], device.allocate(spec.nbytes), spec.nbytes))
+        for address, buffer, nbytes in kept:
+            device.copy(buffer.address, address, nbytes)
+        bound.launch()
+        for address, buffer, nbytes in kept:
+            device.copy(address, buffer.address, nbytes)
 
 
 class TrtBound:
@@ -181,7 +200,8 @@ class TrtBound:
     """
 
     def __init__(self, program: TrtProgram, addresses: Mapping[str, int], reach: int | None) -> None:
-        self._program = program
+        self._program, self.addresses = program, addresses
+        self.ran = False
         engine, scratch = program.engine, program.scratch
         self._context = context = engine.context(program.profile, program.device.stream)
         context.set_device_memory(scratch.address, scratch.nbytes)
@@ -203,3 +223,4 @@ class TrtBound:
         with listen() as heard:
             if not self._context.execute_async_v3(program.device.stream):
                 raise program.engine.refused("run", heard)
+        self.ran = True
