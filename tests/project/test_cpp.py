@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 import tarflow_runtimes as tfr
 from tarflow_export import export_bundle
@@ -227,6 +229,52 @@ def test_rewrites(name: str, dtype: str, build: Callable[..., Path], tmp_path: P
     assert sorted(expected) == sorted(file.stem for file in graphs.iterdir())
     for graph_name, theirs in expected.items():
         assert _plain((graphs / f"{graph_name}.onnx").read_bytes()) == _plain(theirs), graph_name
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("decode", ["sequential", "parallel"])
+@pytest.mark.parametrize("guidance", [{}, {"guidance": 1.3, "attention_temperature": 0.7}])
+@pytest.mark.parametrize(("name", "dtype"), [("class", "float32"), ("class", "float16"), ("no_nvp", "float32")])
+@pytest.mark.timeout(600)
+def test_tool(  # noqa: PLR0917 - cases and fixtures
+    name: str,
+    dtype: str,
+    guidance: dict[str, float],
+    decode: str,
+    build: Callable[..., Path],
+    cpp_library: Path,
+    tmp_path: Path,
+) -> None:
+    """`tarflow-sample` draws, bit for bit, and reports what the Python runtime does."""
+    bundle, output = tmp_path / f"{name}.tarflow", tmp_path / "images.npy"
+    export_bundle(random_model(MATRIX[name], seed=2), bundle, dtype=dtype, verify=False)
+    flags = ["--labels", "0,1,null", "--seed", "3", "-n", "5", "--batch-size", "2", "--json", "-o", output]
+    flags += [word for key, value in guidance.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    plan = None
+    if decode == "parallel":
+        flags += ["--decode", "parallel", "--window", "5", "--tolerance", "0.001"]
+        plan = tfr.Parallel(window=5, tolerance=0.001)
+    said = _run(build("cpp") / "tarflow-sample", bundle, *flags, TARFLOW_ORT_LIBRARY=cpp_library)
+    report = json.loads(said[said.index("{") : said.rindex("}") + 1])  # what it says to people goes to stderr
+    with tfr.load(bundle) as flow:
+        labels = [0, 1, -1, 0, 1]
+        sample = flow.sample(5, labels=labels, seed=3, batch_size=2, plan=plan, **guidance)
+        assert report["digest"] == flow.bundle.digest
+    np.testing.assert_array_equal(np.load(output), sample.images)
+    assert report["decode"] == {"asked": decode} | json.loads(json.dumps(sample.report.to_json()))
+
+
+@pytest.mark.cpp
+@pytest.mark.timeout(600)
+def test_pictures_of_the_tool(build: Callable[..., Path], cpp_library: Path, tmp_path: Path) -> None:
+    """A grid of `tarflow-sample` holds the pixels and the text of one of `tarflow-infer`."""
+    flags = ["-n", "7", "--labels", "4,2", "--seed", "5", "--guidance", "1.5", "--guide", "a", "--anneal-guidance"]
+    ours, theirs = tmp_path / "ours.png", tmp_path / "theirs.png"
+    _run(build("cpp") / "tarflow-sample", BUNDLE, *flags, "-o", ours, TARFLOW_ORT_LIBRARY=cpp_library)
+    _run(sys.executable, "-c", "from tarflow_runtimes._cli.infer import main; main()", BUNDLE, *flags, "-o", theirs)
+    with Image.open(ours) as one, Image.open(theirs) as other:
+        assert one.text == other.text  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 def _plain(data: bytes) -> onnx.ModelProto:

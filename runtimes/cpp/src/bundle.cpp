@@ -259,10 +259,14 @@ std::string resolve(const std::string& path) {
 
 Json parse(const std::string& root, const std::string& raw) {
   Json data;
+  const auto refuse = [&](const std::string& why) {
+    return bundle_error("bundle " + name_of(root) + ": manifest.json is not UTF-8 JSON: " + why, kFetch);
+  };
+  if (raw.compare(0, 3, "\xef\xbb\xbf") == 0) throw refuse("it starts with a byte order mark");
   try {
     data = Json::parse(raw);
   } catch (const Json::exception& error) {
-    throw bundle_error("bundle " + name_of(root) + ": manifest.json is not UTF-8 JSON: " + error.what(), kFetch);
+    throw refuse(error.what());
   }
   if (!data.is_object())
     throw bundle_error("bundle " + name_of(root) + ": manifest.json must hold one JSON object", kFetch);

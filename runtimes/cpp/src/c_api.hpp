@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -19,8 +18,7 @@ struct tarflow_model {
 
 struct tarflow_sampler {
   std::shared_ptr<const tarflow::detail::Engine> engine;
-  tarflow::detail::CancelFlag cancelled{false};
-  std::atomic<bool> busy{false};
+  tarflow::detail::Call call{};
   tarflow::detail::DecodeReport report;                // of the last sample
   std::vector<std::vector<std::int64_t>> committed{};  // of each block of it, image after image
 };

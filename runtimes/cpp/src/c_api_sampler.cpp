@@ -19,19 +19,18 @@ Labels part(const Labels& labels, int64_t start, int64_t count) {
   return Labels(labels.begin() + start, labels.begin() + start + count);
 }
 
-/// One call at a time on a sampler, and a cancellation is of the call that runs.
+/// Calls work(engine, call): one call at a time on a sampler.
 template <typename Work>
 tarflow_status on_sampler(tarflow_sampler* sampler, Work work) noexcept {
   return guarded([&] {
     need(sampler, "sampler");
-    if (sampler->busy.exchange(true))
+    if (!sampler->call.begin())
       throw input_error("the sampler is in a call already", "make one sampler for each thread");
-    struct Done {
-      tarflow_sampler* sampler;
-      ~Done() { sampler->busy = false; }
-    } const done{sampler};
-    sampler->cancelled = false;
-    work(*sampler->engine, &sampler->cancelled);
+    struct End {
+      Call& call;
+      ~End() { call.end(); }
+    } const end{sampler->call};
+    work(*sampler->engine, sampler->call);
   });
 }
 
@@ -49,17 +48,17 @@ void each_chunk(const Engine& engine, int64_t n, const float* images, const int6
   }
 }
 
-void add_score(const Engine& engine, Floats& patches, const Labels& labels, float scale, const CancelFlag* cancelled) {
-  const Floats gradient = score(engine, patches, labels, cancelled);
+void add_score(const Engine& engine, Floats& patches, const Labels& labels, float scale, const Call& call) {
+  const Floats gradient = score(engine, patches, labels, call);
   for (size_t i = 0; i < patches.size(); ++i) patches[i] += scale * gradient[i];
 }
 
 /// Log q [n] of n images under one label each.
-void log_probs(const Engine& engine, int64_t n, const float* images, const int64_t* labels, const CancelFlag* cancelled,
+void log_probs(const Engine& engine, int64_t n, const float* images, const int64_t* labels, const Call& call,
                double* log_prob) {
   each_chunk(engine, n, images, labels, [&](int64_t start, int64_t, Floats patches, const Labels& y) {
     std::vector<double> log_det;
-    const Floats u = encode_patches(engine, std::move(patches), y, cancelled, log_det);
+    const Floats u = encode_patches(engine, std::move(patches), y, call, log_det);
     const std::vector<double> sums = log_prob_of(u, log_det);
     std::copy(sums.begin(), sums.end(), log_prob + start);
   });
@@ -107,7 +106,7 @@ void warn(const Logger& logger, const DecodeReport& report) {
 }
 
 DecodeReport sample(const Engine& engine, int64_t n, const int64_t* labels, const tarflow_sample_options& options,
-                    float* images, size_t images_length, const CancelFlag* cancelled) {
+                    float* images, size_t images_length, const Call& call) {
   const Config& config = engine.config();
   const int64_t dims = config.dims();
   check_count(n);
@@ -120,7 +119,7 @@ DecodeReport sample(const Engine& engine, int64_t n, const int64_t* labels, cons
   const Labels numbers = class_numbers(labels, n, config);
   DecodeInputs inputs;
   inputs.guidance = guidance_of(options, numbers, config);
-  inputs.cancelled = cancelled;
+  inputs.call = &call;
   const double sigma =
       options.denoise != 0 ? sigma_of(config, "leave the training noise in the images: denoise = 0") : 0.0;
   if (options.noise != nullptr) {
@@ -155,7 +154,7 @@ DecodeReport sample(const Engine& engine, int64_t n, const int64_t* labels, cons
     DecodeReport how;
     Floats patches = decode_patches(engine, std::move(latents), inputs, how);
     if (options.denoise != 0)
-      add_score(engine, patches, inputs.labels, static_cast<float>(sigma * sigma), cancelled);
+      add_score(engine, patches, inputs.labels, static_cast<float>(sigma * sigma), call);
     unpatchify(patches, count, config, images + start * dims);
     report.extend(std::move(how), start);
   }
@@ -187,7 +186,7 @@ tarflow_status tarflow_sampler_create(const tarflow_model* model, tarflow_sample
 void tarflow_sampler_free(tarflow_sampler* sampler) { delete sampler; }
 
 void tarflow_sampler_cancel(tarflow_sampler* sampler) {
-  if (sampler != nullptr) sampler->cancelled = true;
+  if (sampler != nullptr) sampler->call.cancel();
 }
 
 void tarflow_strategy_init(tarflow_strategy* strategy) {
@@ -207,11 +206,11 @@ void tarflow_sample_options_defaults(tarflow_sample_options* options, size_t siz
 
 tarflow_status tarflow_sampler_sample(tarflow_sampler* sampler, int64_t n, const int64_t* labels,
                                       const tarflow_sample_options* options, float* images, size_t images_length) {
-  return on_sampler(sampler, [&](const Engine& engine, const CancelFlag* cancelled) {
+  return on_sampler(sampler, [&](const Engine& engine, const Call& call) {
     sampler->report = {};
     sampler->committed.clear();
     const auto chosen = given(options, tarflow_sample_options_defaults, "options");
-    DecodeReport report = sample(engine, n, labels, chosen, images, images_length, cancelled);
+    DecodeReport report = sample(engine, n, labels, chosen, images, images_length, call);
     for (const BlockReport& block : report.blocks) {
       std::vector<int64_t>& all = sampler->committed.emplace_back();
       for (const std::vector<int64_t>& image : block.committed) all.insert(all.end(), image.begin(), image.end());
@@ -247,11 +246,11 @@ tarflow_status tarflow_sampler_block_report(const tarflow_sampler* sampler, int6
 
 tarflow_status tarflow_sampler_encode(tarflow_sampler* sampler, int64_t n, const float* images, const int64_t* labels,
                                       float* z, double* log_det) {
-  return on_sampler(sampler, [&](const Engine& engine, const CancelFlag* cancelled) {
+  return on_sampler(sampler, [&](const Engine& engine, const Call& call) {
     const int64_t dims = engine.config().dims();
     each_chunk(engine, n, images, labels, [&](int64_t start, int64_t, Floats patches, const Labels& y) {
       std::vector<double> sums;
-      const Floats u = encode_patches(engine, std::move(patches), y, cancelled, sums);
+      const Floats u = encode_patches(engine, std::move(patches), y, call, sums);
       if (z != nullptr) std::copy(u.begin(), u.end(), z + start * dims);
       if (log_det != nullptr) std::copy(sums.begin(), sums.end(), log_det + start);
     });
@@ -260,15 +259,15 @@ tarflow_status tarflow_sampler_encode(tarflow_sampler* sampler, int64_t n, const
 
 tarflow_status tarflow_sampler_log_prob(tarflow_sampler* sampler, int64_t n, const float* images,
                                         const int64_t* labels, double* log_prob) {
-  return on_sampler(sampler, [&](const Engine& engine, const CancelFlag* cancelled) {
+  return on_sampler(sampler, [&](const Engine& engine, const Call& call) {
     need(log_prob, "log_prob");
-    log_probs(engine, n, images, labels, cancelled, log_prob);
+    log_probs(engine, n, images, labels, call, log_prob);
   });
 }
 
 tarflow_status tarflow_sampler_denoise(tarflow_sampler* sampler, int64_t n, const float* images, const int64_t* labels,
                                        double sigma, double strength, float* denoised) {
-  return on_sampler(sampler, [&](const Engine& engine, const CancelFlag* cancelled) {
+  return on_sampler(sampler, [&](const Engine& engine, const Call& call) {
     need(denoised, "denoised");
     const Config& config = engine.config();
     check_real("strength", strength, false);
@@ -276,7 +275,7 @@ tarflow_status tarflow_sampler_denoise(tarflow_sampler* sampler, int64_t n, cons
     const double noise = sigma > 0.0 ? sigma : sigma_of(config, "pass sigma");
     const auto scale = static_cast<float>(strength * (noise * noise));
     each_chunk(engine, n, images, labels, [&](int64_t start, int64_t count, Floats patches, const Labels& y) {
-      add_score(engine, patches, y, scale, cancelled);
+      add_score(engine, patches, y, scale, call);
       unpatchify(patches, count, config, denoised + start * config.dims());
     });
   });
@@ -284,7 +283,7 @@ tarflow_status tarflow_sampler_denoise(tarflow_sampler* sampler, int64_t n, cons
 
 tarflow_status tarflow_sampler_classify(tarflow_sampler* sampler, int64_t n, const float* images,
                                         double* log_posteriors) {
-  return on_sampler(sampler, [&](const Engine& engine, const CancelFlag* cancelled) {
+  return on_sampler(sampler, [&](const Engine& engine, const Call& call) {
     const int64_t classes = engine.config().classes;
     if (classes == 0)
       throw input_error("this model has no classes, so it cannot classify", "use a class-conditional model");
@@ -292,7 +291,7 @@ tarflow_status tarflow_sampler_classify(tarflow_sampler* sampler, int64_t n, con
     check_count(n);
     std::vector<double> column(static_cast<size_t>(n));
     for (int64_t label = 0; label < classes; ++label) {
-      log_probs(engine, n, images, std::vector<int64_t>(column.size(), label).data(), cancelled, column.data());
+      log_probs(engine, n, images, std::vector<int64_t>(column.size(), label).data(), call, column.data());
       for (int64_t image = 0; image < n; ++image)
         log_posteriors[image * classes + label] = column[static_cast<size_t>(image)];
     }

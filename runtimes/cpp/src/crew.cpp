@@ -4,8 +4,8 @@
 
 namespace tarflow::detail {
 
-void check_cancelled(const CancelFlag* cancelled) {
-  if (cancelled != nullptr && *cancelled) throw Error(TARFLOW_ERROR_CANCELLED, "cancelled by tarflow_sampler_cancel");
+void Call::check() const {
+  if (cancelled()) throw Error(TARFLOW_ERROR_CANCELLED, "cancelled by tarflow_sampler_cancel");
 }
 
 void Crew::report(std::int64_t part, std::int64_t steps) {
@@ -46,7 +46,7 @@ void Crew::work(const std::function<void(std::int64_t)>& run, std::int64_t worke
   take_parts(run);
   for (std::thread& thread : threads) thread.join();
   if (error_) std::rethrow_exception(error_);
-  check_cancelled(cancelled_);
+  if (call_ != nullptr) call_->check();
   if (on_step_) tell();
 }
 

@@ -11,23 +11,40 @@
 
 namespace tarflow::detail {
 
-/// Set from any thread to end what a sampler is doing.
-using CancelFlag = std::atomic<bool>;
+/// One call at a time, which any thread, or a signal handler, may cancel. One word holds both, so that a cancellation
+/// is of the call that it met, and never of the next.
+class Call {
+ public:
+  /// Whether the call may begin: none is running.
+  bool begin() noexcept {
+    int idle = kIdle;
+    return state_.compare_exchange_strong(idle, kRunning);
+  }
+  void end() noexcept { state_ = kIdle; }
+  void cancel() noexcept {
+    int running = kRunning;
+    state_.compare_exchange_strong(running, kCancelled);
+  }
+  bool cancelled() const noexcept { return state_ == kCancelled; }
+  /// Throws Error (TARFLOW_ERROR_CANCELLED) when the call is to end.
+  void check() const;
 
-/// Throws Error (TARFLOW_ERROR_CANCELLED) when the flag is set.
-void check_cancelled(const CancelFlag* cancelled);
+ private:
+  enum : int { kIdle, kRunning, kCancelled };
+  std::atomic<int> state_{kIdle};
+};
 
 /// Runs the parts of a batch in threads; the caller's thread works too, and alone calls `on_step`.
 class Crew {
  public:
   using OnStep = std::function<void(std::int64_t steps)>;
 
-  Crew(std::int64_t parts, OnStep on_step, const CancelFlag* cancelled = nullptr)
-      : done_(static_cast<std::size_t>(parts)), on_step_(std::move(on_step)), cancelled_(cancelled),
+  Crew(std::int64_t parts, OnStep on_step, const Call* call = nullptr)
+      : done_(static_cast<std::size_t>(parts)), on_step_(std::move(on_step)), call_(call),
         caller_(std::this_thread::get_id()) {}
 
   /// Whether the parts are to end: one has failed, or the call was cancelled.
-  bool stopped() const { return stop_ || (cancelled_ != nullptr && *cancelled_); }
+  bool stopped() const { return stop_ || (call_ != nullptr && call_->cancelled()); }
   /// Say how many steps of a part are done.
   void report(std::int64_t part, std::int64_t steps);
   /// Run every part; the first error stops the others, and is thrown when all threads have ended.
@@ -39,7 +56,7 @@ class Crew {
 
   std::vector<std::atomic<std::int64_t>> done_;
   OnStep on_step_;
-  const CancelFlag* cancelled_;
+  const Call* call_;
   std::thread::id caller_;
   std::atomic<bool> stop_{false};
   std::atomic<std::int64_t> next_{0};

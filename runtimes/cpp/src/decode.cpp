@@ -22,7 +22,7 @@ Floats inverse_block(const Engine& engine, const BlockInputs& inputs, const Floa
   const std::int64_t batch = engine.batch_of(z), steps = c.patches() - 1;
   const std::vector<Part> parts = engine.parts(batch, static_cast<std::int64_t>(inputs.inverse_temperature.size()));
   Floats x(z.size());
-  Crew crew(static_cast<std::int64_t>(parts.size()), inputs.on_step, inputs.cancelled);
+  Crew crew(static_cast<std::int64_t>(parts.size()), inputs.on_step, inputs.call);
   const auto run = [&](std::int64_t index) {
     const Part& part = parts[size(index)];
     StepInputs given;
@@ -97,7 +97,7 @@ Floats decode_patches(const Engine& engine, Floats x, const DecodeInputs& inputs
     if (inputs.on_done) on_step = [&inputs, block, turn, steps](std::int64_t done) {
       inputs.on_done(block, turn * steps + done);
     };
-    const BlockInputs given{block, labels, weights, inverse_temperature, std::move(on_step), inputs.cancelled};
+    const BlockInputs given{block, labels, weights, inverse_temperature, std::move(on_step), inputs.call};
     if (how.strategy.parallel) {
       x = inverse_block_parallel(engine, given, x, how.strategy, how);
     } else {

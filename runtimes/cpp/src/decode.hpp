@@ -32,7 +32,7 @@ struct DecodeInputs {
   Guidance guidance;
   Plan plan;
   OnDone on_done;
-  const CancelFlag* cancelled = nullptr;
+  const Call* call = nullptr;
 };
 
 /// Standard normal latents [B, N, D] -> patches of the image [B, N, D], and how.
@@ -46,7 +46,7 @@ struct BlockInputs {
   const Floats& guidance;
   const Floats& inverse_temperature;
   Crew::OnStep on_step;
-  const CancelFlag* cancelled = nullptr;
+  const Call* call = nullptr;
 };
 Floats inverse_block_parallel(const Engine& engine, const BlockInputs& inputs, const Floats& z,
                               const Strategy& strategy, BlockReport& report);

@@ -41,18 +41,18 @@ Floats last_cotangent(const Engine& engine, Floats z) {
 
 /// The score where nothing but the blocks' inputs can be kept: each gradient repeats its block's forward pass.
 Floats score_recomputed(const Engine& engine, const Floats& patches, const Labels& labels,
-                        const CancelFlag* cancelled) {
+                        const Call& call) {
   std::vector<Floats> inputs;
   Floats x = patches;
   std::vector<double> unused;
   for (std::int64_t block = 0; block < engine.config().blocks; ++block) {
-    check_cancelled(cancelled);
+    call.check();
     inputs.push_back(x);
     x = engine.forward(block, x, labels, unused);
   }
   Floats cotangent = last_cotangent(engine, std::move(x));
   for (std::int64_t block = engine.config().blocks - 1; block >= 0; --block) {
-    check_cancelled(cancelled);
+    call.check();
     cotangent = engine.gradient(block, inputs.back(), cotangent, labels);
     inputs.pop_back();
   }
@@ -75,11 +75,11 @@ void each_value(std::int64_t batch, const Config& c, Visit visit) {
 
 }  // namespace
 
-Floats encode_patches(const Engine& engine, Floats x, const Labels& labels, const CancelFlag* cancelled,
+Floats encode_patches(const Engine& engine, Floats x, const Labels& labels, const Call& call,
                       std::vector<double>& log_det) {
   log_det.assign(size(engine.batch_of(x)), 0.0);
   for (std::int64_t block = 0; block < engine.config().blocks; ++block) {
-    check_cancelled(cancelled);
+    call.check();
     x = engine.forward(block, x, labels, log_det);
   }
   const Floats& prior = engine.bundle().prior;
@@ -103,9 +103,9 @@ std::vector<double> log_prob_of(const Floats& u, const std::vector<double>& log_
   return log_prob;
 }
 
-Floats score(const Engine& engine, const Floats& patches, const Labels& labels, const CancelFlag* cancelled) {
+Floats score(const Engine& engine, const Floats& patches, const Labels& labels, const Call& call) {
   const std::int64_t most = engine.vjp_images();
-  if (most == 0) return score_recomputed(engine, patches, labels, cancelled);
+  if (most == 0) return score_recomputed(engine, patches, labels, call);
   const std::int64_t batch = engine.batch_of(patches), dims = engine.config().dims();
   const std::int64_t share = (batch + engine.workers() - 1) / engine.workers();
   const std::int64_t limit = std::min(most, share), count = (batch + limit - 1) / limit;
@@ -118,18 +118,18 @@ Floats score(const Engine& engine, const Floats& patches, const Labels& labels, 
     const Labels y = labels.empty() ? Labels{} : Labels(labels.begin() + start, labels.begin() + stop);
     std::vector<ForwardHalf> halves;
     for (std::int64_t block = 0; block < engine.config().blocks; ++block) {
-      check_cancelled(cancelled);
+      call.check();
       halves.push_back(engine.vjp(block, x, y, count == 1));
       x = std::move(halves.back().z);
     }
     Floats cotangent = last_cotangent(engine, std::move(x));
     for (; !halves.empty(); halves.pop_back()) {
-      check_cancelled(cancelled);
+      call.check();
       cotangent = halves.back().way_back(cotangent);
     }
     std::copy(cotangent.begin(), cotangent.end(), result.begin() + start * dims);
   };
-  Crew(count, nullptr, cancelled).work(run, std::min(engine.workers(), count));
+  Crew(count, nullptr, &call).work(run, std::min(engine.workers(), count));
   return result;
 }
 

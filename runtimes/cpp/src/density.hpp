@@ -7,7 +7,7 @@
 namespace tarflow::detail {
 
 /// Patches -> latents u [B, N, D] and log|det du/dx| [B], nats.
-Floats encode_patches(const Engine& engine, Floats patches, const Labels& labels, const CancelFlag* cancelled,
+Floats encode_patches(const Engine& engine, Floats patches, const Labels& labels, const Call& call,
                       std::vector<double>& log_det);
 
 /// Log q [B], nats, of what `encode_patches` returned.
@@ -15,7 +15,7 @@ std::vector<double> log_prob_of(const Floats& u, const std::vector<double>& log_
 
 /// The gradient of log q with respect to the patches. It starts from -u / sqrt(prior) and runs back through the blocks,
 /// each of which adds that of its own log|det|. The batch is cut into pieces whose activations can be kept.
-Floats score(const Engine& engine, const Floats& patches, const Labels& labels, const CancelFlag* cancelled);
+Floats score(const Engine& engine, const Floats& patches, const Labels& labels, const Call& call);
 
 /// Images [B, C, height, width] -> patches [B, N, D], row-major, each patch flattened channel first; and back.
 Floats patchify(const float* images, std::int64_t batch, const Config& config);

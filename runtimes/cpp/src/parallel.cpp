@@ -70,7 +70,7 @@ Floats inverse_block_parallel(const Engine& engine, const BlockInputs& inputs, c
   };
   std::vector<Settled> results(size(images));
   Floats x(z.size());
-  Crew crew(images, inputs.on_step, inputs.cancelled);
+  Crew crew(images, inputs.on_step, inputs.call);
   const auto run = [&](std::int64_t image) {
     Floats noise(size(c.dims()));
     turned(z.data() + image * c.dims(), noise.data());

@@ -46,6 +46,10 @@ static void test_refused(const fs::path& bundle, const fs::path& folder) {
   edited("relative path", "\"files\": {", "\"files\": {\"/x\": {\"size\": 0, \"sha256\": \"\"}, ");
   edited("is missing", "\"files\": {", "\"files\": {\"x\": {\"size\": 0, \"sha256\": \"\"}, ");
   edited("contradicts config", "\"heads\": 2", "\"heads\": 4");
+  refused("byte order mark", [](const fs::path& copy) {
+    const std::string text = text_of(copy / "manifest.json");
+    std::ofstream(copy / "manifest.json") << "\xef\xbb\xbf" << text;
+  });
   refused("not UTF-8 JSON", [](const fs::path& copy) { std::ofstream(copy / "manifest.json") << "{\"a\": \xff}"; });
   refused("one JSON object", [](const fs::path& copy) { std::ofstream(copy / "manifest.json") << "[]"; });
   refused("manifest.json is missing", [](const fs::path& copy) { fs::remove(copy / "manifest.json"); });

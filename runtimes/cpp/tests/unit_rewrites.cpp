@@ -143,8 +143,8 @@ static void test_against_portable(const std::string& path) {
     }
   }
   CHECK(rewritten.declined() == 0);
-  const Floats split = score(rewritten, latents, {1, c.classes, 0}, nullptr);
-  const Floats recomputed = score(portable, latents, {1, c.classes, 0}, nullptr);
+  const Floats split = score(rewritten, latents, {1, c.classes, 0}, Call{});
+  const Floats recomputed = score(portable, latents, {1, c.classes, 0}, Call{});
   float largest = 0.0F, worst = 0.0F;
   for (std::size_t i = 0; i < split.size(); ++i) {
     largest = std::max(largest, std::fabs(recomputed[i]));
