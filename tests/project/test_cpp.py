@@ -21,6 +21,7 @@ from tarflow_export import export_bundle
 from tarflow_runtimes import _onnx_proto as proto
 from tarflow_runtimes._rewrites import sequential_graph
 from tarflow_runtimes._rewrites.split_gradient import split_gradient
+from tarflow_runtimes._tuned import TunedPlan, write_plans
 from tarflow_sdk.testing import random_model
 
 ROOT = Path(__file__).parents[2]
@@ -262,6 +263,35 @@ def test_tool(  # noqa: PLR0917 - cases and fixtures
         assert report["digest"] == flow.bundle.digest
     np.testing.assert_array_equal(np.load(output), sample.images)
     assert report["decode"] == {"asked": decode} | json.loads(json.dumps(sample.report.to_json()))
+
+
+@pytest.mark.cpp
+@pytest.mark.timeout(600)
+def test_tuned_plans_of_python_are_taken(build: Callable[..., Path], cpp_library: Path, tmp_path: Path) -> None:
+    """A plan for this bundle, engine, machine and versions means the same to both, one for another machine nothing."""
+    bundle, output = tmp_path / "x.tarflow", tmp_path / "images.npy"
+    export_bundle(random_model(MATRIX["class_n16"], seed=2), bundle, verify=False)
+    plan = tfr.Plan(blocks=(tfr.Parallel(window=3, tolerance=1e-3, init="zeros"), tfr.Sequential()))
+    with tfr.load(bundle) as flow:
+        for changed in ({}, {"device": "another"}):
+            entry = TunedPlan(
+                identity=dict(flow.identity()) | changed,
+                batch=4,
+                branches=1,
+                plan=plan,
+                seconds=1.0,
+                sequential_seconds=2.0,
+            )
+            tmp_path.joinpath("x.plans.json").unlink(missing_ok=True)
+            write_plans(tmp_path / "x.plans.json", (entry,))
+            sample = flow.sample(3, seed=1, plan="auto")
+            flags = ["-n", "3", "--seed", "1", "--decode", "auto", "--json", "--overwrite", "-o", output]
+            said = _run(build("cpp") / "tarflow-sample", bundle, *flags, TARFLOW_ORT_LIBRARY=cpp_library)
+            report = json.loads(said[said.index("{") : said.rindex("}") + 1])
+            assert report["decode"] == {"asked": "auto"} | json.loads(json.dumps(sample.report.to_json()))
+            assert (report["decode"]["blocks"][1]["strategy"]["decode"] == "parallel") == (not changed)
+            assert ("tuned for another device" in said) == bool(changed)
+            np.testing.assert_array_equal(np.load(output), sample.images)
 
 
 @pytest.mark.cpp

@@ -229,7 +229,8 @@ tarflow_status tarflow_sampler_report(const tarflow_sampler* sampler, tarflow_re
   });
 }
 
-tarflow_status tarflow_sampler_block_report(const tarflow_sampler* sampler, int64_t turn, tarflow_block_report* report) {
+tarflow_status tarflow_sampler_block_report(const tarflow_sampler* sampler, int64_t turn,
+                                            tarflow_block_report* report) {
   return guarded([&] {
     need(sampler, "sampler");
     const auto blocks = static_cast<int64_t>(sampler->report.blocks.size());

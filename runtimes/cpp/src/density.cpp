@@ -8,8 +8,8 @@ namespace {
 
 std::size_t size(std::int64_t count) { return static_cast<std::size_t>(count); }
 
-/// The sum that NumPy makes of `count` doubles, visited by their place: pairwise, eight at a time at the bottom. In this
-/// order the log-densities are those of the Python runtime to the last bit.
+/// The sum that NumPy makes of `count` doubles, visited by their place: pairwise, eight at a time at the bottom. In
+/// this order the log-densities are those of the Python runtime to the last bit.
 template <typename Value>
 double pairwise_sum(std::size_t first, std::size_t count, Value value) {
   if (count < 8) {

@@ -71,7 +71,8 @@ void start(void* handle, const std::string& path) {
     throw engine_error("ONNX Runtime " + found + " in " + path + " is not supported",
                        "use ONNX Runtime 1." + std::to_string(kOldestMinor) + " or newer");
   const OrtApi* api = base->GetApi(kApiVersion);
-  if (api == nullptr) throw engine_error("ONNX Runtime " + found + " does not offer its API " + std::to_string(kApiVersion));
+  if (api == nullptr)
+    throw engine_error("ONNX Runtime " + found + " does not offer its API " + std::to_string(kApiVersion));
   Ort::InitApi(api);
   auto* made = new Ort::Env(ORT_LOGGING_LEVEL_ERROR, "tarflow", say_nothing, nullptr);
   // Sessions that each keep an arena of their own would hold three times the memory over the blocks of a model.

@@ -86,7 +86,8 @@ void check_provider(const Provider& provider) {
   const std::string& engine = provider.name;
   const bool plugin = engine == "ort-tensorrt-rtx";
   if (!plugin && !provider.on_cpu() && built_in(engine) == nullptr)
-    throw engine_error("unknown engine '" + engine + "'", "valid are ort-cpu, ort-cuda, ort-tensorrt, ort-tensorrt-rtx");
+    throw engine_error("unknown engine '" + engine + "'",
+                       "valid are ort-cpu, ort-cuda, ort-tensorrt, ort-tensorrt-rtx");
   if (plugin && provider.library.empty())
     throw engine_error("engine ort-tensorrt-rtx is a plugin of ONNX Runtime, and its library is not given",
                        "set engine_library to the path of the library of onnxruntime-ep-nv-tensorrt-rtx");

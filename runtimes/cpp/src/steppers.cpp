@@ -45,7 +45,8 @@ class PatchLog {
 
 /// Calls bind(name, buffer) for the caches of every layer.
 template <typename Make>
-void bind_caches(BoundRun& run, std::vector<Buffer>& caches, const Config& config, const StepInputs& inputs, Make make) {
+void bind_caches(BoundRun& run, std::vector<Buffer>& caches, const Config& config, const StepInputs& inputs,
+                 Make make) {
   caches.reserve(size(2 * config.layers));
   for (std::int64_t layer = 0; layer < config.layers; ++layer) {
     for (const char* kind : {"key_", "value_"}) {
@@ -187,7 +188,8 @@ Floats step_weights(const float* guidance, const Config& config) {
   Floats weights;
   for (std::int64_t i = 0; i < config.patches(); ++i) {
     for (const std::int64_t kind : {0, 1}) {
-      if (kind == 1 || config.nvp) weights.insert(weights.end(), size(config.patch_values()), guidance[kind * config.patches() + i]);
+      if (kind == 0 && !config.nvp) continue;
+      weights.insert(weights.end(), size(config.patch_values()), guidance[kind * config.patches() + i]);
     }
   }
   return weights;

@@ -2,6 +2,7 @@
 
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cmath>
 #include <fstream>
 #include <iterator>
@@ -97,8 +98,8 @@ std::vector<TunedPlan> entries_of(const std::string& path) {
 
 std::string beside(const std::string& bundle) {
   const std::string ending = ".tarflow";
-  const bool ends = bundle.size() > ending.size() && bundle.compare(bundle.size() - ending.size(), ending.size(), ending) == 0;
-  return bundle.substr(0, bundle.size() - (ends ? ending.size() : 0)) + ".plans.json";
+  const std::size_t stem = bundle.size() - std::min(bundle.size(), ending.size());
+  return (bundle.substr(stem) == ending ? bundle.substr(0, stem) : bundle) + ".plans.json";
 }
 
 }  // namespace
@@ -142,7 +143,8 @@ TunedPlans read_plans(const std::string& path, const Engine& engine) {
   }
   if (!found.entries.empty()) return found;
   for (const std::string& fact : differing) found.reason += (found.reason.empty() ? "" : ", ") + fact;
-  found.reason = name + " was tuned for another " + (found.reason.empty() ? "machine" : found.reason) + " (tarflow tune)";
+  const std::string another = found.reason.empty() ? "machine" : found.reason;
+  found.reason = name + " was tuned for another " + another + " (tarflow tune)";
   return found;
 }
 

@@ -186,7 +186,8 @@ void test_statuses(const tarflow::Model& model, const std::string& bundle) {
   CHECK_FAILS(tarflow_model_engine(model.get(), &engine), TARFLOW_ERROR_INPUT, "engine.struct_size");
   CHECK_FAILS(tarflow_sampler_classify(sampler, 1, image.data(), nullptr), TARFLOW_ERROR_INPUT, "must not be NULL");
   tarflow_model* other = nullptr;
-  CHECK_FAILS(noted(tarflow_model_open((bundle + "/nowhere").c_str(), nullptr, &other)), TARFLOW_ERROR_BUNDLE, "no such");
+  CHECK_FAILS(noted(tarflow_model_open((bundle + "/nowhere").c_str(), nullptr, &other)), TARFLOW_ERROR_BUNDLE,
+              "no such");
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   provoked.insert(TARFLOW_ERROR_MEMORY);  // sanitizers map terabytes: no limit can be set
 #else

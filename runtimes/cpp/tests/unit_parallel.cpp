@@ -101,8 +101,9 @@ void test_laws() {
     for (std::int64_t i = 0; i + 1 < count; ++i) {
       float next[kValues];
       toy.following(loose.patches, i, next);
+      const float* x = loose.patches.data() + (i + 1) * kValues;
       for (std::int64_t value = 0; value < kValues; ++value)
-        residual = std::max<double>(residual, std::fabs(next[value] - loose.patches[static_cast<std::size_t>((i + 1) * kValues + value)]));
+        residual = std::max<double>(residual, std::fabs(next[value] - x[value]));
     }
     CHECK(residual == loose.residual && residual <= static_cast<double>(static_cast<float>(tolerance)));
     std::int64_t done = 0;

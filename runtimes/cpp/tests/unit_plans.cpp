@@ -108,7 +108,8 @@ void test_tuned(const std::string& bundle, const fs::path& folder) {
   tarflow::SampleOptions sample;
   sample.tuned = tarflow::TunedPlans{file.string(), std::nullopt};
   sampler.sample(2, {}, sample);
-  CHECK(sampler.report().blocks.back().strategy.window == 4 && sampler.report().blocks.back().strategy.tolerance == 1e-4);
+  CHECK(sampler.report().blocks.back().strategy.window == 4);
+  CHECK(sampler.report().blocks.back().strategy.tolerance == 1e-4);
   CHECK(heard.empty());
   sample.tuned->tolerance = 1e-2;
   sampler.sample(2, {}, sample);
@@ -138,7 +139,8 @@ void test_tuned(const std::string& bundle, const fs::path& folder) {
   for (const auto& [field, value] : std::vector<std::pair<const char*, Json>>{
            {"batch", "16"}, {"plan", 3}, {"seconds", nullptr}, {"identity", Json::array()},
            {"plan", {{{"decode", "parallel"}, {"window", -1}}}}, {"plan", {{{"decode", "other"}}}},
-           {"plan", {{{"decode", "parallel"}, {"speed", 1}}}}, {"plan", {{{"decode", "parallel"}, {"tolerance", -1.0}}}}}) {
+           {"plan", {{{"decode", "parallel"}, {"speed", 1}}}},
+           {"plan", {{{"decode", "parallel"}, {"tolerance", -1.0}}}}}) {
     Json document = good;
     document["plans"][0][field] = value;
     damaged(document);

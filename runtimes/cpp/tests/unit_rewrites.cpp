@@ -63,7 +63,8 @@ static void test_format(const Bundle& bundle) {
   CHECK(std::isnan(onnx::number(onnx::tensor("two", {7, 8}))));
   CHECK(onnx::elem_type(onnx::value("v", onnx::kFloat16, {std::string("B"), std::int64_t{3}})) == onnx::kFloat16);
   const onnx::Attribute scale = onnx::attribute("scale", 0.5F);
-  CHECK(std::get<float>(scale.value) == 0.5F && std::get<std::int64_t>(onnx::attribute("axis", std::int64_t{-2}).value) == -2);
+  CHECK(std::get<float>(scale.value) == 0.5F);
+  CHECK(std::get<std::int64_t>(onnx::attribute("axis", std::int64_t{-2}).value) == -2);
 }
 
 /// Step graphs of other forms must be declined, not run wrongly.
@@ -78,7 +79,8 @@ static void test_declined(const Bundle& bundle) {
       {"mask of another sign", [](auto& m) { find(m, "LessOrEqual").op_type = "Greater"; }},
       {"another activation", [](auto& m) { find(m, "Softmax").op_type = "Sigmoid"; }},
       {"another domain", [](auto& m) { find(m, "Softmax").domain = "other"; }},
-      {"softmax over queries", [](auto& m) { find(m, "Softmax").attributes = {onnx::attribute("axis", std::int64_t{2})}; }},
+      {"softmax over queries",
+       [](auto& m) { find(m, "Softmax").attributes = {onnx::attribute("axis", std::int64_t{2})}; }},
       {"axis of another type", [](auto& m) { find(m, "Softmax").attributes = {onnx::attribute("axis", 2.0F)}; }},
       {"embedding multiplied", [](auto& m) { named(m, "embed/Add").op_type = "Mul"; }},
       {"other projection", [](auto& m) { find(m, "Gemm").input[1] = "pos_embed"; }},

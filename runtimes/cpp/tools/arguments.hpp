@@ -19,7 +19,8 @@ struct Arguments {
 };
 
 /// An error of input: one line, and how to mend it.
-tarflow::Error refused(const std::string& message, const std::string& hint = "tarflow-sample --help lists what it takes");
+tarflow::Error refused(const std::string& message,
+                       const std::string& hint = "tarflow-sample --help lists what it takes");
 
 extern const char* const kUsage;
 

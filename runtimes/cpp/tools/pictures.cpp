@@ -36,7 +36,8 @@ class Scratch {
  public:
   explicit Scratch(const std::string& parent) : path_(parent + "/.tarflow-XXXXXX") {
     if (mkdtemp(path_.data()) == nullptr)
-      throw refused(parent + ": cannot write there (" + std::strerror(errno) + ")", "give a folder that you may write to");
+      throw refused(parent + ": cannot write there (" + std::strerror(errno) + ")",
+                    "give a folder that you may write to");
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -84,7 +85,8 @@ bool encode(std::FILE* file, const Sheet& sheet, png_bytepp rows, png_textp chun
 
 void save_png(const std::string& path, Sheet& sheet, const Text& text) {
   std::vector<png_bytep> rows;
-  for (std::int64_t y = 0; y < sheet.height; ++y) rows.push_back(sheet.values.data() + y * sheet.width * sheet.channels);
+  for (std::int64_t y = 0; y < sheet.height; ++y)
+    rows.push_back(sheet.values.data() + y * sheet.width * sheet.channels);
   std::vector<png_text> chunks;
   std::vector<std::string> kept;
   kept.reserve(2 * text.size());
@@ -156,7 +158,8 @@ Output check_output(const std::string& path, bool overwrite) {
   struct stat folder = {};
   if (stat(parent.c_str(), &folder) != 0 || !S_ISDIR(folder.st_mode))
     throw refused("-o " + path + ": the folder " + parent + " does not exist", "mkdir -p " + parent);
-  if (exists && is_folder && !S_ISDIR(status.st_mode)) throw refused("-o " + path + ": is not a folder", "give another name");
+  if (exists && is_folder && !S_ISDIR(status.st_mode))
+    throw refused("-o " + path + ": is not a folder", "give another name");
   if (exists && !is_folder && !overwrite)
     throw refused("-o " + path + ": exists already", "add --overwrite, or give another name");
   if (access(is_folder && exists ? path.c_str() : parent.c_str(), W_OK) != 0)

@@ -1,5 +1,6 @@
 // tarflow-sample: draw images from a bundle, with the core flags of `tarflow-infer`.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <csignal>
@@ -18,11 +19,28 @@ using Json = nlohmann::ordered_json;
 using Clock = std::chrono::steady_clock;
 using tool::Arguments;
 
-tarflow::Sampler* running = nullptr;  // what an interrupt cancels
+std::atomic<tarflow::Sampler*> running{nullptr};  // what an interrupt cancels
 
 void interrupt(int) {
-  if (running != nullptr) running->cancel();
+  if (tarflow::Sampler* sampler = running) sampler->cancel();
 }
+
+/// While it lives, SIGINT and SIGTERM cancel what the sampler does; after that they end the program as ever.
+class Interruptible {
+ public:
+  explicit Interruptible(tarflow::Sampler& sampler) {
+    running = &sampler;
+    std::signal(SIGINT, interrupt);
+    std::signal(SIGTERM, interrupt);
+  }
+  Interruptible(const Interruptible&) = delete;
+  Interruptible& operator=(const Interruptible&) = delete;
+  ~Interruptible() {
+    std::signal(SIGINT, SIG_DFL);
+    std::signal(SIGTERM, SIG_DFL);
+    running = nullptr;
+  }
+};
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -31,7 +49,8 @@ class Pace {
  public:
   void step(std::int64_t done) {
     const Clock::time_point now = Clock::now();
-    if (done_ != 0) paces_.push_back(std::chrono::duration<double>(now - last_).count() / static_cast<double>(done - done_));
+    const std::chrono::duration<double> passed = now - last_;
+    if (done_ != 0) paces_.push_back(passed.count() / static_cast<double>(done - done_));
     done_ = done;
     last_ = now;
   }
@@ -121,7 +140,8 @@ int run(int argc, char** argv) {
   for (std::int64_t i = 0; i < n; ++i) {
     if (!listed.empty()) labels.push_back(listed[static_cast<std::size_t>(i) % listed.size()]);
     char name[32];
-    std::snprintf(name, sizeof name, "%06llu.png", static_cast<unsigned long long>(a.options.first_index) + static_cast<unsigned long long>(i));
+    const unsigned long long number = a.options.first_index + static_cast<std::uint64_t>(i);
+    std::snprintf(name, sizeof name, "%06llu.png", number);
     files.emplace_back(name);
   }
   tool::check_pictures(target, model.config().image_channels, files);
@@ -132,23 +152,23 @@ int run(int argc, char** argv) {
     return true;
   };
   tarflow::Sampler sampler(model);
-  running = &sampler;
-  std::signal(SIGINT, interrupt);
-  std::signal(SIGTERM, interrupt);
   const double loading = seconds_since(began);
   const Clock::time_point started = Clock::now();
-  const std::vector<float> images = sampler.sample(n, labels, a.options);
+  const std::vector<float> images = [&] {
+    const Interruptible while_sampling(sampler);
+    return sampler.sample(n, labels, a.options);
+  }();
   const double sampling = seconds_since(started);
-  running = nullptr;
-  std::signal(SIGINT, SIG_DFL);
-  std::signal(SIGTERM, SIG_DFL);
   const std::int64_t columns = columns_of(n, listed.empty() ? 1 : static_cast<std::int64_t>(listed.size()));
   const std::vector<std::string> written =
       tool::write_pictures(target, images, model.config(), files, columns, metadata(a, model));
   if (a.json) {
     Json words_of = nullptr;
-    for (const std::int64_t label : labels)
-      words_of.push_back(label < 0 ? "null" : names.empty() ? std::to_string(label) : names[static_cast<std::size_t>(label)]);
+    for (const std::int64_t label : labels) {
+      const bool unnamed = label < 0 || names.empty();
+      const std::string number = label < 0 ? "null" : std::to_string(label);
+      words_of.push_back(unnamed ? number : names[static_cast<std::size_t>(label)]);
+    }
     const Json document = {
         {"bundle", a.bundle},
         {"engine", model.engine().name},
@@ -187,7 +207,8 @@ int report(const char* message, const std::string& hint, int code) {
 int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--help") == 0) return std::fputs(tool::kUsage, stdout) < 0 ? 1 : 0;
-    if (std::strcmp(argv[i], "--version") == 0) return std::printf("tarflow-sample %s\n", tarflow_version()) < 0 ? 1 : 0;
+    if (std::strcmp(argv[i], "--version") == 0)
+      return std::printf("tarflow-sample %s\n", tarflow_version()) < 0 ? 1 : 0;
   }
   try {
     return run(argc, argv);

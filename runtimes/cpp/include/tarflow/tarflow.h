@@ -15,8 +15,8 @@
  * - Callbacks must not throw, and must not call into the object that calls them.
  *
  * Axes: n images, C channels, N patches, D values per patch. Images are float32 [n, C, height, width] in [-1, 1], and
- * not clipped; latents are float32 [n, N, D]. Labels are int64 [n]: 0 .. classes-1, or -1 for the null class; NULL is -1
- * for every image, and the only choice for a model without classes.
+ * not clipped; latents are float32 [n, N, D]. Labels are int64 [n]: 0 .. classes-1, or -1 for the null class; NULL is
+ * -1 for every image, and the only choice for a model without classes.
  *
  * Functions that return no status cannot fail. TARFLOW_ERROR_MEMORY and TARFLOW_ERROR_INTERNAL may come from any other.
  */
@@ -104,11 +104,11 @@ typedef struct tarflow_model_options {
 /* Fill the first `size` bytes of the struct with defaults. Call tarflow_model_options_init() instead. */
 TARFLOW_API void tarflow_model_options_defaults(tarflow_model_options *options, size_t size);
 
-/* Open and check the bundle directory at `path` on an engine; `options` may be NULL. *model is the caller's, to be freed
- * with tarflow_model_free(); NULL on failure. Any thread.
- * TARFLOW_ERROR_BUNDLE: it is missing, damaged, unsafe or too new. TARFLOW_ERROR_ENGINE: the engine asked for is unknown
- * or cannot run here; no other takes its place. The process keeps the first ONNX Runtime that it loads: asking for
- * another file later is TARFLOW_ERROR_ENGINE. */
+/* Open and check the bundle directory at `path` on an engine; `options` may be NULL. *model is the caller's, to be
+ * freed with tarflow_model_free(); NULL on failure. Any thread.
+ * TARFLOW_ERROR_BUNDLE: it is missing, damaged, unsafe or too new. TARFLOW_ERROR_ENGINE: the engine asked for is
+ * unknown or cannot run here; no other takes its place. The process keeps the first ONNX Runtime that it loads: asking
+ * for another file later is TARFLOW_ERROR_ENGINE. */
 TARFLOW_API tarflow_status tarflow_model_open(const char *path, const tarflow_model_options *options,
                                               tarflow_model **model);
 
@@ -194,7 +194,7 @@ typedef struct tarflow_sample_options {
   const tarflow_strategy *strategies; /* of TARFLOW_DECODE_PLAN: one for all blocks, or one for each, that of block k */
   int64_t strategies_length;          /* at place k; 1 or the number of blocks */
   const char *plans_file;       /* of TARFLOW_DECODE_AUTO; NULL is NAME.plans.json beside the bundle */
-  double auto_tolerance;        /* of TARFLOW_DECODE_AUTO: in place of the plans' own; negative (the default) keeps it */
+  double auto_tolerance;        /* of TARFLOW_DECODE_AUTO: in place of the plans' own; negative (default) keeps them */
   int64_t batch_size;           /* images that run together; 0 is 64 */
   tarflow_on_step on_step;      /* or NULL */
   void *user_data;              /* handed to on_step */
