@@ -106,11 +106,17 @@ def test_tensorrt_builds_on_its_gpu(refused: Callable, class_bundle: Path, monke
         __version__ = "11.4.0"
         Builder = object
 
+    def no_driver() -> object:
+        raise EngineError("no NVIDIA driver is loaded on this machine", hint="install it")
+
     with monkeypatch.context() as patch:
         patch.setattr(_package, "import_module", lambda _: Module)
-        patch.setattr(_gpu, "present_gpu", lambda: None)
-        result = refused("build", class_bundle, "--engine", "trt")
-        assert "TensorRT builds on the GPU that runs the engine, and there is none here" in result.err
+        patch.setattr(_gpu, "CudaDevice", no_driver)
+        assert "no NVIDIA driver is loaded" in refused("build", class_bundle, "--engine", "trt").err
+        patch.setattr(_gpu, "CudaDevice", object)
+        patch.setattr(_gpu, "gpu_of", lambda _: Gpu(name="H200", target="sm_90", driver="CUDA 13.0"))
+        result = refused("build", class_bundle, "--engine", "trt", "--target", "sm_89")
+        assert "TensorRT builds on the GPU that runs the engine, and this one is sm_90" in result.err
         assert "trt-rtx, which needs no GPU" in result.err
     _package._import.cache_clear()
 

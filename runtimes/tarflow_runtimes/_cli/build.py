@@ -101,7 +101,7 @@ def build_engines(
     """Build what is missing, say so on stderr, and return the facts for `--json`."""
     from tarflow_runtimes._bundle import open_bundle
     from tarflow_runtimes._flow import shipped_bundle
-    from tarflow_runtimes._trt._gpu import present_gpu
+    from tarflow_runtimes._trt._gpu import gpu_for
     from tarflow_runtimes._trt._package import import_package
     from tarflow_runtimes._trt._supply import Supply, wanted_engines
 
@@ -119,7 +119,7 @@ def build_engines(
             package,
             bundle,
             dtype or bundle.dtype,
-            gpu=present_gpu(),
+            gpu=gpu_for(package),
             targets=targets,
             folder=engine_dir,
             workspace=workspace,

@@ -160,12 +160,12 @@ def _explain(
     engine_dir: Path | None,
 ) -> Told:
     from tarflow_runtimes._bundle import open_bundle
-    from tarflow_runtimes._trt._gpu import present_gpu
+    from tarflow_runtimes._trt._gpu import gpu_for
     from tarflow_runtimes._trt._package import import_package
     from tarflow_runtimes._trt._supply import Supply, wanted_engines
 
     package, bundle = import_package(engine), open_bundle(path)
-    supply = Supply(package, bundle, dtype or bundle.dtype, gpu=present_gpu(), targets=targets, folder=engine_dir)
+    supply = Supply(package, bundle, dtype or bundle.dtype, gpu=gpu_for(package), targets=targets, folder=engine_dir)
     engines = [
         {"block": block, "graph": kind} | supply.explain(block, kind, profiles).to_json()
         for block, kind, profiles in wanted_engines(bundle, shapes.profiles(bundle.config))

@@ -7,6 +7,7 @@ import dataclasses
 from tarflow_runtimes._device.cuda import CudaDevice
 from tarflow_runtimes._device.cuda_import import dotted, driver_version
 from tarflow_runtimes._errors import EngineError
+from tarflow_runtimes._trt._package import Package
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,3 +31,12 @@ def present_gpu() -> Gpu | None:
         return gpu_of(CudaDevice())
     except EngineError:
         return None
+
+
+def gpu_for(package: Package) -> Gpu | None:
+    """The GPU to build for: that of this machine; a package that builds ahead can do without.
+
+    Raises:
+        EngineError: when the package needs one and there is none, with what is missing.
+    """
+    return present_gpu() if package.ahead else gpu_of(CudaDevice())
