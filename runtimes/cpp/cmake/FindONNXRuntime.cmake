@@ -28,7 +28,8 @@ if(NOT ONNXRUNTIME_LIBRARY)
         "import importlib.util as u; print(u.find_spec('onnxruntime').submodule_search_locations[0])"
       OUTPUT_VARIABLE _package OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
   endif()
-  foreach(_folder ${ONNXRuntime_ROOT}/lib ${_package}/capi /usr/lib/${CMAKE_LIBRARY_ARCHITECTURE})
+  foreach(_folder ${ONNXRuntime_ROOT}/lib ${ONNXRuntime_ROOT}/lib/${CMAKE_LIBRARY_ARCHITECTURE} ${_package}/capi
+      /usr/lib/${CMAKE_LIBRARY_ARCHITECTURE})
     file(GLOB _found ${_folder}/libonnxruntime.so.1*)
     if(_found AND NOT ONNXRUNTIME_LIBRARY)
       list(GET _found 0 _first)
