@@ -1,7 +1,56 @@
-// libtarflow inside a C++ application: embed_cpp BUNDLE
+// Everything the runtime does, in the order an application might need it: embed_cpp BUNDLE
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
+#include <string>
 #include <tarflow/tarflow.hpp>
 #include <vector>
+
+using Labels = std::vector<std::int64_t>;
+
+static void show(const std::string& bundle) {
+  const tarflow::Model model(bundle);
+  const auto classes = model.config().classes;
+  std::printf("%lld classes on ONNX Runtime %s\n", static_cast<long long>(classes), tarflow_ort_version());
+  tarflow::Sampler sampler(model);
+  Labels labels;
+  for (std::int64_t i = 0; i < classes; ++i) labels.push_back(i);
+  const std::int64_t n = classes > 0 ? classes : 2;
+
+  tarflow::SampleOptions options;
+  options.seed = 0;
+  options.guidance = classes > 0 ? 2.0 : 0.0;
+  options.on_step = [](const tarflow_step& step) {
+    if (step.step == step.total) std::printf("sampled in %lld steps\n", static_cast<long long>(step.total));
+    return true;
+  };
+  const std::vector<float> images = sampler.sample(n, labels, options);
+
+  options.on_step = [](const tarflow_step& step) { return step.step < step.total / 2; };
+  try {
+    sampler.sample(n, labels, options);
+  } catch (const tarflow::Error& error) {
+    if (error.code() != TARFLOW_ERROR_CANCELLED) throw;
+    std::printf("%s; the sampler is as good as new\n", error.what());
+  }
+
+  std::printf("log q of the first: %.1f nats\n", sampler.log_prob(images, labels)[0]);
+  if (classes > 0) {
+    const std::vector<double> posteriors = sampler.classify(images);
+    std::printf("classes:");
+    for (auto row = posteriors.begin(); row != posteriors.end(); row += classes)
+      std::printf(" %lld", static_cast<long long>(std::max_element(row, row + classes) - row));
+    std::printf("\n");
+  }
+
+  tarflow::SampleOptions decode;  // latents in place of noise, and nothing removed: the inverse of encode
+  decode.noise = sampler.encode(images, labels).z;
+  decode.denoise = false;
+  const std::vector<float> back = sampler.sample(n, labels, decode);
+  float worst = 0.0F;
+  for (std::size_t i = 0; i < images.size(); ++i) worst = std::max(worst, std::fabs(back[i] - images[i]));
+  std::printf("round trip: %.1e\n", static_cast<double>(worst));
+}
 
 int main(int argc, char** argv) {
   if (argc != 2) {
@@ -9,28 +58,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
-    const tarflow::Model model(argv[1]);
-    tarflow::Sampler sampler(model);
-
-    tarflow::SampleOptions options;
-    options.seed = 0;
-    options.guidance = model.config().classes != 0 ? 2.0 : 0.0;
-    options.on_step = [](const tarflow_step& step) {
-      if (step.step == step.total) std::printf("%lld steps\n", static_cast<long long>(step.total));
-      return true;
-    };
-    const std::vector<std::int64_t> labels =
-        model.config().classes > 1 ? std::vector<std::int64_t>{0, 1} : std::vector<std::int64_t>{};
-    const std::vector<float> images = sampler.sample(2, labels, options);
-    std::printf("%zu values, log q %.1f nats\n", images.size(), sampler.log_prob(images, labels)[0]);
-
-    options.on_step = [](const tarflow_step& step) { return step.step < 3; };
-    try {
-      sampler.sample(2, labels, options);
-    } catch (const tarflow::Error& error) {
-      if (error.code() != TARFLOW_ERROR_CANCELLED) throw;
-      std::printf("%s\n", error.what());
-    }
+    show(argv[1]);
   } catch (const tarflow::Error& error) {
     std::fprintf(stderr, "error: %s\nhint: %s\n", error.what(), error.hint().c_str());
     return 1;
