@@ -24,7 +24,7 @@ from tarflow_runtimes._device.host import HostDevice
 from tarflow_runtimes._engines import ort_cuda, trt
 from tarflow_runtimes._engines.device_engine import DeviceEngine
 from tarflow_runtimes._engines.ort_programs import OrtMaker
-from tarflow_runtimes._trt import _package
+from tarflow_runtimes._trt import _package, _supply
 from tarflow_runtimes._trt._gpu import Gpu
 
 ENGINES = ("ort-cuda", "trt", "trt-rtx")
@@ -126,6 +126,7 @@ def stand_in(engine: str, patched: pytest.MonkeyPatch) -> None:
     module = fake_tensorrt.module(engine)
     patched.setattr(_package, "import_module", {module.__name__: module}.__getitem__)
     patched.setattr(_package, "owners", lambda _: [])
+    patched.setattr(_supply, "build", fake_tensorrt.build)
     patched.setattr(trt, "CudaDevice", HostGpu)
     patched.setattr(trt, "gpu_of", lambda _: Gpu(name="Host GPU", target="sm_89", driver="CUDA 13.0"))
     _package._import.cache_clear()

@@ -349,6 +349,13 @@ class ExecutionContext:
         return True
 
 
+def build(package: Any, graph: Any, profiles: Any, *, on_build: Any = None, **options: Any) -> Any:
+    """What `_build.build` does, in this process: the fake package is not in another."""
+    from tarflow_runtimes._trt._compile import compile_engine
+
+    return compile_engine(package, graph, profiles, on_share=on_build, **options)
+
+
 def module(engine: str) -> types.ModuleType:
     """The module behind engine `trt` or `trt-rtx`."""
     made = types.ModuleType("tensorrt" if engine == "trt" else "tensorrt_rtx")

@@ -17,7 +17,6 @@ from tarflow_runtimes._device.host import HostDevice
 from tarflow_runtimes._engines import trt as engine_module
 from tarflow_runtimes._engines.trt import TrtMaker, open_trt, record_verification
 from tarflow_runtimes._trt import _package, _supply
-from tarflow_runtimes._trt._compile import compile_engine
 from tarflow_runtimes._trt._gpu import Gpu
 from tarflow_runtimes._trt._package import import_package
 from tarflow_runtimes._trt._profiles import Profile
@@ -27,11 +26,6 @@ fake = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fake)
 
 GPU = Gpu(name="Host GPU", target="sm_89", driver="CUDA 13.0")
-
-
-def in_this_process(package, graph, profiles, *, on_build=None, **options):
-    """What `_build.build` does: the fake package is not in another process."""
-    return compile_engine(package, graph, profiles, on_share=on_build, **options)
 
 
 class HostGpu(HostDevice):
@@ -55,7 +49,7 @@ def engine(request, monkeypatch) -> str:
     made = fake.module(request.param)
     monkeypatch.setattr(_package, "import_module", {made.__name__: made}.__getitem__)
     monkeypatch.setattr(_package, "owners", lambda _: [])
-    monkeypatch.setattr(_supply, "build", in_this_process)
+    monkeypatch.setattr(_supply, "build", fake.build)
     monkeypatch.setattr(engine_module, "CudaDevice", HostGpu)
     monkeypatch.setattr(engine_module, "gpu_of", lambda _: GPU)
     _package._import.cache_clear()
