@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tarflow_runtimes._doctor as doctor
-from tarflow_runtimes._doctor.facts import Driver, Facts, Gpu, Module, Provider
+from tarflow_runtimes._doctor.facts import Driver, Facts, Gpu, Library, Module, Provider
 
 GPU = Gpu(name="NVIDIA H200", capability=(9, 0), memory=150_000_000_000, free=149_000_000_000)
 
@@ -54,6 +54,7 @@ def test_a_machine_with_a_gpu(tarflow: Callable, found: Callable, here: Facts) -
         provider=Provider(built=True, cuda="13.0"),
         modules=here.modules | {"cuda.bindings": Module(version="13.4.4", file="f"), "tensorrt": Module()},
         owners={"onnxruntime": ("onnxruntime-gpu 1.31.1",)},
+        libraries={name: Library(file=name) for name in here.libraries},
     )
     result = tarflow("doctor")
     assert result.code == 0

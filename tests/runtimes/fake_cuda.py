@@ -1,7 +1,7 @@
 """`FakeCuda`: the part of `cuda.bindings.runtime` that we use, over the host's memory, as asynchronous as the real one.
 
 What is put on the stream happens when somebody waits for it, and not before; while the stream is captured, it goes
-into the graph instead. Pageable memory is read when a copy to the device is asked for, as CUDA does.
+into the graph instead. Pageable memory is read only then, too: CUDA may read it when a copy is asked for, or later.
 """
 
 # ruff: noqa: N801, N802, N815 - the names are CUDA's
@@ -52,7 +52,7 @@ class FakeCuda:
         self.queue: list[Work] = []
         self.captured: list[Work] | None = None
         self.graphs: dict[int, list[Work]] = {}
-        self.streams: set[int] = set()
+        self.streams: list[int] = []
 
     def __getattribute__(self, name: str) -> Any:
         """Note every call of CUDA, and let it fail where it is to."""
@@ -101,13 +101,15 @@ class FakeCuda:
         return OK, address
 
     def cudaFree(self, address: int) -> tuple[Any, ...]:
+        if self.captured is not None:
+            return (cudaError_t.cudaErrorStreamCaptureUnsupported,)
         self.cudaStreamSynchronize(None)
         del self.memory[address]
         return (OK,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
         assert flags == self.cudaStreamNonBlocking
-        self.streams.add(77)
+        self.streams.append(77)
         return OK, 77
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:
@@ -125,9 +127,6 @@ class FakeCuda:
         self, target: int, source: int, nbytes: int, kind: cudaMemcpyKind, stream: int
     ) -> tuple[Any, ...]:
         assert int(stream) == 77
-        if kind == cudaMemcpyKind.cudaMemcpyHostToDevice:
-            data = ctypes.string_at(source, nbytes)
-            return self.enqueue(lambda: ctypes.memmove(target, data, nbytes))
         return self.enqueue(lambda: ctypes.memmove(target, source, nbytes))
 
     def cudaMemcpy2DAsync(  # noqa: PLR0917

@@ -58,7 +58,7 @@ class ExecutionContextAllocationStrategy(enum.Enum):
 
 
 class BuilderFlag(enum.Enum):
-    TF32, REQUIRE_USER_ALLOCATION = range(2)
+    TF32, REQUIRE_USER_ALLOCATION, STRICT_NANS = range(3)
 
 
 class NetworkDefinitionCreationFlag(enum.IntEnum):
@@ -271,8 +271,9 @@ class CudaEngine:
         state = name.removeprefix("next_")
         return state if state != name and state.startswith(ALIASED) else None
 
-    def get_device_memory_size_for_profile_v2(self, index: int) -> int:
-        return SCRATCH_PER_IMAGE * max(shapes[1][0] for shapes in self.profiles[index].values())
+    @property
+    def device_memory_size_v2(self) -> int:
+        return SCRATCH_PER_IMAGE * max(shapes[1][0] for profile in self.profiles for shapes in profile.values())
 
     def create_runtime_config(self) -> RuntimeConfig:
         return RuntimeConfig()
@@ -294,7 +295,7 @@ class ExecutionContext:
         return index < len(self._engine.profiles)
 
     def set_device_memory(self, address: int, size: int) -> None:
-        assert size >= self._engine.get_device_memory_size_for_profile_v2(self._profile)
+        assert size >= self._engine.device_memory_size_v2
         assert address % 256 == 0
         self._scratch = (address, size)
 

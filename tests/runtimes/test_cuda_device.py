@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -71,7 +73,7 @@ def test_memory_is_zeroed_copied_and_freed(cuda, device):
     assert (counted.uploads, counted.downloads) == (2, 4)
     assert (counted.uploaded_bytes, counted.downloaded_bytes) == (2 * 96, 4 * 96)
     del buffer, other
-    gc.collect()
+    device.synchronize()
     assert not cuda.memory
 
 
@@ -94,8 +96,24 @@ def test_a_stream_is_captured_and_replayed(cuda, device):
     assert device.download(b.address, (1,), np.int32) == 2
     assert len(cuda.graphs) == 1, "the graph itself is not needed any more"
     del replay
-    gc.collect()
+    device.synchronize()
     assert not cuda.graphs
+
+
+def test_what_is_dropped_during_a_capture_is_freed_afterwards(cuda, device):
+    held = [device.allocate(4)]
+    replay = device.capture(held.clear)
+    assert len(cuda.memory) == 1
+    assert "cudaFree" not in cuda.calls
+    device.synchronize()
+    assert not cuda.memory
+    del replay
+    device.allocate(4)
+    assert not cuda.graphs
+
+
+def test_all_devices_of_a_process_take_turns(device):
+    assert CudaDevice().lock is device.lock, "one thread's allocation would end another's recording"
 
 
 def test_a_launch_that_fails_ends_the_capture(cuda, device):
@@ -206,7 +224,7 @@ def test_the_real_package_understands_every_call(cuda, monkeypatch):
         return device.download(b.address, (16,), np.int32).tolist()
 
     assert use(CudaDevice()) == [0, 1, 0, 0, 4, 5, 0, 0, 8, 9, 0, 0, 1, 13, 0, 0]
-    gc.collect()
+    CudaDevice().synchronize()
     assert not fake.memory
     assert not fake.graphs
     unused = {"cudaGetErrorString", "cudaRuntimeGetVersion"}
@@ -328,6 +346,7 @@ def test_the_loop_on_an_asynchronous_device(exported, flows, cuda, monkeypatch, 
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     del flow, maker
     gc.collect()
+    device.synchronize()
     assert not cuda.memory
     assert not cuda.graphs
 
@@ -381,6 +400,40 @@ def test_how_ort_cuda_opens_a_session(exported, cuda, cuda_build, capsys, *, dty
         assert options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
 
 
+def test_sessions_of_a_gpu_run_in_one_thread(device):
+    ran, session = [], SimpleNamespace(get_inputs=list, get_outputs=list, io_binding=SimpleNamespace)
+    session.run_with_iobinding = lambda binding, options: ran.append(threading.get_ident())
+    with ThreadPoolExecutor(1) as pool:
+        program = OrtProgram(session, device, patches=16, graphs=True, thread=pool)
+        launch = program.bind({})
+        replay = program.record([launch, launch])
+        callers = [threading.Thread(target=work) for work in (launch.launch, launch.launch, replay.replay)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert len(ran) == 4
+        assert {*ran} == {pool.submit(threading.get_ident).result()}
+
+
+def test_a_provider_that_does_not_load_is_named(exported, cuda, cuda_build, monkeypatch):
+    import onnxruntime
+
+    def session(model, options, *, providers):
+        try:
+            options.get_session_config_entry("session.disable_cpu_ep_fallback")
+        except RuntimeError:  # it was not set
+            return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+        raise RuntimeError("assigned to the default CPU EP, but fallback to CPU EP has been disabled")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with (
+        tfr.load(exported("class").path, engine="ort-cuda") as flow,
+        pytest.raises(tfr.EngineError, match="did not take CUDAExecutionProvider: it runs CPUExecutionProvider"),
+    ):
+        flow.sample(1, seed=0)
+
+
 def test_nodes_on_the_cpu_are_named(exported, cuda, cuda_build, monkeypatch):
     import onnxruntime
 
@@ -394,7 +447,9 @@ def test_nodes_on_the_cpu_are_named(exported, cuda, cuda_build, monkeypatch):
         try:
             options.get_session_config_entry("session.disable_cpu_ep_fallback")
         except RuntimeError:  # it was not set
-            return SimpleNamespace(get_provider_graph_assignment_info=lambda: parts)
+            return SimpleNamespace(
+                get_providers=lambda: [ort_cuda.PROVIDER], get_provider_graph_assignment_info=lambda: parts
+            )
         raise RuntimeError(
             "graph nodes that are assigned to the default CPU EP, but fallback to CPU EP has been disabled"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import math
@@ -19,8 +20,9 @@ import tarflow_runtimes as tfr
 from tarflow_export import export_bundle
 from tarflow_runtimes._bench import bench
 from tarflow_runtimes._bundle import Bundle, open_bundle
-from tarflow_runtimes._device.host import HostBuffer, HostDevice
+from tarflow_runtimes._device.host import HostBuffer, HostDevice, HostReplay
 from tarflow_runtimes._device.loop import LOOK, SHAPES
+from tarflow_runtimes._device.workspace import Workspace
 from tarflow_runtimes._engines import ort_programs
 from tarflow_runtimes._engines.device_engine import DeviceEngine
 from tarflow_runtimes._engines.ort_programs import OrtMaker, OrtProgram
@@ -300,15 +302,15 @@ def test_a_run_that_is_stopped_leaves_the_flow_usable(on_device, plan, error):
 @pytest.mark.parametrize("failing", [1, 2, 20, 33])
 def test_a_launch_that_fails_leaves_the_flow_usable(exported, monkeypatch, failing):
     with open_flow(exported("class_n16").path) as flow:
-        launch, launched = ort_programs.OrtBound.launch, []
+        run, launched = ort_programs.OrtBound.run, []
 
         def fail(self):
             launched.append(self)
             if len(launched) == failing:
                 raise tfr.EngineError("the device fell off the bus")
-            launch(self)
+            run(self)
 
-        monkeypatch.setattr(ort_programs.OrtBound, "launch", fail)
+        monkeypatch.setattr(ort_programs.OrtBound, "run", fail)
         with pytest.raises(tfr.EngineError, match="fell off"):
             flow.sample(3, seed=0)
         monkeypatch.undo()
@@ -341,6 +343,53 @@ def test_a_recording_that_computes_something_else_is_refused(exported, plan):
         pytest.raises(tfr.EngineError, match="recorded steps of block 1 give other values"),
     ):
         flow.sample(1, seed=0, plan=plan)
+
+
+class _Unsteady:
+    """A launch whose images differ from run to run, as those of kernels that add in no fixed order do."""
+
+    def __init__(self, bound: ort_programs.OrtBound, finished: np.ndarray, size: float) -> None:
+        self._bound, self._finished, self._size = bound, finished, size
+        self._random = np.random.default_rng(0)
+
+    def launch(self) -> None:
+        self._bound.launch()
+        self._finished += self._size * self._random.choice((-1, 1), self._finished.shape)
+
+
+class _UnsteadyMaker(OrtMaker):
+    def advance(self, block: int, **shape: int) -> OrtProgram:
+        program = super().advance(block, **shape)
+        bind, spec = program.bind, program.inputs["finished"]
+
+        def unsteady(addresses, **options):
+            memory = (ctypes.c_float * (spec.nbytes // 4)).from_address(addresses["finished"])
+            return _Unsteady(bind(addresses, **options), np.frombuffer(memory, np.float32), 1e-7)
+
+        program.bind = unsteady  # type: ignore[method-assign]
+        program.record = lambda launches: HostReplay(lambda: [one.launch() for one in launches])  # type: ignore[method-assign, assignment]
+        return program
+
+
+def test_launches_that_differ_from_themselves_are_no_fault_of_a_recording(exported, flows):
+    with open_flow(exported("class_n16").path, kind=_UnsteadyMaker) as flow:
+        found = flow.sample(1, seed=0, denoise=False).images
+    np.testing.assert_allclose(found, flows("class_n16").sample(1, seed=0, denoise=False).images, atol=1e-4)
+
+
+def test_a_block_that_never_settles_is_an_error(exported, monkeypatch):
+    look = Workspace.look
+
+    def stuck(self, parity):
+        position, calls, residual = look(self, parity)
+        return np.zeros_like(position), calls, residual
+
+    monkeypatch.setattr(Workspace, "look", stuck)
+    with (
+        open_flow(exported("class_n16").path) as flow,
+        pytest.raises(tfr.EngineError, match="block 1 is not settled after 15 evaluations"),
+    ):
+        flow.sample(1, seed=0, plan=tfr.Parallel(window=4))
 
 
 def test_a_cache_that_is_not_updated_in_place_is_refused(exported, monkeypatch):

@@ -116,6 +116,18 @@ FAULTS: dict[str, tuple[Facts, str, str, str]] = {
         "onnxruntime's CUDA provider does not load: libcublas.so.13: cannot open",
         'pip install "tarflow-sdk[ort-cuda]"',
     ),
+    "no cuDNN": (
+        machine(libraries={name: Library(file=name, problem="not found" * ("cudnn" in name)) for name in LIBRARIES}),
+        "ort-cuda",
+        "onnxruntime needs cuDNN 9: not found",
+        'pip install "tarflow-sdk[ort-cuda]"',
+    ),
+    "onnxruntime whose recordings are wrong": (
+        machine(modules={"onnxruntime": Module(version="1.30.0", file="f")}),
+        "ort-cuda",
+        "onnxruntime 1.30.0 is too old, 1.31 is needed",
+        'pip install "onnxruntime-gpu>=1.31"',
+    ),
     "no driver, which the provider wants too": (
         machine(driver=NO_DRIVER, gpus=(), provider=Provider(built=True, cuda="13.0", problem=NO_DRIVER.problem)),
         "ort-cuda",

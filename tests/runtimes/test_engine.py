@@ -114,6 +114,9 @@ def test_an_old_onnxruntime_is_refused(exported, monkeypatch):
     monkeypatch.setattr(onnxruntime, "__version__", "1.20.1")
     with pytest.raises(tfr.EngineError, match=r"1\.20\.1 is too old"):
         tfr.load(exported("class").path)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.30.0")
+    with pytest.raises(tfr.EngineError, match=r"1\.30\.0 is too old for engine ort-cuda, 1\.31 is needed"):
+        tfr.load(exported("class").path, engine="ort-cuda")
 
 
 @pytest.mark.parametrize(

@@ -151,33 +151,6 @@ def test_contexts_share_one_scratch(opened):
     assert larger.scratch.nbytes > large.scratch.nbytes
 
 
-def test_a_recording_is_of_contexts_that_have_run_and_leaves_the_state_as_it_was(opened):
-    maker = maker_of(opened("class_n16"))
-    program = maker.advance(0, images=2, branches=1, window=3)
-    device, n = maker.device, program.inputs["finished"].shape[2]
-    specs = program.inputs | {name: one for name, one in program.outputs.items() if not name.startswith("next_key")}
-    random = np.random.default_rng(0)
-    buffers = {name: device.allocate(one.nbytes) for name, one in specs.items()}
-    addresses = {name: buffer.address for name, buffer in buffers.items()}
-    addresses |= {name: addresses[name.removeprefix("next_")] for name in program.outputs if "_key_" in name}
-    addresses |= {name: addresses[name.removeprefix("next_")] for name in program.outputs if "_value_" in name}
-    addresses["next_finished"] = addresses["finished"]
-    for name, one in program.inputs.items():
-        if one.dtype == np.float32:
-            device.upload(addresses[name], random.standard_normal(one.shape, dtype=np.float32))
-
-    def state() -> list[bytes]:
-        names = [*program.inputs, *program.outputs]
-        kept = [name for name in names if not name.startswith(("key_", "value_", "next_key_", "next_value_"))]
-        return [device.download(addresses[name], (specs[name].nbytes,), np.uint8).tobytes() for name in kept]
-
-    before, bound = state(), program.bind(addresses, reach=n)
-    replay = program.record([bound, bound])
-    assert state() == before
-    replay.replay()
-    assert state() != before
-
-
 def test_engines_that_nobody_uses_are_let_go(opened):
     maker = maker_of(opened())
     program = maker.advance(0, images=1, branches=1, window=1)
@@ -298,7 +271,7 @@ def test_flags_of_the_build_are_those_of_the_dtype(opened, engine, monkeypatch, 
         return build(self, network, config)
 
     monkeypatch.setattr(fake.Builder, "build_serialized_network", watched)
-    own = set() if engine == "trt" else {"REQUIRE_USER_ALLOCATION"}
+    own = {"STRICT_NANS"} if engine == "trt" else {"STRICT_NANS", "REQUIRE_USER_ALLOCATION"}
     for dtype, more in (("float32", set()), ("tf32", {"TF32"})):
         maker_of(opened(dtype=dtype)).forward(0, images=1)
         assert flags[-1] == own | more

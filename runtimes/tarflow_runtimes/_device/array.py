@@ -40,6 +40,11 @@ class _DLManagedTensor(ctypes.Structure):
     pass
 
 
+# Prototypes of our own: the functions of ctypes.pythonapi are shared with everybody in the process.
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
+_get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 _Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_DLManagedTensor))
 _Destructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _DLManagedTensor._fields_ = (("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
@@ -55,12 +60,13 @@ def _delete(managed: Any) -> None:
 
 def _destroy(capsule: int) -> None:
     """Called when a capsule goes; nobody else frees what it holds if nobody took it."""
-    if ctypes.pythonapi.PyCapsule_IsValid(ctypes.c_void_p(capsule), CAPSULE):
-        get = ctypes.pythonapi.PyCapsule_GetPointer
-        get.restype = ctypes.c_void_p
-        _given.pop(get(ctypes.c_void_p(capsule), CAPSULE), None)
+    if _is_valid(capsule, CAPSULE):
+        _given.pop(_get_pointer(capsule, CAPSULE), None)
 
 
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, _Destructor)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
 _deleter, _destructor = _Deleter(_delete), _Destructor(_destroy)  # as C calls them; they live as long as the module
 
 
@@ -126,10 +132,8 @@ class DeviceArray:
         )
         managed.deleter = _deleter
         address = ctypes.addressof(managed)
-        make = ctypes.pythonapi.PyCapsule_New
-        make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, _Destructor)
         _given[address] = (managed, shape, self._buffer)
-        return make(address, CAPSULE, _destructor)
+        return _new_capsule(address, CAPSULE, _destructor)
 
 
 def to_device(device: Device, array: npt.NDArray[Any]) -> DeviceArray:

@@ -10,14 +10,34 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from tarflow_runtimes._device.cuda_import import checked, import_cuda
 from tarflow_runtimes._device.device import Transfers
+
+LOCK: Final = threading.RLock()
+"""The `lock` of all devices: ONNX Runtime records in CUDA's global mode, in which no other thread may allocate."""
+
+_unused: Final[deque[tuple[Callable[[Any], object], Any]]] = deque()
+"""What nobody holds any more, and how it is freed. Owners may go in any thread and at any time, also while a graph is
+recorded, which freeing would spoil: `_free_unused` does it later."""
+
+
+def _free_unused() -> None:
+    """Free what nobody holds any more; the caller has the lock and records nothing."""
+    while _unused:
+        free, handle = _unused.popleft()
+        free(handle)
+
+
+def _free_with(owner: object, free: Callable[[Any], object], handle: Any) -> None:
+    """Have `handle` freed when `owner` goes; at exit the driver frees everything itself."""
+    weakref.finalize(owner, _unused.append, (free, handle)).atexit = False
 
 
 class CudaBuffer:
@@ -26,8 +46,7 @@ class CudaBuffer:
     def __init__(self, runtime: Any, nbytes: int) -> None:
         self.nbytes = nbytes
         self.address = int(checked(runtime, runtime.cudaMalloc(nbytes)))
-        # cudaFree waits for the work that is under way. At exit the driver frees everything itself.
-        weakref.finalize(self, runtime.cudaFree, self.address).atexit = False
+        _free_with(self, runtime.cudaFree, self.address)
 
 
 class CudaReplay:
@@ -39,7 +58,7 @@ class CudaReplay:
             self._graph = checked(runtime, runtime.cudaGraphInstantiate(graph, 0))
         finally:
             runtime.cudaGraphDestroy(graph)
-        weakref.finalize(self, runtime.cudaGraphExecDestroy, self._graph).atexit = False
+        _free_with(self, runtime.cudaGraphExecDestroy, self._graph)
 
     def replay(self) -> None:
         """Launch the graph."""
@@ -58,15 +77,16 @@ class CudaDevice:
     def __init__(self, ordinal: int = 0) -> None:
         self._runtime = import_cuda()
         self.ordinal = ordinal
-        self.lock = threading.RLock()
+        self.lock = LOCK
         self.transfers = Transfers()
+        self._read: list[npt.NDArray[Any]] = []
         self._use()
         properties = self._checked(self._runtime.cudaGetDeviceProperties(ordinal))
         name = properties.name
         self.name = (name.decode() if isinstance(name, bytes) else str(name)).strip("\0 ")
         self.capability: tuple[int, int] = (properties.major, properties.minor)
         self._stream = self._checked(self._runtime.cudaStreamCreateWithFlags(self._runtime.cudaStreamNonBlocking))
-        weakref.finalize(self, self._runtime.cudaStreamDestroy, self._stream).atexit = False
+        _free_with(self, self._runtime.cudaStreamDestroy, self._stream)
 
     @property
     def stream(self) -> int:
@@ -76,13 +96,15 @@ class CudaDevice:
     def allocate(self, nbytes: int) -> CudaBuffer:
         """Zeroed memory."""
         self._use()
+        _free_unused()
         buffer = CudaBuffer(self._runtime, nbytes)
         self.zero(buffer.address, nbytes)
         return buffer
 
     def upload(self, address: int, array: npt.NDArray[Any]) -> None:
-        """Copy an array to the GPU; CUDA has read pageable memory when it returns."""
-        array = np.ascontiguousarray(array)
+        """Copy an array to the GPU; a copy on the host is kept until the stream has read it."""
+        array = np.array(array, order="C")
+        self._read.append(array)
         self._copy(address, array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
         self.transfers.uploads += 1
         self.transfers.uploaded_bytes += array.nbytes
@@ -122,25 +144,29 @@ class CudaDevice:
         self._use()
         runtime = self._runtime
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._checked(runtime.cudaStreamBeginCapture(self._stream, mode))
         collects = gc.isenabled()
-        gc.disable()  # memory that this thread frees would end the capture
+        gc.disable()  # what a library frees in this thread would end the capture
         try:
-            launch()
-        except BaseException:
-            _, graph = runtime.cudaStreamEndCapture(self._stream)  # its status is a consequence of the error
-            if graph is not None and int(graph):
-                runtime.cudaGraphDestroy(graph)
-            raise
+            self._checked(runtime.cudaStreamBeginCapture(self._stream, mode))
+            try:
+                launch()
+            except BaseException:
+                _, graph = runtime.cudaStreamEndCapture(self._stream)  # its status is a consequence of the error
+                if graph is not None and int(graph):
+                    runtime.cudaGraphDestroy(graph)
+                raise
+            graph = self._checked(runtime.cudaStreamEndCapture(self._stream))
         finally:
             if collects:
                 gc.enable()
-        return CudaReplay(runtime, self._checked(runtime.cudaStreamEndCapture(self._stream)), self._stream)
+        return CudaReplay(runtime, graph, self._stream)
 
     def synchronize(self) -> None:
         """Wait for the stream."""
         self._use()
         self._checked(self._runtime.cudaStreamSynchronize(self._stream))
+        self._read.clear()
+        _free_unused()
 
     def _copy(self, target: int, source: int, nbytes: int, kind: str) -> None:
         self._use()

@@ -235,7 +235,7 @@ class DeviceDecoder:
             self._tell(job.workspace, "tolerance", np.array([strategy.tolerance], np.float32))
             self._start(job, block, strategy)
         farthest = 0
-        while True:
+        for _ in range(-(-last // LOOK)):  # every launch settles a patch of every image that is not finished
             self._launch(job, program, block, size=size, position=farthest, count=LOOK)
             with self._device.lock:
                 position, calls, residual = job.workspace.look(0)
@@ -244,6 +244,10 @@ class DeviceDecoder:
                 return calls, 0.0 if failed else float(residual.max()), failed
             farthest = int(position.max())
             on_done(int(position.mean()))
+        raise EngineError(
+            f"block {block} is not settled after {last} evaluations on {self._device.name}: it computes wrongly",
+            hint="tarflow verify says where; use another engine",
+        )
 
     def _launch(self, job: _Job, program: Program, block: int, *, size: int, position: int, count: int) -> None:
         """Launch a group from `position` or before it; all entries that it reads are before position + size * count."""

@@ -125,6 +125,12 @@ def _provider_loads(facts: Facts) -> Fault | None:
     return Fault(problem=problem, remedy=INSTALL["ort-cuda"])
 
 
+def _cudnn_loads(facts: Facts) -> Fault | None:
+    """ONNX Runtime loads cuDNN when it meets the first node that needs it, as our step graphs do."""
+    problem = facts.libraries["cudnn-9"].problem
+    return Fault(problem=f"onnxruntime needs cuDNN 9: {problem}", remedy=INSTALL["ort-cuda"]) if problem else None
+
+
 def _driver(facts: Facts) -> Fault | None:
     driver = facts.driver
     if not driver.problem:
@@ -205,13 +211,14 @@ def _device(engine: str, package: str) -> tuple[Check, ...]:
 
 
 CHECKS: Final[dict[str, tuple[Check, ...]]] = {
-    "ort-cpu": (_package("ort-cpu", "onnxruntime", MINIMUM_ORT), _package("ort-cpu", "google.protobuf")),
+    "ort-cpu": (_package("ort-cpu", "onnxruntime", MINIMUM_ORT["ort-cpu"]), _package("ort-cpu", "google.protobuf")),
     "ort-cuda": (
-        _package("ort-cuda", "onnxruntime", MINIMUM_ORT),
+        _package("ort-cuda", "onnxruntime", MINIMUM_ORT["ort-cuda"]),
         _package("ort-cuda", "google.protobuf"),
         _built_for_cuda,
         *_device("ort-cuda", "onnxruntime"),
         _provider_loads,
+        _cudnn_loads,
     ),
     "trt": (
         _linux,

@@ -9,7 +9,8 @@ from typing import Any, Final
 from tarflow_runtimes._engines._installed import owners
 from tarflow_runtimes._errors import EngineError
 
-MINIMUM_VERSION: Final = (1, 28)
+MINIMUM_VERSION: Final = {"ort-cpu": (1, 28), "ort-cuda": (1, 31)}
+"""For CUDA 1.31: the recordings of those before read freed memory in GatherND (microsoft/onnxruntime, pull 32120)."""
 INSTALL: Final = {
     "ort-cpu": 'pip install "tarflow-sdk[ort]"',
     "ort-cuda": 'pip install "tarflow-sdk[ort-cuda]"',
@@ -40,10 +41,10 @@ def import_onnxruntime(engine: str = "ort-cpu") -> Any:
             "the installed onnxruntime is damaged: it has no InferenceSession", hint=f"{install} --force-reinstall"
         )
     version = tuple(int(part) for part in re.findall(r"\d+", onnxruntime.__version__)[:2])
-    if version < MINIMUM_VERSION:
-        wanted = ".".join(map(str, MINIMUM_VERSION))
+    if version < MINIMUM_VERSION[engine]:
+        wanted = ".".join(map(str, MINIMUM_VERSION[engine]))
         raise EngineError(
-            f"onnxruntime {onnxruntime.__version__} is too old, {wanted} is needed",
+            f"onnxruntime {onnxruntime.__version__} is too old for engine {engine}, {wanted} is needed",
             hint=f"{install} --upgrade",
         )
     return onnxruntime

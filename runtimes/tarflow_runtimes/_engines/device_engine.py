@@ -6,6 +6,7 @@ per step.
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -136,6 +137,8 @@ class DeviceEngine:
             self._closed = True
             self._calls.clear()
         self.decoder.close()
+        with self.device.lock, contextlib.suppress(EngineError):  # a device that has failed gives nothing back
+            self.device.synchronize()
 
     def _run(self, block: int, kind: str, arrays: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
         """Run a forward or gradient program on a batch, in pieces of one size; the last piece is filled up."""

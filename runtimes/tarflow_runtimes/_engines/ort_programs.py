@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,10 +51,15 @@ class OrtBound:
 
     def __init__(self, program: OrtProgram, binding: Any, graph: int) -> None:
         self.program, self.binding = program, binding
+        self.recorded: OrtBound | None = None
         self._options = program.run_options(graph)
 
     def launch(self) -> None:
         """Run once; on the GPU without waiting for it."""
+        self.program.on_thread(self.run)
+
+    def run(self) -> None:
+        """Run once, in the thread of the maker."""
         try:
             self.program.session.run_with_iobinding(self.binding, self._options)
         except Exception as error:
@@ -64,22 +70,27 @@ class OrtBound:
 class OrtReplay:
     """Launches of bindings that ONNX Runtime records at the first of them, which it therefore runs several times."""
 
-    launches: Sequence[Bound]
+    program: OrtProgram
+    launches: Sequence[OrtBound]
 
     def replay(self) -> None:
         """Launch each of them."""
+        self.program.on_thread(self._run)
+
+    def _run(self) -> None:
         for launch in self.launches:
-            launch.launch()
+            launch.run()
 
 
 class OrtProgram:
     """One session of static shapes; only `reach`, in graphs that have it, may be of any length up to N."""
 
-    def __init__(self, session: Any, device: Device, *, patches: int, graphs: bool) -> None:
-        self.session, self._device, self._graphs = session, device, graphs
+    def __init__(
+        self, session: Any, device: Device, *, patches: int, graphs: bool, thread: ThreadPoolExecutor | None
+    ) -> None:
+        self.session, self._device, self._graphs, self._thread = session, device, graphs, thread
         self.inputs = {value.name: _spec(value, patches) for value in session.get_inputs()}
         self.outputs = {value.name: _spec(value, patches) for value in session.get_outputs()}
-        self._recorded: dict[Any, OrtBound] = {}
         self._numbers = itertools.count(1)
 
     def bind(self, addresses: Mapping[str, int], *, reach: int | None = None) -> OrtBound:
@@ -95,7 +106,19 @@ class OrtProgram:
 
     def record(self, launches: Sequence[Bound]) -> Replay:
         """The same bindings, each under a graph id of its own; without CUDA graphs the launches themselves."""
-        return OrtReplay([self._with_graph(one) if self._graphs else one for one in launches])
+        bounds = [bound for bound in launches if isinstance(bound, OrtBound)]
+        return OrtReplay(self, [self._with_graph(bound) if self._graphs else bound for bound in bounds])
+
+    def on_thread(self, work: Callable[[], None]) -> None:
+        """Do something in the thread that runs all sessions of the maker; it is done, however this ends."""
+        if self._thread is None:
+            work()
+            return
+        doing = self._thread.submit(work)
+        try:
+            doing.result()
+        finally:
+            wait([doing])
 
     def run_options(self, graph: int) -> Any:
         """None on the CPU; on the GPU, not to wait, and the graph id."""
@@ -108,11 +131,9 @@ class OrtProgram:
         options.add_run_config_entry("gpu_graph_id", str(graph))
         return options
 
-    def _with_graph(self, bound: Bound) -> OrtBound:
-        assert isinstance(bound, OrtBound)
-        if bound.binding not in self._recorded:
-            self._recorded[bound.binding] = OrtBound(self, bound.binding, next(self._numbers))
-        return self._recorded[bound.binding]
+    def _with_graph(self, bound: OrtBound) -> OrtBound:
+        bound.recorded = bound.recorded or OrtBound(self, bound.binding, next(self._numbers))
+        return bound.recorded
 
 
 def _element_type(spec: TensorSpec) -> Any:
@@ -140,6 +161,8 @@ class OrtMaker:
         self._bundle, self._provider, self._options = bundle, provider, dict(options)
         self._without_graphs = "" if device.kind != "cpu" else "on the CPU there are none"
         self._in_place = False
+        # For every thread that runs it, a session on a GPU has handles and recordings of its own, as long as it lives.
+        self._thread = None if device.kind == "cpu" else ThreadPoolExecutor(1, thread_name_prefix="tarflow-ort")
         self._reach: int | None = bundle.config.patches
 
     def advance(self, block: int, *, images: int, branches: int, window: int) -> OrtProgram:
@@ -205,7 +228,8 @@ class OrtMaker:
                 session = self._session(model, Path(name), images, graphs=graphs)
         else:
             session = self._session(model, weights.parent, images, graphs=graphs)
-        return OrtProgram(session, self.device, patches=self._bundle.config.patches, graphs=graphs)
+        patches = self._bundle.config.patches
+        return OrtProgram(session, self.device, patches=patches, graphs=graphs, thread=self._thread)
 
     def _session(self, model: bytes, folder: Path, images: int | None, *, graphs: bool) -> Any:
         options = self._session_options(folder, images)
@@ -222,26 +246,34 @@ class OrtMaker:
                     hint="update onnxruntime-gpu, or use another engine",
                 ) from error
             raise EngineError(f"ONNX Runtime cannot open a graph of {folder}: {first_line(error)}") from error
-        if session.get_providers()[0] != self._provider:  # it prints why, and goes on with what is left
+        self._check_provider(session)
+        return session
+
+    def _check_provider(self, session: Any) -> None:
+        """A provider that does not load is logged, and ONNX Runtime goes on with what is left."""
+        providers = session.get_providers()
+        if providers[0] != self._provider:
             raise EngineError(
-                f"ONNX Runtime did not take {self._provider}: it runs {', '.join(session.get_providers())}",
+                f"ONNX Runtime did not take {self._provider}: it runs {', '.join(providers)}",
                 hint="tarflow doctor says what is missing",
             )
-        return session
 
     def _session_options(self, folder: Path, images: int | None) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 4  # refusals are raised
+        if self.device.kind != "cpu":
+            options.intra_op_num_threads = 1  # nothing runs on the host, and every session has threads of its own
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         if images is not None:
             options.add_free_dimension_override_by_name("B", images)
         return options
 
     def _nodes_on_cpu(self, model: bytes, folder: Path, images: int | None) -> str:
-        """Names of the nodes that ONNX Runtime would run on the CPU."""
+        """Names of the nodes that ONNX Runtime would run on the CPU; raises where those are all."""
         options = self._session_options(folder, images)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         session = self._ort.InferenceSession(model, options, providers=[(self._provider, self._options)])
+        self._check_provider(session)
         parts = session.get_provider_graph_assignment_info()
         nodes = [node for part in parts if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()]
         named = [f"{node.name} ({node.op_type})" for node in nodes]

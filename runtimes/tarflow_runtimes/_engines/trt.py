@@ -13,7 +13,7 @@ import dataclasses
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from tarflow_runtimes._bundle import Bundle
 from tarflow_runtimes._device.cuda import CudaDevice
@@ -27,9 +27,6 @@ from tarflow_runtimes._trt._profiles import Profile, shape_of
 from tarflow_runtimes._trt._runtime import Kernels, LoadedEngine
 from tarflow_runtimes._trt._sidecar import Sidecar, Verification
 from tarflow_runtimes._trt._supply import OnBuilding, Supply
-
-CACHES: Final = ("next_key_", "next_value_")
-"""How the names of the updated caches begin."""
 
 
 def open_trt(
@@ -124,7 +121,7 @@ class TrtMaker:
 
     def _program(self, block: int, kind: str, images: int, branches: int, window: int) -> TrtProgram:
         engine, profile = self._engine(block, kind, images, branches, window)
-        nbytes = engine.scratch_bytes(profile)
+        nbytes = engine.scratch_bytes
         if self._scratch is None or self._scratch.nbytes < nbytes:
             self._scratch = self.device.allocate(max(nbytes, 1))  # programs keep the one they began with
         sizes = engine.profiles[profile].sizes(images, self._patches)
@@ -173,23 +170,7 @@ class TrtProgram:
             for bound in launches:
                 bound.launch()
 
-        for bound in launches:
-            assert isinstance(bound, TrtBound)  # `bind` made it
-            if not bound.ran:
-                self._run_for_nothing(bound)
         return self.device.capture(launch)
-
-    def _run_for_nothing(self, bound: TrtBound) -> None:
-        """Launch, and take back what was written, but for cache entries that the next launches write again."""
-        device, kept = self.device, []
-        for name, spec in self.outputs.items():
-            if not name.startswith(CACHES):
-                kept.append((bound.addresses[name], device.allocate(spec.nbytes), spec.nbytes))
-        for address, buffer, nbytes in kept:
-            device.copy(buffer.address, address, nbytes)
-        bound.launch()
-        for address, buffer, nbytes in kept:
-            device.copy(address, buffer.address, nbytes)
 
 
 class TrtBound:
@@ -200,12 +181,13 @@ class TrtBound:
     """
 
     def __init__(self, program: TrtProgram, addresses: Mapping[str, int], reach: int | None) -> None:
-        self._program, self.addresses = program, addresses
-        self.ran = False
+        self._program = program
         engine, scratch = program.engine, program.scratch
         self._context = context = engine.context(program.profile, program.device.stream)
-        context.set_device_memory(scratch.address, scratch.nbytes)
         with listen() as heard:
+            context.set_device_memory(scratch.address, scratch.nbytes)  # refuses by a message alone
+            if heard.errors:
+                raise engine.refused("run", heard)
             for name, spec in program.inputs.items():
                 shape = (reach,) if name == "reach" else spec.shape
                 if not context.set_input_shape(name, shape):
@@ -223,4 +205,3 @@ class TrtBound:
         with listen() as heard:
             if not self._context.execute_async_v3(program.device.stream):
                 raise program.engine.refused("run", heard)
-        self.ran = True

@@ -37,10 +37,11 @@ class Built:
 def builder_flags(package: Package, precision: str) -> tuple[str, ...]:
     """The builder flags that are set, by name; all others are cleared.
 
-    TensorRT for RTX must not allocate memory itself: a launch is captured into a CUDA graph.
+    Comparisons with NaN must be false, for that is how the advance graph finds it. TensorRT for RTX must not allocate
+    memory itself: a launch is captured into a CUDA graph.
     """
     own = ("REQUIRE_USER_ALLOCATION",) if package.ahead else ()
-    return (*own, *(("TF32",) if precision == "tf32" else ()))
+    return ("STRICT_NANS", *own, *(("TF32",) if precision == "tf32" else ()))
 
 
 def compile_engine(

@@ -91,9 +91,10 @@ class LoadedEngine:
                 raise self.refused("run", heard)
         return context
 
-    def scratch_bytes(self, profile: int) -> int:
-        """Scratch memory that a context on a profile needs."""
-        return int(self.engine.get_device_memory_size_for_profile_v2(profile))
+    @property
+    def scratch_bytes(self) -> int:
+        """Scratch memory that a context needs, whatever its profile."""
+        return int(self.engine.device_memory_size_v2)
 
     def refused(self, what: str, heard: Heard) -> EngineError:
         """The error for something that TensorRT would not do, with the first line it said."""
