@@ -26,7 +26,9 @@ def document(result: dict[str, Any]) -> str:
         f"* limits of the device: {listed({name: f'{value:.4g}' for name, value in floors.items()})}",
         "* Times are medians of interleaved rounds and include the way of latents and images between host and device.",
         "  The floor is the larger of the bytes and the operations of a sequential decode at these limits.",
-        "* PSNR and the largest difference are to the images of the first sampler in float32.",
+        "* PSNR and the largest difference are to the images of the first sampler in the first dtype.",
+        "* PyTorch with a CUDA graph replays one recorded step at a time and attends to whole caches, as ort-cuda",
+        "  does; ours replays up to 16 steps at a time.",
     ]
     return "\n".join([*lines, *map(table, result["cells"])]) + "\n"
 
@@ -38,7 +40,7 @@ def table(cell: dict[str, Any]) -> str:
     ran = [row["sampler"] for row in cell["rows"]]
     against = next((name for name in BASELINES if name in ran), "")
     lines = [
-        f"\n## {cell['model']}: {images}, guidance {cell['guidance']:g}, {how}\n",
+        f"\n## {cell['model']}: {images}, guidance {cell['guidance']:g}, {how}, {cell['dtype']}\n",
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
     ]

@@ -64,28 +64,34 @@ FULL = (
 )
 QUICK = (
     Case(model="mnist", batches=(1, 64), windows=(None, 16)),
-    Case(model="imagenet64", batches=(1, 32), blocks=1),
+    Case(model="imagenet64", batches=(32,), blocks=1),
     Case(model="afhq", batches=(1,), guidance=(0.0,), blocks=1),
 )
 QUICK_DTYPES = ("float32", "float16")
 TINY = (Case(model="tiny", batches=(1, 3), windows=(None, 4)),)
+
+Judges = dict[tuple[int, float, int | None], tuple[str, np.ndarray]]
+"""By batch, guidance and window: the sampler whose images others are compared with, and these."""
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def samplers_of(options: argparse.Namespace, facts: doctor.Facts) -> list[str]:
-    """Names of the samplers to run: the original where it is given, PyTorch, and ours on each engine and dtype."""
-    engines = options.engines
-    if engines is None:
-        verdicts = doctor.verdicts(facts)
-        engines = [name for name, fault in verdicts.items() if fault is None and name != "ort-cpu"]
-        for name, fault in verdicts.items():
-            if fault is not None:
-                say(f"engine {name} is left out: {fault.problem}; {fault.remedy}")
-    ours = [f"{engine}-{dtype}" for engine in engines for dtype in options.dtypes]
-    return ["original"] * bool(options.reference) + [f"graphed-{dtype}" for dtype in options.dtypes] + ours
+def engines_of(options: argparse.Namespace, facts: doctor.Facts) -> list[str]:
+    """The engines to measure: those asked for, or all on a GPU that are ready; says what the others lack."""
+    if options.engines is not None:
+        return list(options.engines)
+    verdicts = doctor.verdicts(facts)
+    for name, fault in verdicts.items():
+        if fault is not None:
+            say(f"engine {name} is left out: {fault.problem}; {fault.remedy}")
+    return [name for name, fault in verdicts.items() if fault is None and name != "ort-cpu"]
+
+
+def samplers_of(options: argparse.Namespace, engines: Sequence[str], dtype: str) -> list[str]:
+    """What is measured side by side in a dtype: the original where it is given, PyTorch, and ours on each engine."""
+    return ["original"] * bool(options.reference) + [f"{kind}-{dtype}" for kind in ("graphed", *engines)]
 
 
 @contextlib.contextmanager
@@ -109,10 +115,13 @@ def opened(
             peer.close()
 
 
-def measure(peers: dict[str, Peer], work: Work, cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """All samplers on one batch, guidance and way of decoding: a row each, and what failed.
+def measure(
+    peers: dict[str, Peer], work: Work, cell: dict[str, Any], options: argparse.Namespace, judges: Judges
+) -> dict[str, Any]:
+    """All samplers on one batch, guidance, way of decoding and dtype: a row each, and what failed.
 
     The first call, which warms up, is kept apart. Rounds start with another sampler each time, and end at the limit.
+    Images are compared with those in `judges`, which the first dtype of a cell puts there.
     """
     request = work.request(cell["batch"], cell["guidance"]) | {"window": cell["window"]}
     names = [name for name in peers if cell["window"] is None or not name.startswith(("original", "graphed"))]
@@ -131,6 +140,9 @@ def measure(peers: dict[str, Peer], work: Work, cell: dict[str, Any], options: a
 
     first = {name: call(name, save=str(work.folder / f"{name}.npy")) for name in names}
     images = {name: np.load(work.folder / f"{name}.npy") for name in times}
+    if times:
+        name = next((one for one in times if dtype_of(one) == cell["dtype"]), next(iter(times)))
+        judges.setdefault((cell["batch"], cell["guidance"], cell["window"]), (name, images[name]))
     began = time.monotonic()
     for done in range(options.rounds):
         if done and time.monotonic() - began > options.limit:
@@ -141,7 +153,7 @@ def measure(peers: dict[str, Peer], work: Work, cell: dict[str, Any], options: a
             if seconds is not None:
                 times[name].append(seconds)
     rows = [
-        row(name, times, images)
+        row(name, times, images[name], judges[cell["batch"], cell["guidance"], cell["window"]])
         | {
             "title": title(name, options.device),
             "first_call_seconds": first[name],
@@ -153,10 +165,9 @@ def measure(peers: dict[str, Peer], work: Work, cell: dict[str, Any], options: a
     return cell | {"rows": rows, "failed": failed}
 
 
-def row(name: str, times: dict[str, list[float]], images: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What one sampler did; differences are to the images of the first sampler in float32, or of the first."""
-    judge = next((one for one in images if dtype_of(one) == "float32"), next(iter(images)))
-    difference = images[name].astype(np.float64) - images[judge]
+def row(name: str, times: dict[str, list[float]], images: np.ndarray, judge: tuple[str, np.ndarray]) -> dict[str, Any]:
+    """What one sampler did, and how far its images are from the judge's."""
+    difference = images.astype(np.float64) - judge[1]
     square = float(np.mean(np.square(difference)))
     return {
         "sampler": name,
@@ -164,7 +175,7 @@ def row(name: str, times: dict[str, list[float]], images: dict[str, np.ndarray])
         "seconds": median(times[name]),
         "spread": [min(times[name]), max(times[name])],
         "faster_than": {other: ratio(times[other], times[name]) for other in times if other != name},
-        "compared_with": judge,
+        "compared_with": judge[0],
         "max_difference": finite(float(np.abs(difference).max())),
         "psnr_db": finite(10 * np.log10(4 / square)) if square else None,
     }
@@ -181,18 +192,20 @@ def finite(value: float) -> float | None:
 
 
 def run_case(
-    case: Case, options: argparse.Namespace, names: list[str], floors: dict[str, Any], folder: Path
+    case: Case, options: argparse.Namespace, engines: Sequence[str], floors: dict[str, Any], folder: Path
 ) -> list[dict[str, Any]]:
     """All cells of a model."""
     work = Work.prepare(case.model, CHECKPOINTS.get(case.model), folder / case.model, blocks=case.blocks)
     config = open_bundle(work.bundle, verify_digests=False).config
     scale = SHAPES[case.model]["blocks"] / config.blocks if case.blocks else 1.0
     cells = []
-    for batch in case.batches:
-        with opened(names, work, options) as (peers, failed):  # anew: no batch before holds memory of the card
+    judges: Judges = {}
+    for batch, dtype in itertools.product(case.batches, options.dtypes):
+        # processes of one batch and dtype at a time: each holds weights and caches on the card
+        with opened(samplers_of(options, engines, dtype), work, options) as (peers, failed):
             for guidance, window in itertools.product(case.guidance, case.windows):
-                cell = {"model": work.model, "batch": batch, "guidance": guidance, "window": window}
-                found = measure(peers, work, cell, options)
+                cell = {"model": work.model, "batch": batch, "guidance": guidance, "window": window, "dtype": dtype}
+                found = measure(peers, work, cell, options, judges)
                 found["failed"] = failed + found["failed"]
                 for one in found["rows"]:
                     rows, seconds = batch * (2 if guidance else 1), one["seconds"]
@@ -256,7 +269,7 @@ def main() -> None:
     facts = doctor.gather()
     if options.device == "cuda" and not facts.gpus:
         raise SystemExit(f"no GPU: {facts.driver.problem or 'the driver sees none'} (tarflow doctor says more)")
-    names = samplers_of(options, facts)
+    engines = engines_of(options, facts)
     head = about(facts, options)
     card = facts.gpus[0].name if options.device == "cuda" else "cpu"
     output = options.output or ROOT / "benchmarks" / "results" / f"gpu-{re.sub(r'[^a-z0-9]+', '-', card.lower())}"
@@ -267,7 +280,7 @@ def main() -> None:
     cells: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         for case in options.cases:
-            cells += run_case(case, options, names, floors, options.folder or Path(temporary))
+            cells += run_case(case, options, engines, floors, options.folder or Path(temporary))
             result = {"header": head, "floors": floors, "cells": cells}
             write_json(output.with_suffix(".json"), result)
             output.with_suffix(".md").write_text(document(result))

@@ -100,7 +100,7 @@ def test_parallel_blocks_look_at_positions_alone(flow: tfr.Flow) -> None:
 
 
 def test_recorded_steps_are_the_steps(flow: tfr.Flow, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graphs, where there are any, give bit for bit what the launches one by one give."""
+    """CUDA graphs, where there are any, give what the launches one by one give, as far as these give it twice."""
 
     class Eagerly:
         def __init__(self, launches: list[Any]) -> None:
@@ -118,8 +118,9 @@ def test_recorded_steps_are_the_steps(flow: tfr.Flow, monkeypatch: pytest.Monkey
         return Eagerly([workspace.bound(*place[:-1], step % 2) for step in range(place[-1])])
 
     monkeypatch.setattr(Workspace, "recorded", eager)
-    np.testing.assert_array_equal(draw(flow, guidance=1.5).images, recorded)
-    assert sum(launched) >= flow.config.blocks * (flow.config.patches - 2)
+    eager_images, again = (draw(flow, guidance=1.5).images for _ in range(2))
+    assert np.abs(recorded - eager_images).max() <= 4 * np.abs(again - eager_images).max()
+    assert sum(launched) >= 2 * flow.config.blocks * (flow.config.patches - 2)
 
 
 @pytest.mark.parametrize("plan", [None, tfr.Parallel(window=8)], ids=["sequential", "parallel"])

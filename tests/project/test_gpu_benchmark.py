@@ -21,7 +21,7 @@ from _gpu_table import table
 from _graphed import GraphedSampler
 from _peer import PeerError
 from _work import SHAPES, Work
-from gpu import FULL, QUICK, measure
+from gpu import FULL, QUICK, Judges, measure
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
@@ -93,8 +93,9 @@ def test_a_cell_of_the_table(tmp_path: Path) -> None:
         "trt-float32": Sampler(5.0, 1.0, None),
     }
     options = SimpleNamespace(rounds=3, limit=60.0, device="cuda")
-    cell: dict[str, Any] = {"model": "tiny", "batch": 2, "guidance": 0.0, "window": None}
-    found = measure(peers, work, cell, options)  # type: ignore[arg-type]
+    cell: dict[str, Any] = {"model": "tiny", "batch": 2, "guidance": 0.0, "window": None, "dtype": "float32"}
+    judges: Judges = {}
+    found = measure(peers, work, cell, options, judges)  # type: ignore[arg-type]
     assert found["failed"] == ["out of memory", "out of memory"]
     original, ours = found["rows"]
     assert (original["sampler"], ours["sampler"]) == ("original", "ort-cuda-float32")
@@ -107,6 +108,12 @@ def test_a_cell_of_the_table(tmp_path: Path) -> None:
     lines = table(found).splitlines()
     assert "| ours, ort-cuda, float32 | 16 | 1.000 | 1 | 4.00 (2.00..6.00) | 25.0% | - | 0.0e+00 |" in lines
     assert lines.count("Did not run: out of memory") == 2
+
+    half: dict[str, Any] = {"ort-cuda-float16": Sampler(1.0, 1.0, 1.0, 1.0, image=0.002)}
+    [row] = measure(half, work, cell | {"dtype": "float16"}, options, judges)["rows"]  # type: ignore[arg-type]
+    assert (row["compared_with"], row["psnr_db"]) == ("ort-cuda-float32", pytest.approx(60.0, abs=1e-3))
+    nothing: dict[str, Any] = {"ort-cuda-float16": Sampler(None)}
+    assert measure(nothing, work, cell | {"dtype": "float16"}, options, {})["rows"] == []  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
