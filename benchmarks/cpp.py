@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,13 @@ def serve_cpp(bundle: str, library: str) -> None:
     serve(sample, runtime=f"onnxruntime {opened.ort_version}")
 
 
-def compare(python: Peer, cpp: Peer, folder: Path, shape: tuple[int, ...], *, rounds: int, **options: object) -> dict:
-    """Both sides in turn on the same noise, the one that begins changing: seconds, their ratio, whether bits agree."""
+def compare(  # noqa: PLR0917 - both sides and their work
+    python: Peer, cpp: Peer, folder: Path, shape: tuple[int, ...], rounds: int, seconds: float, **options: object
+) -> dict[str, object]:
+    """Both sides in turn on the same noise, the one that begins changing: seconds, their ratio, whether bits agree.
+
+    At least `rounds` rounds, and as many as `seconds` hold.
+    """
     np.save(folder / "noise.npy", np.random.default_rng(shape[0]).standard_normal(shape, dtype=np.float32))
     request = {"noise": str(folder / "noise.npy"), **options}
     images = []
@@ -57,13 +63,15 @@ def compare(python: Peer, cpp: Peer, folder: Path, shape: tuple[int, ...], *, ro
         peer.call(**request, save=str(folder / "images.npy"))
         images.append(np.load(folder / "images.npy").ravel())
     times: list[tuple[float, float]] = []
-    for turn in range(rounds):
-        order = (python, cpp) if turn % 2 else (cpp, python)
-        seconds = {peer.name: peer.call_rested(**request) for peer in order}
-        times.append((seconds["python"], seconds["cpp"]))
+    began = time.perf_counter()
+    while len(times) < rounds or time.perf_counter() - began < seconds:
+        order = (python, cpp) if len(times) % 2 else (cpp, python)
+        taken = {peer.name: peer.call_rested(**request) for peer in order}
+        times.append((taken["python"], taken["cpp"]))
     mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))
     ratios = sorted(python_seconds / cpp_seconds for python_seconds, cpp_seconds in times)
     return {
+        "rounds": len(times),
         "python_ms": 1e3 * mine,
         "cpp_ms": 1e3 * theirs,
         "ratio": statistics.median(ratios),
@@ -87,7 +95,8 @@ def main() -> None:
     parser.add_argument("--bundle", help="the shipped digits unless given")
     parser.add_argument("--batch", default="1,16,64")
     parser.add_argument("--guidance", default="0,1.5")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9, help="at least")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of rounds at least, for each row")
     parser.add_argument("--json", help="write the rows to this file")
     arguments = parser.parse_args()
 
@@ -111,7 +120,7 @@ def main() -> None:
             calls = [(float(guidance), False) for guidance in arguments.guidance.split(",")]
             for guidance, denoise in [*calls, (0.0, True)] if config.noise_std else calls:
                 options = {"labels": labels, "guidance": guidance, "denoise": denoise}
-                row = compare(python, cpp, Path(name), shape, rounds=arguments.rounds, **options)
+                row = compare(python, cpp, Path(name), shape, arguments.rounds, arguments.seconds, **options)
                 rows.append({"batch": batch, "guidance": guidance, "denoise": denoise} | row)
                 print(
                     f"{batch:5d} {guidance:5.1f} {denoise!s:>7} {row['python_ms']:10.1f} {row['cpp_ms']:9.1f}"
