@@ -48,7 +48,7 @@ def test_a_second_build_finds_everything(tarflow: Callable, class_bundle: Path, 
     assert sidecar["profiles"] == [{"least": 1, "most": 2, "branches": 1, "patches": 1}]
     assert sidecar["built"]["cache_updates"] == 5
     assert sidecar["built"]["gpu"] is None
-    assert sidecar["identity"]["flags"] == ["REQUIRE_USER_ALLOCATION"]
+    assert sidecar["identity"]["flags"] == ["STRICT_NANS", "REQUIRE_USER_ALLOCATION"]
     again = tarflow("build", class_bundle, *QUICK, "--rebuild")
     assert "6 built, 0 were there" in again.err
 
