@@ -75,6 +75,9 @@ class Decoder(Protocol):
     def to_device(self) -> Callable[[npt.NDArray[Any]], DeviceArray]:
         """Copies an array to the device, for others to take; it holds the device and nothing of the engine."""
 
+    def to_host(self, given: object) -> object:
+        """A copy on the host of an array in the device's memory, whoever's; anything else comes back as it is."""
+
 
 class Engine(Protocol):
     """Runs the graphs of one bundle. An engine without a `decoder` is a `HostEngine`.

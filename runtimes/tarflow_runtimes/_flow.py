@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tarflow_runtimes._arguments import Label, class_numbers, float_array, guidance_of, integer, real
 from tarflow_runtimes._bundle import Bundle, ModelConfig, open_bundle
 from tarflow_runtimes._density import PIXEL_SCALE_BITS, encode_patches, log_prob_of, patchify, score, unpatchify
+from tarflow_runtimes._device.array import OnGpu
 from tarflow_runtimes._engine import Engine, Floats, Integers
 from tarflow_runtimes._engines import Options, open_engine
 from tarflow_runtimes._errors import BundleError, DecodeWarning, InputError
@@ -38,6 +39,9 @@ BATCH_SIZE: Final = 64
 
 Doubles = npt.NDArray[np.float64]
 Labels = Sequence[Label] | npt.NDArray[Any] | None
+Arrays = Floats | OnGpu
+"""What methods take: NumPy's float32 arrays and, on an engine of a GPU, float32 arrays that lie there, which are copied
+to the host."""
 PlanArgument = Plan | Strategy | TunedPlans | Literal["auto"] | None
 
 
@@ -178,7 +182,7 @@ class Flow:
         *,
         labels: Labels = None,
         seed: int | None = None,
-        noise: Floats | None = None,
+        noise: Arrays | None = None,
         first_index: int = 0,
         guidance: float = 0.0,
         guide: str = "ab",
@@ -225,14 +229,13 @@ class Flow:
                 raise InputError(
                     "first_index counts images of a seed, but noise was given", hint="leave one of them out"
                 )
-            noise = float_array("noise", noise, (n, config.patches, config.patch_values))
+            given = self._floats("noise", noise, (n, config.patches, config.patch_values))
         else:
             seed = secrets.randbits(32) if seed is None else integer("seed", seed, below=2**64)
 
         def latents(start: int, stop: int) -> Floats:
-            if noise is not None:
-                return noise[start:stop]
-            assert seed is not None
+            if seed is None:
+                return given[start:stop]
             return standard_normal(seed, first_index + start, stop - start, config.patches, config.patch_values)
 
         def finish(x: Floats, chunk: Integers | None) -> Floats:
@@ -264,7 +267,7 @@ class Flow:
 
     def decode(
         self,
-        z: Floats,
+        z: Arrays,
         labels: Labels = None,
         *,
         guidance: float = 0.0,
@@ -283,17 +286,24 @@ class Flow:
             InputError: on arguments out of range or that contradict each other.
             Cancelled: when `on_step` returned False; the Flow stays usable.
         """
-        z = float_array("z", z, ("B", self.config.patches, self.config.patch_values))
-        numbers = class_numbers(labels, len(z), self.config)
+        latents = self._floats("z", z, ("B", self.config.patches, self.config.patch_values))
+        numbers = class_numbers(labels, len(latents), self.config)
         chosen = guidance_of(
             guidance, guide, attention_temperature, anneal_guidance, labels=numbers, config=self.config
         )
         images, _ = self._decode(
-            len(z), lambda start, stop: z[start:stop], numbers, chosen, plan, batch_size, on_step, lambda x, _: x
+            len(latents),
+            lambda start, stop: latents[start:stop],
+            numbers,
+            chosen,
+            plan,
+            batch_size,
+            on_step,
+            lambda x, _: x,
         )
         return images
 
-    def encode(self, images: Floats, labels: Labels = None) -> tuple[Floats, Doubles]:
+    def encode(self, images: Arrays, labels: Labels = None) -> tuple[Floats, Doubles]:
         """Images -> (z [B, N, D], standard normal under the model, log|det dz/dx| [B], nats, float64).
 
         Raises:
@@ -303,7 +313,7 @@ class Flow:
         z, log_det = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
         return z, log_det
 
-    def log_prob(self, images: Floats, labels: Labels = None) -> Doubles:
+    def log_prob(self, images: Arrays, labels: Labels = None) -> Doubles:
         """The log-density log q(images | labels) [B], nats. No dequantisation noise is added.
 
         Raises:
@@ -311,7 +321,7 @@ class Flow:
         """
         return log_prob_of(*self.encode(images, labels))
 
-    def bits_per_dim(self, images: Floats, labels: Labels = None) -> Doubles:
+    def bits_per_dim(self, images: Arrays, labels: Labels = None) -> Doubles:
         """-log q / (dims ln 2) + 7 [B]: bits per value of the image on its 0..255 scale. The caller dequantises.
 
         Raises:
@@ -320,7 +330,7 @@ class Flow:
         return -self.log_prob(images, labels) / (self.config.dims * math.log(2.0)) + PIXEL_SCALE_BITS
 
     def denoise(
-        self, images: Floats, labels: Labels = None, *, sigma: float | None = None, strength: float = 1.0
+        self, images: Arrays, labels: Labels = None, *, sigma: float | None = None, strength: float = 1.0
     ) -> Floats:
         """One denoising step: images + strength * sigma^2 * grad log q(images | labels).
 
@@ -335,7 +345,7 @@ class Flow:
         parts = [x + scale * score(self._engine, self._bundle, x, y) for x, y in self._chunks(images, labels)]
         return self._to_images(np.concatenate(parts))
 
-    def classify(self, images: Floats) -> Doubles:
+    def classify(self, images: Arrays) -> Doubles:
         """Log posteriors log p(class | image) [B, classes], float64, by Bayes' rule under a uniform prior.
 
         Raises:
@@ -343,7 +353,8 @@ class Flow:
         """
         if not self.config.classes:
             raise InputError("this model has no classes, so it cannot classify", hint="use a class-conditional model")
-        per_class = [self.log_prob(images, [label] * len(images)) for label in range(self.config.classes)]
+        given = self._images(images)
+        per_class = [self.log_prob(given, [label] * len(given)) for label in range(self.config.classes)]
         log_probs = np.stack(per_class, axis=1)
         shifted = log_probs - log_probs.max(axis=1, keepdims=True)
         return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
@@ -406,14 +417,22 @@ class Flow:
             raise InputError(f"the plan has {len(plan.blocks)} strategies, the model {blocks} blocks")
         return dict.fromkeys(batches, plan)
 
-    def _chunks(self, images: Floats, labels: Labels) -> Iterator[tuple[Floats, Integers | None]]:
+    def _chunks(self, images: Arrays, labels: Labels) -> Iterator[tuple[Floats, Integers | None]]:
         """Patches and class numbers of at most BATCH_SIZE images at a time; the arguments are checked first."""
-        config = self.config
-        images = float_array("images", images, ("B", config.image_channels, config.image_size, config.image_size))
-        numbers = class_numbers(labels, len(images), config)
-        for start in range(0, len(images), BATCH_SIZE):
+        given = self._images(images)
+        numbers = class_numbers(labels, len(given), self.config)
+        for start in range(0, len(given), BATCH_SIZE):
             chunk = slice(start, start + BATCH_SIZE)
-            yield patchify(images[chunk], config.patch_size), None if numbers is None else numbers[chunk]
+            yield patchify(given[chunk], self.config.patch_size), None if numbers is None else numbers[chunk]
+
+    def _images(self, images: Arrays) -> Floats:
+        config = self.config
+        return self._floats("images", images, ("B", config.image_channels, config.image_size, config.image_size))
+
+    def _floats(self, name: str, value: object, shape: Sequence[int | str]) -> Floats:
+        """`float_array` of an array on the host or on the engine's device."""
+        decoder = self._engine.decoder
+        return float_array(name, value if decoder is None else decoder.to_host(value), shape)
 
     def _to_images(self, patches: Floats) -> Floats:
         return unpatchify(patches, self.config.image_channels, self.config.image_size, self.config.patch_size)

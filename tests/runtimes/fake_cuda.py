@@ -123,6 +123,9 @@ class FakeCuda:
             self.queue.pop(0)()
         return (OK,)
 
+    def cudaDeviceSynchronize(self) -> tuple[Any, ...]:
+        return self.cudaStreamSynchronize(77)
+
     def cudaMemcpyAsync(
         self, target: int, source: int, nbytes: int, kind: cudaMemcpyKind, stream: int
     ) -> tuple[Any, ...]:

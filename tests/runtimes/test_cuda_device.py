@@ -17,8 +17,9 @@ import pytest
 import tarflow_runtimes as tfr
 from tarflow_runtimes._bundle import open_bundle
 from tarflow_runtimes._device import cuda_import
-from tarflow_runtimes._device.array import DeviceArray
+from tarflow_runtimes._device.array import DeviceArray, to_host
 from tarflow_runtimes._device.cuda import CudaDevice
+from tarflow_runtimes._device.host import HostDevice
 from tarflow_runtimes._engines import ort_cuda
 from tarflow_runtimes._engines.device_engine import DeviceEngine
 from tarflow_runtimes._engines.ort_programs import OrtBound, OrtMaker, OrtProgram
@@ -184,6 +185,24 @@ def test_an_array_has_the_interface_of_cuda(device):
     assert repr(given.__dlpack__()).startswith('<capsule object "dltensor"')
 
 
+def test_an_array_of_others_on_the_gpu_is_copied_to_the_host(cuda, device):
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    buffer = device.allocate(array.nbytes)
+    device.upload(buffer.address, array)
+    interface = {"shape": (2, 3), "typestr": "<f4", "data": (buffer.address, False), "version": 3}
+    for strides in (None, (12, 4)):
+        theirs = SimpleNamespace(__cuda_array_interface__=interface | {"strides": strides})
+        cuda.calls.clear()
+        np.testing.assert_array_equal(to_host(device, theirs), array)
+        assert cuda.calls.count("cudaDeviceSynchronize") == 1, "on whatever stream it was made"
+    np.testing.assert_array_equal(to_host(device, DeviceArray(device, buffer, (3, 2), np.float32)), array.reshape(3, 2))
+    turned = SimpleNamespace(__cuda_array_interface__=interface | {"strides": (4, 8)})
+    with pytest.raises(tfr.InputError, match=r"must be contiguous, got strides \(4, 8\)"):
+        to_host(device, turned)
+    assert to_host(device, array) is array
+    assert to_host(HostDevice(), turned) is turned
+
+
 class CheckedCuda(FakeCuda):
     """Passes every call on to the real package, too, which answers that there is no driver if it can read it."""
 
@@ -221,6 +240,7 @@ def test_the_real_package_understands_every_call(cuda, monkeypatch):
         rows = {"rows": 4, "target_step": 16, "source_step": 16}
         device.capture(lambda: device.copy(b.address, a.address, 8, **rows)).replay()
         device.copy(b.address + 48, a.address + 4, 4)
+        device.synchronize(everything=True)
         return device.download(b.address, (16,), np.int32).tolist()
 
     assert use(CudaDevice()) == [0, 1, 0, 0, 4, 5, 0, 0, 8, 9, 0, 0, 1, 13, 0, 0]

@@ -265,6 +265,20 @@ def test_arrays_say_where_they_are(on_device):
     assert device.allocated < held
 
 
+def test_arrays_on_the_device_are_taken(on_device):
+    flow = on_device("class")
+    sample = flow.sample(2, labels=[0, 1], seed=0, denoise=False)
+    z, _ = flow.encode(sample.images_device, [0, 1])
+    np.testing.assert_array_equal(z, flow.encode(sample.images, [0, 1])[0])
+    np.testing.assert_array_equal(flow.classify(sample.images_device), flow.classify(sample.images))
+    latents = flow.backend.decoder.to_device(z)
+    np.testing.assert_array_equal(flow.decode(latents, [0, 1]), flow.decode(z, [0, 1]))
+    again = flow.sample(2, labels=[0, 1], noise=latents, denoise=False)
+    np.testing.assert_array_equal(again.images, flow.decode(z, [0, 1]))
+    with pytest.raises(tfr.InputError, match=r"z must have shape \[B, 4, 16\]"):
+        flow.decode(sample.images_device)
+
+
 def test_the_host_has_no_images_on_a_device(flows):
     assert flows("class").sample(1, seed=0).images_device is None
 

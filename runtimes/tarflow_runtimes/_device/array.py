@@ -6,12 +6,14 @@ Source: DLPack 0.8, `dlpack.h` and its Python specification; the CUDA array inte
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tarflow_runtimes._device.device import Buffer, Device
+from tarflow_runtimes._errors import InputError
 
 DEVICE_TYPES: Final = {"cpu": 1, "cuda": 2}
 """DLDeviceType by kind of device."""
@@ -134,6 +136,33 @@ class DeviceArray:
         address = ctypes.addressof(managed)
         _given[address] = (managed, shape, self._buffer)
         return _new_capsule(address, CAPSULE, _destructor)
+
+
+class OnGpu(Protocol):
+    """What lies on a GPU and says so: PyTorch's tensors there, arrays of CuPy, a `DeviceArray`."""
+
+    @property
+    def __cuda_array_interface__(self) -> Mapping[str, Any]:
+        """The CUDA array interface, version 3."""
+
+
+def to_host(device: Device, given: object) -> object:
+    """A copy on the host of an array in the device's memory, whoever's; anything else comes back as it is.
+
+    Raises:
+        InputError: for an array whose elements do not lie in row-major order.
+    """
+    if isinstance(given, DeviceArray):
+        return given.numpy()
+    if device.kind != "cuda" or not hasattr(given, "__cuda_array_interface__"):
+        return given
+    interface = given.__cuda_array_interface__
+    shape, dtype, strides = tuple(interface["shape"]), np.dtype(interface["typestr"]), interface.get("strides")
+    if strides is not None and tuple(strides) != np.empty(shape, dtype).strides:
+        raise InputError(f"an array on the GPU must be contiguous, got strides {tuple(strides)}", hint=".contiguous()")
+    with device.lock:
+        device.synchronize(everything=True)  # whoever made it may have done so on a stream of theirs
+        return device.download(interface["data"][0], shape, dtype)
 
 
 def to_device(device: Device, array: npt.NDArray[Any]) -> DeviceArray:

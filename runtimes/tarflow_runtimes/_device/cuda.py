@@ -161,10 +161,11 @@ class CudaDevice:
                 gc.enable()
         return CudaReplay(runtime, graph, self._stream)
 
-    def synchronize(self) -> None:
-        """Wait for the stream."""
+    def synchronize(self, *, everything: bool = False) -> None:
+        """Wait for the stream; with `everything`, for all streams of the process."""
         self._use()
-        self._checked(self._runtime.cudaStreamSynchronize(self._stream))
+        runtime = self._runtime
+        self._checked(runtime.cudaDeviceSynchronize() if everything else runtime.cudaStreamSynchronize(self._stream))
         self._read.clear()
         _free_unused()
 

@@ -83,8 +83,8 @@ class Device(Protocol):
     def capture(self, launch: Callable[[], None]) -> Replay:
         """Record what `launch` asks the device for, without running it."""
 
-    def synchronize(self) -> None:
-        """Wait for all work asked for so far."""
+    def synchronize(self, *, everything: bool = False) -> None:
+        """Wait for all work asked for so far; with `everything`, also for that of others in this process."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -76,5 +76,5 @@ class HostDevice:
         """Keep the callable."""
         return HostReplay(launch)
 
-    def synchronize(self) -> None:
+    def synchronize(self, *, everything: bool = False) -> None:
         """Nothing is ever under way."""

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tarflow_runtimes._bundle import Bundle
-from tarflow_runtimes._device.array import DeviceArray, to_device
+from tarflow_runtimes._device.array import DeviceArray, to_device, to_host
 from tarflow_runtimes._device.device import Device, Program, ProgramMaker
 from tarflow_runtimes._device.workspace import Workspace
 from tarflow_runtimes._engine import Floats, Integers, OnTurn, Turn
@@ -128,6 +128,10 @@ class DeviceDecoder:
     def to_device(self) -> Callable[[npt.NDArray[Any]], DeviceArray]:
         """Copies an array to the device, for others to take; it holds the device and nothing of this."""
         return functools.partial(to_device, self._device)
+
+    def to_host(self, given: object) -> object:
+        """A copy on the host of an array in the device's memory, whoever's; anything else comes back as it is."""
+        return to_host(self._device, given)
 
     def close(self) -> None:
         """Let programs and memory go; runs under way end as they would have."""
