@@ -1,5 +1,6 @@
 """libtarflow: built in build/cpp, its quick tests in `make test`, and everything (`-m cpp`) in `make test-cpp`."""
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -58,20 +59,13 @@ def _run(*command: str | Path, **environment: str | Path) -> str:
 
 @pytest.fixture(scope="session")
 def build(cpp_headers: Path, cpp_library: Path) -> Callable[..., Path]:
-    """`build(name, *settings)`: the folder of that name under build/, configured and up to date."""
+    """`build(name, *settings)`: the folder of that name under build/, configured and up to date. Once per session."""
 
+    @functools.cache
     def make(name: str, *settings: str) -> Path:
         folder = ROOT / "build" / name
-        _run(
-            "cmake",
-            "-S",
-            SOURCE,
-            "-B",
-            folder,
-            f"-DONNXRUNTIME_INCLUDE_DIR={cpp_headers}",
-            f"-DONNXRUNTIME_LIBRARY={cpp_library}",
-            *settings,
-        )
+        found = [f"-DONNXRUNTIME_INCLUDE_DIR={cpp_headers}", f"-DONNXRUNTIME_LIBRARY={cpp_library}"]
+        _run("cmake", "-S", SOURCE, "-B", folder, *found, *settings)
         _run("cmake", "--build", folder, "--parallel", "2")
         return folder
 
