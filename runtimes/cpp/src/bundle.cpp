@@ -23,7 +23,11 @@ using Json = nlohmann::json;
 
 constexpr const char* kFetch = "export the checkpoint again, or fetch the bundle again";
 constexpr const char* kUnsafe = "do not use this bundle; fetch it from its source";
-constexpr std::int64_t kLargest = 1 << 20;  // of every number of the configuration: their products fit 64 bits
+constexpr std::int64_t kLargest = 1 << 20;  // of every number of the configuration
+// Of blocks * layers * patches^2 * width, and of an image's values: the engine's counts of bytes then fit 64 bits, also
+// for 4096 processors and 2^31 images.
+constexpr double kLargestModel = 0x1p44;
+constexpr std::int64_t kLargestImage = std::int64_t{1} << 31;
 
 std::string name_of(const std::string& root) { return root.substr(root.rfind('/') + 1); }
 
@@ -168,6 +172,9 @@ Config read_config(const Fields& fields) {
   }
   if (c.image_size % c.patch_size != 0 || c.width % c.head_dim != 0 || c.patches() < 2)
     throw fields.error("patch_size", "or head_dim does not divide the image or the width");
+  const auto patches = static_cast<double>(c.patches());
+  const double size = static_cast<double>(c.blocks * c.layers) * patches * patches * static_cast<double>(c.width);
+  if (size > kLargestModel || c.dims() > kLargestImage) throw fields.error("width", "or another size is too large");
   if (fields.has("labels")) {
     for (const Json& label : fields.list("labels")) {
       if (!label.is_string()) throw fields.error("labels", "must be a list of names or null");

@@ -5,6 +5,7 @@
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <unistd.h>
 #include <vector>
@@ -21,6 +22,7 @@ static_assert(ORT_API_VERSION >= 21, "headers of ONNX Runtime 1.21 or newer are 
 
 std::mutex mutex;
 std::string loaded;                // path, once loaded
+void* loaded_handle = nullptr;
 std::string version;
 Ort::Env* environment = nullptr;   // never freed: sessions may live until the process ends
 
@@ -60,6 +62,13 @@ std::vector<std::string> candidates(const std::string& library) {
 /// What ONNX Runtime says outside of sessions also comes back as the status of the call that failed.
 void say_nothing(void*, OrtLoggingLevel, const char*, const char*, const char*, const char*) {}
 
+/// Whether a path, however written, is that of the library in use.
+bool is_loaded(const std::string& library) {
+  void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
+  if (handle != nullptr) dlclose(handle);
+  return handle == loaded_handle;
+}
+
 void start(void* handle, const std::string& path) {
   const auto base_of = reinterpret_cast<const OrtApiBase* (*)()>(dlsym(handle, "OrtGetApiBase"));
   if (base_of == nullptr) throw engine_error(path + " is not ONNX Runtime: it has no OrtGetApiBase");
@@ -74,13 +83,14 @@ void start(void* handle, const std::string& path) {
   if (api == nullptr)
     throw engine_error("ONNX Runtime " + found + " does not offer its API " + std::to_string(kApiVersion));
   Ort::InitApi(api);
-  auto* made = new Ort::Env(ORT_LOGGING_LEVEL_ERROR, "tarflow", say_nothing, nullptr);
+  auto made = std::make_unique<Ort::Env>(ORT_LOGGING_LEVEL_ERROR, "tarflow", say_nothing, nullptr);
   // Sessions that each keep an arena of their own would hold three times the memory over the blocks of a model.
   const Ort::MemoryInfo memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   made->CreateAndRegisterAllocator(memory, nullptr);
-  environment = made;
   version = found;
   loaded = path;
+  loaded_handle = handle;
+  environment = made.release();  // last: it says that the library is loaded
 }
 
 }  // namespace
@@ -88,7 +98,7 @@ void start(void* handle, const std::string& path) {
 void load_ort(const std::string& library) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (environment != nullptr) {
-    if (!library.empty() && library != loaded)
+    if (!library.empty() && !is_loaded(library))
       throw engine_error("ONNX Runtime is loaded from " + loaded + " already, not from " + library,
                          "use one ONNX Runtime per process");
     return;
@@ -114,7 +124,7 @@ void load_ort(const std::string& library) {
 
 const char* ort_version() {
   const std::lock_guard<std::mutex> lock(mutex);
-  return version.c_str();
+  return version.empty() ? "" : version.c_str();  // what is handed out must not change when the library is loaded
 }
 
 Ort::Env& ort_environment() { return *environment; }

@@ -17,11 +17,12 @@ std::string first_line(const Ort::Exception& error) {
 }
 
 /// What a session of ONNX Runtime has to say, to the model's logger.
-void say(void* logger, OrtLoggingLevel severity, const char*, const char*, const char*, const char* message) {
+void say(void* logger, OrtLoggingLevel severity, const char*, const char*, const char*, const char* message) try {
   const tarflow_log_level level = severity >= ORT_LOGGING_LEVEL_ERROR     ? TARFLOW_LOG_ERROR
                                   : severity == ORT_LOGGING_LEVEL_WARNING ? TARFLOW_LOG_WARNING
                                                                           : TARFLOW_LOG_INFO;
   (*static_cast<const Logger*>(logger))(level, std::string("ONNX Runtime: ") + message);
+} catch (...) {  // nothing may be thrown through ONNX Runtime, whose threads call this too
 }
 
 Ort::SessionOptions options_of(const SessionSettings& settings) {

@@ -1,7 +1,9 @@
 // What the C ABI refuses, and with which words: unit_arguments BUNDLE
 #include <cmath>
 #include <cstddef>
+#include <cstdlib>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "check.hpp"
@@ -18,6 +20,21 @@ static void test_library(const char* bundle) {
   CHECK_FAILS(tarflow_model_open(bundle, &options, &model), TARFLOW_ERROR_ENGINE, "not ONNX Runtime");
   CHECK_FAILS(tarflow_model_open("/nowhere.tarflow", nullptr, &model), TARFLOW_ERROR_BUNDLE, "/nowhere.tarflow");
   CHECK(model == nullptr && *tarflow_ort_version() == '\0');
+}
+
+/// Once it is loaded: the same file under another name is the same ONNX Runtime, another file is refused.
+static void test_other_library(const char* bundle) {
+  const char* used = std::getenv("TARFLOW_ORT_LIBRARY");
+  if (used == nullptr || *used != '/') return;
+  const std::string renamed = "/." + std::string(used);
+  tarflow_model* model = nullptr;
+  tarflow_model_options options;
+  tarflow_model_options_init(&options);
+  options.ort_library = renamed.c_str();
+  CHECK(tarflow_model_open(bundle, &options, &model) == TARFLOW_OK);
+  tarflow_model_free(model);
+  options.ort_library = "libm.so.6";
+  CHECK_FAILS(tarflow_model_open(bundle, &options, &model), TARFLOW_ERROR_ENGINE, "already, not from libm.so.6");
 }
 
 static void test_arguments(const tarflow::Model& model) {
@@ -66,5 +83,6 @@ int main(int argc, char** argv) {
   return finish([&] {
     test_library(argv[1]);
     test_arguments(tarflow::Model(argv[1]));
+    test_other_library(argv[1]);
   });
 }

@@ -41,6 +41,7 @@ static void test_refused(const fs::path& bundle, const fs::path& folder) {
   edited("format", "tarflow-bundle", "other-bundle");
   edited("width must be of type integer, got boolean", "\"width\": 128", "\"width\": true");
   edited("width must be 1 to", "\"width\": 128", "\"width\": 99999999999");
+  edited("too large", "\"image_size\": 28", "\"image_size\": 262144");  // 2^32 patches
   edited("is not in the list of files", "\"step\": \"block_00/step.onnx\"", "\"step\": \"manifest.json\"");
   edited("leaves the bundle", "\"files\": {", "\"files\": {\"../x\": {\"size\": 0, \"sha256\": \"\"}, ");
   edited("relative path", "\"files\": {", "\"files\": {\"/x\": {\"size\": 0, \"sha256\": \"\"}, ");
