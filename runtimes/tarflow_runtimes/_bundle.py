@@ -26,6 +26,11 @@ MANIFEST: Final = "manifest.json"
 FORMAT: Final = "tarflow-bundle"
 SCHEMA_VERSION: Final = 1
 
+MODEL_LIMIT: Final = 1 << 44
+"""Of blocks * layers * patches^2 * width; the engines' counts of bytes then fit 64 bits."""
+IMAGE_LIMIT: Final = 1 << 31
+"""Of the values of an image."""
+
 Order = Literal["identity", "reversed"]
 T = TypeVar("T")
 
@@ -233,6 +238,9 @@ def _read_config(fields: _Fields) -> ModelConfig:
     )
     if config.image_size % config.patch_size or config.width % config.head_dim or config.patches < 2:
         raise fields.error("patch_size", "or head_dim does not divide the image or the width")
+    size = config.blocks * config.layers * config.patches**2 * config.width
+    if size > MODEL_LIMIT or config.dims > IMAGE_LIMIT:
+        raise fields.error("width", "or another size is too large")
     if config.labels is not None and (
         len(config.labels) != config.classes or len(set(config.labels)) != config.classes
     ):

@@ -1,10 +1,12 @@
 """libtarflow: built in build/cpp, its quick tests in `make test`, and everything (`-m cpp`) in `make test-cpp`."""
 
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -299,6 +301,38 @@ def test_pictures_of_the_tool(build: Callable[..., Path], cpp_library: Path, tmp
     with Image.open(ours) as one, Image.open(theirs) as other:
         assert one.text == other.text  # type: ignore[attr-defined]
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.cpp
+def test_a_gradient_graph_that_cannot_be_cut_runs_whole(
+    build: Callable[..., Path], cpp_library: Path, tmp_path: Path
+) -> None:
+    """x - b written as x + (-b): both runtimes compute the forward pass twice, and the same pictures."""
+    bundle = Path(shutil.copytree(BUNDLE, tmp_path / "odd.tarflow"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for path in bundle.glob("block_*/gradient.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        nodes = list(model.graph.node)
+        for node in [node for node in nodes if node.op_type == "Sub"]:
+            negative = onnx.helper.make_node("Neg", [node.input[1]], [f"{node.output[0]}/negative"])
+            node.op_type, node.input[1] = "Add", negative.output[0]
+            model.graph.node.insert(list(model.graph.node).index(node), negative)
+        data = model.SerializeToString()
+        path.write_bytes(data)
+        entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest["files"][path.relative_to(bundle).as_posix()] = entry
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    flags = ["-n", "3", "--labels", "4,2,7", "--seed", "5", "-o"]
+    output = _run(
+        build("cpp") / "tarflow-sample", bundle, *flags, tmp_path / "cpp.npy", TARFLOW_ORT_LIBRARY=cpp_library
+    )
+    assert "warning: block 0 runs its portable gradient graph: found 0 differences" in output
+    with tfr.load(bundle) as flow:
+        images = flow.sample(3, labels=[4, 2, 7], seed=5).images
+        assert "block 0: found 0 differences and 1 scales, expected one of each" in flow.engine_report["declined"]
+    np.testing.assert_array_equal(np.load(tmp_path / "cpp.npy"), images)
+    with tfr.load(BUNDLE) as flow:
+        np.testing.assert_allclose(images, flow.sample(3, labels=[4, 2, 7], seed=5).images, atol=1e-5)
 
 
 def _plain(data: bytes) -> onnx.ModelProto:

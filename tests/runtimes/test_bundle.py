@@ -105,6 +105,7 @@ def test_missing_field(edit_manifest, field):
         (lambda d: d["config"].update(blocks=3), "blocks"),
         (lambda d: d["config"].update(patch_size=3), "patch_size"),
         (lambda d: d["config"].update(patch_size=0), "patch_size"),
+        (lambda d: d["config"].update(image_size=1 << 20, patch_size=1), "config.width or another size is too large"),
         (lambda d: d["config"].update(labels=["a"]), "labels"),
         (lambda d: d["config"].update(labels=["a", "a", "b"]), "labels"),
         (lambda d: d["config"].update(labels=[1, 2, 3]), "labels"),

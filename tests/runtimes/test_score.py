@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
+import tarflow_runtimes as tfr
 from tarflow_runtimes import _onnx_proto as proto
 from tarflow_runtimes._density import _score_recomputed, score
 from tarflow_runtimes._engines import ort_cpu
@@ -109,3 +110,17 @@ def test_another_graph_cannot_be_cut(exported):
     path = exported("class").path / "block_00" / "forward.onnx"
     with pytest.raises(PatternMismatch, match="cotangent"):
         split_gradient(proto.parse_model(path.read_bytes(), where=str(path)))
+
+
+def test_a_gradient_graph_that_cannot_be_cut_runs_whole(exported, flows, monkeypatch):
+    def mismatch(_):
+        raise PatternMismatch("two differences")
+
+    monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.split_gradient", mismatch)
+    model = exported("class_n16")
+    images, labels = model.images(3), [0, 1, None]
+    with tfr.load(model.path) as flow:
+        found = flow.denoise(images, labels)
+        assert flow.engine_report["declined"] == ["block 0: two differences", "block 1: two differences"]
+        assert flow.engine_report["step_graph"] == "rewritten"
+    np.testing.assert_allclose(found, flows("class_n16").denoise(images, labels), atol=1e-6)

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <fstream>
 #include <iterator>
+#include <tuple>
 
 #include "cpus.hpp"
 #include "error.hpp"
@@ -99,21 +100,16 @@ std::int64_t Engine::vjp_images() const {
 }
 
 ForwardHalf Engine::vjp(std::int64_t block, const Floats& patches, const Labels& labels, bool alone) const {
-  const int threads = threads_of(alone);
-  const std::string& path = files(block).gradient;
-  const std::string folder = path.substr(0, path.rfind('/'));
-  const std::string key = std::to_string(block) + "/vjp " + std::to_string(threads);
-  std::shared_ptr<Session> ahead;
   ForwardHalf half;
-  {
-    const std::lock_guard<std::recursive_mutex> lock(mutex_);
-    std::unique_ptr<SplitGradient> halves;
-    const auto opened = [&](std::string SplitGradient::* one) {
-      if (!halves) halves = std::make_unique<SplitGradient>(split_gradient(parse(block, path)));
-      return Session::of_bytes((*halves).*one, folder, session_settings(threads, false));
+  std::shared_ptr<Session> ahead;
+  std::tie(ahead, half.backward) = open_halves(block, threads_of(alone));
+  if (!ahead) {
+    std::vector<double> unused;
+    half.z = forward(block, patches, labels, unused);
+    half.whole = [this, block, patches, labels](const Floats& cotangent) {
+      return gradient(block, patches, cotangent, labels);
     };
-    ahead = cached(key + " forward", [&] { return opened(&SplitGradient::forward); });
-    half.backward = cached(key + " backward", [&] { return opened(&SplitGradient::backward); });
+    return half;
   }
   const std::int64_t batch = batch_of(patches);
   half.shape = {batch, config().patches(), config().patch_values()};
@@ -131,7 +127,31 @@ ForwardHalf Engine::vjp(std::int64_t block, const Floats& patches, const Labels&
   return half;
 }
 
+std::pair<std::shared_ptr<Session>, std::shared_ptr<Session>> Engine::open_halves(std::int64_t block,
+                                                                                  int threads) const {
+  const std::string& path = files(block).gradient;
+  const std::string folder = path.substr(0, path.rfind('/'));
+  const std::string declined = std::to_string(block) + "/vjp", key = declined + ' ' + std::to_string(threads);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
+  if (declined_.count(declined) != 0) return {};
+  std::unique_ptr<SplitGradient> halves;
+  const auto opened = [&](std::string SplitGradient::* one) {
+    if (!halves) halves = std::make_unique<SplitGradient>(split_gradient(parse(block, path)));
+    return Session::of_bytes((*halves).*one, folder, session_settings(threads, false));
+  };
+  try {
+    auto ahead = cached(key + " forward", [&] { return opened(&SplitGradient::forward); });
+    return {ahead, cached(key + " backward", [&] { return opened(&SplitGradient::backward); })};
+  } catch (const PatternMismatch& mismatch) {
+    declined_[declined] = mismatch.what();
+  }
+  logger()(TARFLOW_LOG_WARNING, "block " + std::to_string(block) + " runs its portable gradient graph: " +
+                                    declined_[declined]);
+  return {};
+}
+
 Floats ForwardHalf::way_back(const Floats& cotangent) {
+  if (whole) return whole(cotangent);
   const Ort::Value upstream = borrowed(cotangent.data(), shape);
   std::vector<const OrtValue*> given;
   for (const std::string& name : backward->inputs()) {

@@ -4,11 +4,13 @@
 // the parts then never wait for each other, and what a part keeps in its caches stays near one core.
 #pragma once
 
+#include <functional>
 #include <list>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bundle.hpp"
@@ -33,6 +35,7 @@ struct ForwardHalf {
   Shape shape;  // [B, N, D]
   std::map<std::string, Ort::Value> saved;
   std::shared_ptr<Session> backward;
+  std::function<Floats(const Floats&)> whole;  // in place of the two where the gradient graph cannot be cut
 
   /// The gradient of these images for a cotangent [B, N, D], once; frees what was kept.
   Floats way_back(const Floats& cotangent);
@@ -58,7 +61,7 @@ class Engine {
   int threads() const { return settings_.threads; }
   /// The processor and how many of it, as tuned plans name the machine.
   const std::string& device() const { return device_; }
-  /// Step graphs that run as they are because a rewrite declined.
+  /// Graphs that run as they are because a rewrite declined.
   std::int64_t declined() const;
   /// Parts of a batch that run faster side by side, each in a thread of its own; 1 where they do not.
   std::int64_t workers() const { return workers_; }
@@ -96,6 +99,8 @@ class Engine {
   std::shared_ptr<Session> open(std::int64_t block, const char* kind, int threads) const;
   /// The session of the rewritten step graph and its tables; empty where the rewrites or ONNX Runtime declined.
   Rewritten open_rewritten(std::int64_t block, const StepInputs& inputs, bool windows, int threads) const;
+  /// The sessions of both halves of the gradient graph; empty where it is not of the form that can be cut.
+  std::pair<std::shared_ptr<Session>, std::shared_ptr<Session>> open_halves(std::int64_t block, int threads) const;
   std::shared_ptr<Session> open_sequential(std::int64_t block, const StepKind& kind, int threads) const;
   template <typename Make>
   std::shared_ptr<Session> cached(const std::string& key, Make make) const;

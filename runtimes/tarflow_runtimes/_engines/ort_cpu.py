@@ -91,7 +91,7 @@ class OrtCpuEngine:
         self._sessions: dict[tuple[object, ...], Session] = {}
         self._tables: dict[int, SequentialTables] = {}
         self._caches = CachePool()
-        self._declined: dict[tuple[int, int, bool, bool], str] = {}
+        self._declined: dict[tuple[object, ...], str] = {}
         self._block_bytes = max(1, *(block.weights.stat().st_size for block in bundle.blocks))
         self._wide = self._block_bytes >= OPERATOR_THREADS_BYTES
         self._threads = usable_cpus()
@@ -132,7 +132,11 @@ class OrtCpuEngine:
         self, block: int, patches: Floats, labels: Integers | None, *, alone: bool
     ) -> tuple[Floats, Callable[[Floats], Floats]]:
         """Patches [B, N, D] -> z [B, N, D] and the way back: cotangent -> `gradient` of these patches, once."""
-        return self._open_vjp(block, self._threads_of(alone)).run(patches, labels)
+        split = self._open_vjp(block, self._threads_of(alone))
+        if split is not None:
+            return split.run(patches, labels)
+        z, _ = self.forward(block, patches, labels)
+        return z, lambda cotangent: self.gradient(block, patches, cotangent, labels)
 
     def window(self, block: int, patches: Floats, noise: Floats, labels: Integers | None) -> Floats:
         """The step graph on N - 1 patches at once: finished patches [B, N, D] -> patches 1 .. N-1, block order."""
@@ -211,7 +215,7 @@ class OrtCpuEngine:
             "threads": self._threads,
             "weights": "int8" if self._int8 else self.bundle.dtype,
             "device": f"{cpu_name()}, {self._threads} CPUs",
-            "step_graph": "portable" if self._declined else "rewritten",
+            "step_graph": "portable" if any(key[1] != "vjp" for key in self._declined) else "rewritten",
             "declined": sorted({f"block {key[0]}: {reason}" for key, reason in self._declined.items()}),
         }
 
@@ -259,8 +263,8 @@ class OrtCpuEngine:
         with self._lock:
             return self._cached(block, (kind, threads), make)
 
-    def _open_vjp(self, block: int, threads: int) -> SplitBlock:
-        """The sessions of both halves of the gradient graph."""
+    def _open_vjp(self, block: int, threads: int) -> SplitBlock | None:
+        """The sessions of both halves of the gradient graph; None where it is not of the form that can be cut."""
         path = self.bundle.blocks[block].gradient
 
         def opener(half: str) -> Callable[[], Session]:
@@ -271,8 +275,14 @@ class OrtCpuEngine:
             return split_gradient(self._parse(block, path))
 
         with self._lock:
-            sessions = [self._cached(block, ("vjp", half, threads), opener(half)) for half in ("forward", "backward")]
-        return SplitBlock(*sessions)
+            if (block, "vjp") in self._declined:
+                return None
+            try:
+                kinds = [("vjp", half, threads) for half in ("forward", "backward")]
+                return SplitBlock(*(self._cached(block, kind, opener(kind[1])) for kind in kinds))
+            except PatternMismatch as error:
+                self._declined[(block, "vjp")] = str(error)
+                return None
 
     def _parse(self, block: int, path: Path) -> Any:
         """The graph as a ModelProto, all of its external tensors in the block's weights."""

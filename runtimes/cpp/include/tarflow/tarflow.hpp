@@ -65,6 +65,13 @@ class Model {
     tarflow_config_init(&config_);
     check(tarflow_model_config(model, &config_));
   }
+  Model(Model&&) noexcept = default;
+  Model& operator=(Model&& other) noexcept {
+    handle_ = std::move(other.handle_);  // first, for it may speak while it is freed
+    log_ = std::move(other.log_);
+    config_ = other.config_;
+    return *this;
+  }
   const tarflow_config& config() const noexcept { return config_; }
   /// Values of one image: C * height * width.
   std::size_t dims() const noexcept { return static_cast<std::size_t>(config_.patches * config_.patch_values); }
@@ -158,6 +165,14 @@ class Sampler {
     tarflow_sampler* sampler = nullptr;
     check(tarflow_sampler_create(model.get(), &sampler));
     handle_.reset(sampler);
+  }
+  Sampler(Sampler&&) noexcept = default;
+  Sampler& operator=(Sampler&& other) noexcept {
+    handle_ = std::move(other.handle_);  // first, as in Model
+    log_ = std::move(other.log_);
+    dims_ = other.dims_;
+    classes_ = other.classes_;
+    return *this;
   }
 
   /// Images [n, C, height, width] in about [-1, 1].
