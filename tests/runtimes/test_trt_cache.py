@@ -250,6 +250,24 @@ def test_an_interrupt_while_waiting_ends_the_wait(cache):
         pytest.fail("two hold the lock")
 
 
+def test_a_lock_that_cannot_be_made_is_an_error_with_a_hint(cache, tmp_path):
+    (cache.path / f".{'d' * 32}.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(tfr.EngineError, match="cannot keep engines there") as caught, cache.lock("d" * 32):
+        pytest.fail("a link was followed")
+    assert "--engine-dir" in caught.value.hint
+
+
+def test_an_engine_that_is_removed_while_it_is_loaded_is_whole(cache, monkeypatch):
+    sidecar, utime = store(cache), os.utime
+
+    def removed_before(path: Path) -> None:
+        cache.remove(sidecar.key)
+        utime(path)
+
+    monkeypatch.setattr(os, "utime", removed_before)
+    assert cache.load(sidecar) == b"engine"
+
+
 def test_verifications_are_kept_by_gpu_and_driver(cache):
     sidecar = store(cache)
     for gpu, driver, passed in (("A", "1", True), ("B", "1", False), ("A", "1", False), ("A", "2", True)):

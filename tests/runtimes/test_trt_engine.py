@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from tarflow_runtimes._trt import _package, _supply
 from tarflow_runtimes._trt._gpu import Gpu
 from tarflow_runtimes._trt._package import import_package
 from tarflow_runtimes._trt._profiles import Profile
+from tarflow_runtimes._trt._supply import Building
 
 spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
 fake = importlib.util.module_from_spec(spec)
@@ -236,6 +238,33 @@ def test_a_damaged_engine_is_built_again_and_not_loaded(opened, engine, tmp_path
     flow = opened()
     flow.sample(1, labels=[0], seed=0, denoise=False)
     assert builds(engine) == before + flow.config.blocks
+
+
+def test_a_damaged_engine_that_another_process_builds_is_waited_for(opened, engine):
+    flow = opened()
+    supply, profiles = maker_of(flow)._supply, [Profile(least=1, most=1)]
+    sidecar = supply.get(0, "advance", profiles).sidecar
+    path = supply.cache.path / f"{sidecar.key}.engine"
+    whole, before = path.read_bytes(), builds(engine)
+    path.write_bytes(bytes(len(whole)))
+
+    def on_building(building: Building) -> bool:
+        assert building.reason == "another process builds it"
+        return False
+
+    supply._on_building = on_building
+    with supply.cache.lock(sidecar.key), pytest.raises(tfr.Cancelled):
+        supply.get(0, "advance", profiles)
+    held = contextlib.ExitStack()
+    held.enter_context(supply.cache.lock(sidecar.key))
+
+    def other_process_ends(_: Building) -> None:
+        path.write_bytes(whole)
+        held.close()
+
+    supply._on_building = other_process_ends
+    assert supply.get(0, "advance", profiles).reason == ""
+    assert builds(engine) == before
 
 
 def test_compiled_kernels_are_shared_and_kept(opened, engine, tmp_path):

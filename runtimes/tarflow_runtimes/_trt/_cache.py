@@ -102,7 +102,8 @@ class EngineCache:
                 f"the engine of {sidecar.name} in {self.path} is damaged: its SHA-256 is not that of its sidecar",
                 hint="tarflow build --rebuild builds it again",
             )
-        os.utime(self.path / f"{sidecar.key}.json")
+        with contextlib.suppress(OSError):  # another process has just removed it
+            os.utime(self.path / f"{sidecar.key}.json")
         return engine
 
     def store(

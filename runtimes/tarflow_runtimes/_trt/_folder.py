@@ -85,10 +85,19 @@ class EngineFolder:
 
     @contextlib.contextmanager
     def lock(self, key: str, on_wait: Callable[[], object] | None = None) -> Iterator[None]:
-        """Hold the lock of that name, of this folder and all processes; `on_wait` is called again and again before."""
+        """Hold the lock of that name, of this folder and all processes; `on_wait` is called again and again before.
+
+        Raises:
+            EngineError: when the folder cannot be written to.
+        """
         path = self.path / f".{key}.lock"
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            except OSError as error:
+                raise EngineError(
+                    f"{self.path}: cannot keep engines there: {error.strerror}", hint="name a folder with --engine-dir"
+                ) from error
             try:
                 while not _locked(descriptor):
                     if on_wait is not None:

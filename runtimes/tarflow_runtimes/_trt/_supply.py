@@ -104,22 +104,25 @@ class Supply:
             wanted, source = self._wanted(graph, profiles), self._source(block)
             made = wanted if wider is None else self._wanted(graph, wider)
 
-            def find() -> Explanation:
+            def find() -> Supplied | str:
+                """The engine that is there and whole, or why there is none."""
                 if rebuild:
-                    return Explanation(reason="asked to build it again")
-                return self._unbarred(self.cache.explain(wanted, source, self.gpu))
+                    return "asked to build it again"
+                found = self._unbarred(self.cache.explain(wanted, source, self.gpu))
+                if found.hit is None:
+                    return found.reason
+                try:
+                    return self._supply(graph, found.hit, self.cache.load(found.hit), reason="")
+                except EngineError as error:
+                    if found.hit.key != made.key:  # else it is replaced
+                        self.cache.remove(found.hit.key)
+                    return str(error)
 
-            if (found := find()).hit is None:
-                with self.cache.lock(made.key, lambda: self._tell(graph, 0.0, "another process builds it")):
-                    if (found := find()).hit is None:  # else that process has built it
-                        return self._build(graph, made, source, found.reason)
-            try:
-                engine = self.cache.load(found.hit)
-            except EngineError as error:
-                with self.cache.lock(made.key):
-                    self.cache.remove(found.hit.key)
-                    return self._build(graph, made, source, str(error))
-            return self._supply(graph, found.hit, engine, reason="")
+            if isinstance(found := find(), Supplied):
+                return found
+            with self.cache.lock(made.key, lambda: self._tell(graph, 0.0, "another process builds it")):
+                found = find()  # that process may have built it
+                return found if isinstance(found, Supplied) else self._build(graph, made, source, found)
 
     def _wanted(self, graph: Graph, profiles: Sequence[Profile]) -> Wanted:
         flags = builder_flags(self.package, self.precision)
