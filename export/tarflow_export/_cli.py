@@ -14,6 +14,7 @@ import typer
 from tarflow_runtimes._cli._engines import EngineDir
 from tarflow_runtimes._cli._shell import command, new_app, note, print_json, run
 from tarflow_runtimes._cli.build import build_engines, check_builds
+from tarflow_runtimes._trt._folder import EngineFolder
 
 if TYPE_CHECKING:
     from tarflow_export._export import ExportReport, OnProgress, Verified
@@ -74,6 +75,8 @@ def export(
     if dry_run:
         _plan(checkpoint, output, as_json=as_json, **options)
         return
+    if engine is not None:
+        EngineFolder(engine_dir)  # refused before the export, not after it
     with _progress_bar() as on_progress:
         report = export_bundle(checkpoint, output, on_progress=on_progress, on_verified=_show_table, **options)
     facts = report.to_json()

@@ -77,9 +77,9 @@ def load(
     `weights="int8"` rounds the linear layers to 8 bits for sampling and decoding: about three times as fast on wide
     models at small batches, and not the same images (`tarflow verify --weights int8` measures the difference). All
     else, the density and the denoiser, runs on the weights as they are stored.
-    `dtype` is what an engine on a GPU computes linear layers and caches in: "float32", "float16" or "bfloat16", by
-    default what the bundle is stored in. TensorRT's engines are kept in `engine_dir`, by default the user's cache
-    folder; `on_building(Building)` hears of those that are built, and may return False to cancel.
+    `dtype` is what an engine on a GPU computes linear layers and caches in: "float32", "tf32", "float16" or
+    "bfloat16", by default what the bundle is stored in. TensorRT's engines are kept in `engine_dir`, by default the
+    user's cache folder; `on_building(Building)` hears of those that are built, and may return False to cancel.
     `verify_digests=False` skips the SHA-256 of the files (seconds for a bundle of gigabytes); sizes and paths are
     always checked.
 

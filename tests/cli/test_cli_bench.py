@@ -58,9 +58,9 @@ def test_ceilings_stand_beside(tarflow: Callable, class_bundle: Path, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (("--batch", "1,two"), "'two' is not a number of images"),
-        (("--batch", "0"), "'0' is not a number of images"),
-        (("--batch", ""), "is not a number of images"),
+        (("--batch", "1,two"), "'two' is not a whole number from 1 on"),
+        (("--batch", "0"), "'0' is not a whole number from 1 on"),
+        (("--batch", ""), "is not a whole number from 1 on"),
         (("--guidance", "0,nan"), "'nan' is not a guidance weight"),
         (("--guidance", "-1"), "'-1' is not a guidance weight"),
         (("--decode", "sequential,"), "an item is empty"),

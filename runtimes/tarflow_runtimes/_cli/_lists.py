@@ -29,9 +29,9 @@ def items(option: str, text: str, read: Callable[[str], T]) -> list[T]:
 
 
 def count(text: str) -> int:
-    """A number of images."""
+    """A number of images, or of patches."""
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{text!r} is not a number of images")
+        raise ValueError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 

@@ -41,7 +41,9 @@ def chosen_dtype(bundle: Bundle, dtype: str | None) -> str:
     if dtype is None:
         return bundle.dtype
     if dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise InputError(
+            f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}", hint="leave it out for the bundle's own"
+        )
     if bundle.dtype not in {"float32", dtype}:
         raise EngineError(
             f"bundle {bundle.path.name} is of {bundle.dtype}, it cannot run in {dtype}",
