@@ -55,10 +55,10 @@ Attribute read_attribute(std::string_view message) {
       default: break;
     }
   }
-  if (type == 1) made.value = f;
-  if (type == 2) made.value = i;
-  if (type == 3) made.value = std::move(s);
-  if (type == 7) made.value = std::move(ints);
+  if (type == 1) made.value<float>() = f;
+  if (type == 2) made.value<std::int64_t>() = i;
+  if (type == 3) made.value<std::string>() = std::move(s);
+  if (type == 7) made.value<Ints>() = std::move(ints);
   return made;
 }
 
@@ -233,7 +233,7 @@ Attribute attribute(const std::string& name, float value) {
   std::string field;
   wire::put_float(field, 2, value);
   Attribute made = made_attribute(name, field, 1);
-  made.value = value;
+  made.value<float>() = value;
   return made;
 }
 
@@ -241,7 +241,7 @@ Attribute attribute(const std::string& name, std::int64_t value) {
   std::string field;
   wire::put_integer(field, 3, value);
   Attribute made = made_attribute(name, field, 2);
-  made.value = value;
+  made.value<std::int64_t>() = value;
   return made;
 }
 

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -17,11 +19,17 @@ enum : std::int64_t { kFloat = 1, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 using Ints = std::vector<std::int64_t>;
 using Strings = std::vector<std::string>;
 
-/// A node's attribute; `value` is empty for the kinds that no rewrite reads.
+/// A node's attribute; one of `values` is set, or none for the kinds that no rewrite reads. It is no variant, because
+/// libstdc++ 12 does not survive a copy of one that runs out of memory.
 struct Attribute {
   std::string bytes;
   std::string name;
-  std::variant<std::monostate, float, std::int64_t, std::string, Ints> value;
+  std::tuple<std::optional<float>, std::optional<std::int64_t>, std::optional<std::string>, std::optional<Ints>> values;
+
+  template <typename T>
+  std::optional<T>& value() { return std::get<std::optional<T>>(values); }
+  template <typename T>
+  const std::optional<T>& value() const { return std::get<std::optional<T>>(values); }
 };
 
 struct Node {

@@ -130,6 +130,7 @@ extern "C" void* calloc(std::size_t count, std::size_t size) {
 namespace {
 
 constexpr std::size_t kFreeLists = 16 << 10;
+constexpr int kFirstFailures = 200;  // each opens a model
 
 std::size_t heap() {
   const struct mallinfo2 info = mallinfo2();
@@ -250,6 +251,30 @@ void test_failures(const tarflow::Model& model) {
   CHECK(run.sample() == TARFLOW_OK && run.images() == expected);
 }
 
+/// The same for the first sample of a model, which rewrites its graphs: `kFirstFailures` of its allocations.
+void test_first_failures(const char* bundle) {
+  long count = 0;
+  {
+    const tarflow::Model model(bundle);
+    Run run(model);
+    own = 0;
+    CHECK(run.sample() == TARFLOW_OK);
+    count = own;
+  }
+  const long blocks = alive;
+  for (int i = 0; i < kFirstFailures && failures <= 10; ++i) {
+    const tarflow::Model model(bundle);
+    Run run(model);
+    let_fail(1 + count * i / kFirstFailures);
+    const tarflow_status status = run.sample();
+    let_fail(0);
+    CHECK(status == TARFLOW_OK || status == TARFLOW_ERROR_MEMORY);
+    CHECK(run.sample() == TARFLOW_OK);
+  }
+  std::printf("failed: %d of %ld allocations of a first sample\n", kFirstFailures, count);
+  CHECK(alive == blocks);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -267,5 +292,6 @@ int main(int argc, char** argv) {
     test_steps(model);
     test_growth(model, std::atoi(argv[2]));
     test_failures(model);
+    test_first_failures(argv[1]);
   });
 }

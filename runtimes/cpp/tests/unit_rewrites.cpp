@@ -63,8 +63,8 @@ static void test_format(const Bundle& bundle) {
   CHECK(std::isnan(onnx::number(onnx::tensor("two", {7, 8}))));
   CHECK(onnx::elem_type(onnx::value("v", onnx::kFloat16, {std::string("B"), std::int64_t{3}})) == onnx::kFloat16);
   const onnx::Attribute scale = onnx::attribute("scale", 0.5F);
-  CHECK(std::get<float>(scale.value) == 0.5F);
-  CHECK(std::get<std::int64_t>(onnx::attribute("axis", std::int64_t{-2}).value) == -2);
+  CHECK(scale.value<float>() == 0.5F && !scale.value<std::int64_t>());
+  CHECK(onnx::attribute("axis", std::int64_t{-2}).value<std::int64_t>() == -2);
 }
 
 /// Step graphs of other forms must be declined, not run wrongly.

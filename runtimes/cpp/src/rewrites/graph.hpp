@@ -93,8 +93,8 @@ template <typename T>
 T attribute_of(const onnx::Node& node, const std::string& name, T otherwise) {
   for (const onnx::Attribute& entry : node.attributes) {
     if (entry.name != name) continue;
-    const T* value = std::get_if<T>(&entry.value);
-    if (value == nullptr) throw PatternMismatch(node.name + " has a " + name + " of another type");
+    const std::optional<T>& value = entry.value<T>();
+    if (!value) throw PatternMismatch(node.name + " has a " + name + " of another type");
     return *value;
   }
   return otherwise;
