@@ -212,6 +212,22 @@ def test_what_is_being_written_is_not_pruned(cache):
     assert cache.prune().leftovers == (partial.name,)
 
 
+def test_an_engine_that_is_finished_meanwhile_is_not_pruned(cache, monkeypatch):
+    sidecar = store(cache)
+    path = cache.path / f"{sidecar.key}.json"
+    written = path.read_bytes()
+    path.unlink()  # it is written last
+    lock = EngineFolder.lock_if_free
+
+    def finished_before(folder, key):
+        path.write_bytes(written)
+        return lock(folder, key)
+
+    monkeypatch.setattr(EngineFolder, "lock_if_free", finished_before)
+    assert cache.prune().leftovers == ()
+    assert cache.load(sidecar) == b"engine"
+
+
 def test_what_lies_beside_is_whole_or_not_there(cache, monkeypatch):
     assert cache.load_beside("kernels.bin") == b""
     cache.store_beside("kernels.bin", b"kernels")

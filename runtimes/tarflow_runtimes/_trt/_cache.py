@@ -169,18 +169,24 @@ class EngineCache:
 
     def prune(self, max_bytes: int = MAX_BYTES) -> Pruned:
         """Remove what belongs to no engine and is not being written, then engines until the others fit."""
-        engines = {sidecar.key for sidecar in self.entries() if not self.damage(sidecar)}
         leftovers, freed = [], 0
         for path in sorted(self.path.iterdir()):
             ours = _OURS.fullmatch(path.name)
-            is_whole = ours is not None and ours["key"] in engines and not path.name.startswith(".")
-            if ours is None or is_whole or not self._folder.free(ours["key"]):
+            if ours is None or self._is_of_engine(path, ours["key"]):
                 continue
-            freed += path.stat().st_size
-            self._folder.remove(path.name)
-            leftovers.append(path.name)
+            with self._folder.lock_if_free(ours["key"]) as free:
+                # Looked at again, for whoever held the lock may have finished an engine.
+                if free and path.exists() and not self._is_of_engine(path, ours["key"]):
+                    freed += path.stat().st_size
+                    self._folder.remove(path.name)
+                    leftovers.append(path.name)
         evicted, bytes_of_engines = self._evict(max_bytes, ())
         return Pruned(engines=evicted, leftovers=tuple(leftovers), nbytes=freed + bytes_of_engines)
+
+    def _is_of_engine(self, path: Path, key: str) -> bool:
+        """Whether a file is of an engine that is there and whole."""
+        sidecar = self._read(key)
+        return not path.name.startswith(".") and sidecar is not None and not self.damage(sidecar)
 
     def _evict(self, max_bytes: int, keep: Collection[str]) -> tuple[tuple[Sidecar, ...], int]:
         """Remove the engines not used for longest until the others take at most `max_bytes`."""

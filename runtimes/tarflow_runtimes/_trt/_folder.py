@@ -112,21 +112,29 @@ class EngineFolder:
             finally:
                 os.close(descriptor)
 
-    def free(self, key: str) -> bool:
-        """Whether nobody holds the lock of that name."""
-        try:
-            descriptor = os.open(self.path / f".{key}.lock", os.O_RDWR | os.O_NOFOLLOW)
-        except OSError:
-            return True
-        try:
-            return _locked(descriptor)
-        finally:
-            os.close(descriptor)
+    @contextlib.contextmanager
+    def lock_if_free(self, key: str) -> Iterator[bool]:
+        """Hold the lock of that name if nobody else does, and say whether."""
+
+        def give_up() -> None:
+            raise _HeldError
+
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self.lock(key, give_up))
+            except _HeldError:
+                yield False
+            else:
+                yield True
 
     def remove(self, *names: str) -> None:
         """Remove files that may be there."""
         for name in names:
             (self.path / name).unlink(missing_ok=True)
+
+
+class _HeldError(Exception):
+    """Another process holds the lock."""
 
 
 def _locked(descriptor: int) -> bool:
