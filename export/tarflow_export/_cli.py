@@ -62,6 +62,8 @@ def export(
 
     if engine is not None:
         check_builds(engine)
+    elif engine_dir is not None:
+        raise typer.BadParameter("--engine-dir keeps the engines of --engine, which is not given")
     options: dict[str, Any] = {
         "dtype": dtype,
         "overwrite": overwrite,

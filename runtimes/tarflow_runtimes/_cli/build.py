@@ -79,11 +79,12 @@ def build(
 
 
 def check_builds(engine: str) -> None:
-    """Refuse an engine that is not built, or whose package is not ready here: before any work."""
+    """Refuse an engine that is not built, or that cannot be built here: before any work."""
+    from tarflow_runtimes._trt._gpu import gpu_for
     from tarflow_runtimes._trt._package import import_package
 
     check_engine(engine)
-    import_package(engine)
+    gpu_for(import_package(engine))
 
 
 def build_engines(
