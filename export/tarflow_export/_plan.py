@@ -8,53 +8,69 @@ from typing import Any
 
 import onnx_ir as ir
 
-from tarflow_export._graphs import GRAPH_KINDS, GraphBuilder
-from tarflow_export._weights import Dtype, WeightLayout, weight_layout
-from tarflow_sdk._config import FlowConfig
-
-ORDERS = ("identity", "reversed")
-"""A block's order of patches: even blocks first to last, odd ones last to first."""
+from tarflow_export._graphs import BUILDERS, PRECISIONS, GraphBuilder
+from tarflow_export._graphs.builder import DTYPES
+from tarflow_export._weights import WEIGHTS_FILE, WeightLayout, weight_layout
+from tarflow_runtimes._bundle import PORTABLE, ModelConfig, Order, Precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GraphPlan:
-    """One kind of graph: its two serialised forms (by block order), which differ in the initializer `order` alone."""
+    """One graph, serialised."""
 
+    provider: str
     kind: str
     nodes: int
-    serialized: Mapping[str, bytes]
+    serialized: bytes
     inputs: tuple[Mapping[str, Any], ...]
     outputs: tuple[Mapping[str, Any], ...]
+
+    @property
+    def file(self) -> str | None:
+        """Its file in the bundle; None for portable graphs, which lie in the folder of every block."""
+        return None if self.provider == PORTABLE else f"graphs/{self.provider}/{self.kind}.onnx"
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's entry."""
+        place = {} if self.file is None else {"file": self.file}
+        return {**place, "inputs": list(self.inputs), "outputs": list(self.outputs)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The graphs and the layout of the weights of every block of a model."""
+    """The graphs, and the layout of the weights of every block of a model."""
 
-    config: FlowConfig
+    config: ModelConfig
     layout: WeightLayout
-    graphs: Mapping[str, GraphPlan]
+    graphs: tuple[GraphPlan, ...]
+
+    @property
+    def portable(self) -> tuple[GraphPlan, ...]:
+        """The graphs that lie in the folder of every block."""
+        return tuple(graph for graph in self.graphs if graph.provider == PORTABLE)
 
     @property
     def files(self) -> dict[str, int]:
-        """Name and size in bytes of the files of all blocks."""
-        files = {}
+        """Name and size in bytes of the files of the graphs and blocks."""
+        files = {graph.file: len(graph.serialized) for graph in self.graphs if graph.file is not None}
         for k in range(self.config.blocks):
-            for kind, graph in self.graphs.items():
-                files[block_file(k, f"{kind}.onnx")] = len(graph.serialized[block_order(k)])
-            files[block_file(k, "weights.bin")] = self.layout.nbytes
+            files |= {block_file(k, f"{graph.kind}.onnx"): len(graph.serialized) for graph in self.portable}
+            files[block_file(k, WEIGHTS_FILE)] = self.layout.nbytes
         return files
 
 
-def plan_export(config: FlowConfig, dtype: Dtype) -> Plan:
-    """Make each kind of graph once per block order, and lay the weights out."""
-    layout = weight_layout(config, dtype)
-    return Plan(config=config, layout=layout, graphs={kind: _plan_graph(kind, config, layout) for kind in GRAPH_KINDS})
+def plan_export(config: ModelConfig, precision: Precision) -> Plan:
+    """Make each graph once, and lay the weights out."""
+    layout = weight_layout(config, precision)
+    graphs = [
+        _plan_graph(provider, kind, config, layout) for provider in PRECISIONS[precision] for kind in BUILDERS[provider]
+    ]
+    return Plan(config=config, layout=layout, graphs=tuple(graphs))
 
 
-def block_order(block: int) -> str:
-    """`identity` or `reversed`."""
-    return ORDERS[block % 2]
+def block_order(block: int) -> Order:
+    """The order of patches of a block: even blocks first to last, odd ones last to first."""
+    return "reversed" if block % 2 else "identity"
 
 
 def block_file(block: int, name: str) -> str:
@@ -62,22 +78,23 @@ def block_file(block: int, name: str) -> str:
     return f"block_{block:02d}/{name}"
 
 
-def _plan_graph(kind: str, config: FlowConfig, layout: WeightLayout) -> GraphPlan:
-    serialized = {}
-    for order in ORDERS:
-        model = GRAPH_KINDS[kind](GraphBuilder(kind, config, layout, is_reversed=order == "reversed"))
-        serialized[order] = ir.to_proto(model).SerializeToString(deterministic=True)
+def _plan_graph(provider: str, kind: str, config: ModelConfig, layout: WeightLayout) -> GraphPlan:
+    op = GraphBuilder(
+        kind, config, layout, has_integer_products=kind.startswith(("step", "window")) and provider != PORTABLE
+    )
+    model = BUILDERS[provider][kind](op)
     return GraphPlan(
+        provider=provider,
         kind=kind,
         nodes=len(list(model.graph)),
-        serialized=serialized,
+        serialized=ir.to_proto(model).SerializeToString(deterministic=True),
         inputs=tuple(_described(value) for value in model.graph.inputs),
         outputs=tuple(_described(value) for value in model.graph.outputs),
     )
 
 
 def _described(value: ir.Value) -> dict[str, Any]:
-    names = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
+    names = {data_type: name for name, data_type in DTYPES.items()}
     if value.dtype is None or value.shape is None:
         raise AssertionError(f"graph value {value.name} was declared without dtype or shape")
     shape = [axis if isinstance(axis, int) else axis.value for axis in value.shape]

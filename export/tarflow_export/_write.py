@@ -1,4 +1,4 @@
-"""Write the files of a bundle into a folder: blocks one by one, prior, manifest. The format is docs/BUNDLE.md."""
+"""Write the files of a bundle into a folder: graphs, blocks one by one, prior, manifest. The format is docs/BUNDLE.md."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from tarflow_export._errors import ExportError
-from tarflow_export._graphs.builder import IR_VERSION, OPSET
+from tarflow_export._graphs import IR_VERSION, OPSET
 from tarflow_export._plan import Plan, block_file, block_order
-from tarflow_export._weights import WEIGHTS_FILE, WeightLayout, block_tensors
-from tarflow_runtimes._bundle import FORMAT, MANIFEST, SCHEMA_VERSION
-from tarflow_sdk._model import FlowBlock, TarFlow
+from tarflow_export._weights import WEIGHTS_FILE, Floats, block_tensors
+from tarflow_runtimes._bundle import FORMAT, MANIFEST, PORTABLE, SCHEMA_VERSION
 
-REFERENCE_FILE = "reference.npz"
-PRIOR_FILE = "prior.npy"
+REFERENCE_FILE: Final = "reference.npz"
+PRIOR_FILE: Final = "prior.npy"
 
-TOOLS = ("tarflow-sdk", "torch", "onnx-ir", "onnxruntime", "numpy")
+TOOLS: Final = ("tarflow-sdk", "torch", "onnx-ir", "onnxruntime", "numpy")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,61 +33,62 @@ class FileRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """Where the weights came from: file name (without folder) and SHA-256, both None for a model in memory."""
+class Contents:
+    """What a bundle is made of besides its plan.
 
-    file: str | None = None
-    sha256: str | None = None
+    `weight(block, name)` gives the float32 tensors of the state dict, `class_embed` with its null row; `prior` is the
+    variance [N, D] or None; `checkpoint` and `converted` are the manifest's.
+    """
+
+    weight: Callable[[int, str], Floats]
+    prior: Floats | None
+    checkpoint: Mapping[str, Any]
+    converted: Mapping[str, Any] | None = None
 
 
-def write_blocks(
-    folder: Path, plan: Plan, model: TarFlow, on_block: Callable[[int], None] | None = None
+def write_files(
+    folder: Path, plan: Plan, contents: Contents, on_block: Callable[[int], None] | None = None
 ) -> dict[str, FileRecord]:
-    """Graphs and weights of every block, and the prior where it is not one everywhere; the weights are streamed."""
+    """Graphs, weights of every block, and the prior where it is not one everywhere; the weights are streamed."""
     files = {}
-    for k, block in enumerate(model.flow_blocks):
-        (folder / block_file(k, "")).mkdir()
-        for kind, graph in plan.graphs.items():
-            name = block_file(k, f"{kind}.onnx")
-            files[name] = write_bytes(folder / name, graph.serialized[block_order(k)])
+    for graph in plan.graphs:
+        if graph.file is not None:
+            files[graph.file] = write_bytes(folder / graph.file, graph.serialized)
+    for k in range(plan.config.blocks):
+        for graph in plan.portable:
+            name = block_file(k, f"{graph.kind}.onnx")
+            files[name] = write_bytes(folder / name, graph.serialized)
         name = block_file(k, WEIGHTS_FILE)
-        files[name] = _write_weights(folder / name, f"blocks.{k}", block, plan.layout)
+        files[name] = _write_weights(folder / name, k, plan, contents)
         if on_block is not None:
             on_block(k)
-    prior = model.var.detach().cpu().float().numpy()
-    if bool(np.any(prior != 1.0)):
-        np.save(folder / PRIOR_FILE, prior)
+    if contents.prior is not None:
+        np.save(folder / PRIOR_FILE, contents.prior)
         files[PRIOR_FILE] = record_of(folder / PRIOR_FILE)
     return files
 
 
-def _write_weights(path: Path, owner: str, block: FlowBlock, layout: WeightLayout) -> FileRecord:
-    digest = hashlib.sha256()
-    end = 0
+def _write_weights(path: Path, block: int, plan: Plan, contents: Contents) -> FileRecord:
+    digest, end, layout = hashlib.sha256(), 0, plan.layout
+    tensors = block_tensors(
+        layout,
+        lambda name: contents.weight(block, name),
+        is_reversed=block_order(block) == "reversed",
+        owner=f"blocks.{block}",
+    )
     with path.open("wb") as file:
-        for name, array in block_tensors(block, layout):
-            if not np.isfinite(array).all():
-                raise ExportError(
-                    f"{owner}.{name} holds values beyond the range of {array.dtype}",
-                    hint="export with --dtype float32"
-                    if array.dtype == np.float16
-                    else "train again: the weights are broken",
-                )
+        for name, array in tensors:
             offset = layout.entries[name].offset
-            for chunk in (bytes(offset - end), array.data.cast("B")):
+            for chunk in (bytes(offset - end), array.view(np.uint8).data):
                 file.write(chunk)
                 digest.update(chunk)
             end = offset + array.nbytes
     return FileRecord(size=end, sha256=digest.hexdigest())
 
 
-def parameter_count(model: TarFlow) -> int:
-    """Trained parameters; the prior's variance is a buffer."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def write_bytes(path: Path, data: bytes) -> FileRecord:
-    """Write a file and describe it."""
+    """Write a file, and its folder where that is missing, and describe it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return FileRecord(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
@@ -103,43 +102,42 @@ def record_of(path: Path) -> FileRecord:
 def write_manifest(
     folder: Path,
     plan: Plan,
-    model: TarFlow,
+    contents: Contents,
     *,
-    source: Source,
     files: Mapping[str, FileRecord],
     verification: Mapping[str, Any],
 ) -> None:
     """Everything a reader needs to know, `manifest.json`."""
-    config, dtype = plan.config, plan.layout.dtype
-    described = config.to_json()
-    del described["schema_version"]
-    kinds = tuple(plan.graphs)
+    config, linear = plan.config, plan.layout.linear
+    graphs: dict[str, dict[str, Any]] = {}
+    for graph in plan.graphs:
+        graphs.setdefault(graph.provider, {})[graph.kind] = graph.to_json()
     manifest = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
-        "config": described,
-        "image_range": [-1.0, 1.0],
-        "dtype": dtype,
-        "precision": {
-            "linear": dtype, "cache": dtype,
+        "data": config.data,
+        "config": dataclasses.asdict(config),
+        "image_range": [-1.0, 1.0] if config.data == "image" else None,
+        "precision": plan.layout.precision,
+        "dtypes": {
+            "weights": plan.layout.precision, "linear": linear, "cache": linear,
             "norm": "float32", "softmax": "float32", "residual": "float32", "affine": "float32", "io": "float32",
         },
         "opset": OPSET,
         "ir_version": IR_VERSION,
-        "graphs": {
-            kind: {"inputs": list(graph.inputs), "outputs": list(graph.outputs)} for kind, graph in plan.graphs.items()
-        },
+        "tensors": {name: entry.to_json() for name, entry in plan.layout.entries.items()},
+        "graphs": graphs,
         "blocks": [
             {
                 "order": block_order(k),
-                **{kind: block_file(k, f"{kind}.onnx") for kind in kinds},
                 "weights": block_file(k, WEIGHTS_FILE),
+                **{kind: block_file(k, f"{kind}.onnx") for kind in graphs[PORTABLE]},
             }
             for k in range(config.blocks)
         ],
         "cache": {
             "layout": ["R", "H", "N", "E"],
-            "dtype": dtype,
+            "dtype": linear,
             "layers": config.layers,
             "heads": config.heads,
             "patches": config.patches,
@@ -148,12 +146,8 @@ def write_manifest(
         "prior": PRIOR_FILE if PRIOR_FILE in files else None,
         "reference": REFERENCE_FILE if REFERENCE_FILE in files else None,
         "verification": verification,
-        "plans": {},
-        "checkpoint": {
-            "file": source.file,
-            "sha256": source.sha256,
-            "parameters": parameter_count(model),
-        },
+        "checkpoint": contents.checkpoint,
+        "converted": contents.converted,
         "tools": {"python": platform.python_version(), **{tool: _version(tool) for tool in TOOLS}},
         "files": {name: dataclasses.asdict(record) for name, record in sorted(files.items())},
     }  # fmt: skip

@@ -1,7 +1,7 @@
-"""What an engine is: `Engine` opens a bundle's blocks; how they are inverted differs between the host and a device.
+"""What an engine is: the one protocol between a bundle on some runtime and everything that samples, encodes or measures.
 
-On the host the sampler owns the loop and the engine the buffers: `HostEngine`, `Stepper`, `Windows`. On a device with
-memory of its own nothing may cross per step, so that there the engine's `Decoder` owns both.
+Whether an engine's loop runs in host steps, on a device or in a kernel of its own is its own affair: nothing above it
+asks.
 """
 
 from __future__ import annotations
@@ -20,67 +20,56 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
 
-class Stepper(Protocol):
-    """One inverse of one block for B images: it starts with the patch at block position 0, which is the noise's own."""
-
-    def advance(self) -> None:
-        """Finish the next patch: x_{i+1} = z_{i+1} * exp(a_i) + b_i, i = 0 at first. At most N - 1 times."""
-
-    def result(self) -> Floats:
-        """The patches [B, N, D] in image order; those not finished yet hold their noise."""
-
-
-class Windows(Protocol):
-    """The state of one inverse of one block for one image that is evaluated on windows of patches."""
-
-    def evaluate(self, first: int, patches: Floats) -> Floats:
-        """Patches first .. first + S - 1 in block order, [S, D] -> the patches one further, [S, D].
-
-        Writes their keys and values, and reads those of the patches before them, which must have been written.
-        """
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Turn:
-    """One block's turn in a run; `steps` ends a sequential one after so many of its N - 1 steps."""
+    """One block's turn in a run.
+
+    `steps` ends a sequential one after so many of its N - 1 steps, and a parallel one after so many evaluations; the
+    patches that are not finished then hold what they were iterated from. `start` [B, N, D] is what a parallel one
+    iterates from, in place of what its strategy says.
+    """
 
     block: int
     strategy: Strategy
     steps: int | None = None
+    start: Floats | None = None
 
 
 OnTurn = Callable[[int, int], object]
-"""Hears the number of a turn, from 0, and how many of its steps are done; an error that it raises ends the run."""
+"""Called with the number of a turn, from 0, and how many of its steps are done; an error that it raises ends the run."""
+
+Cotangent = Callable[[Floats], Floats]
+"""The derivative of something with respect to z, given z [B, N, D]."""
 
 
-class Decoder(Protocol):
-    """Inverts blocks one after the other on a device: noise goes there once, and patches come back once."""
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Conditions:
+    """What the images of a run are conditioned on, each by itself.
 
-    def decode(
-        self,
-        turns: Sequence[Turn],
-        *,
-        noise: Floats,
-        labels: Integers | None,
-        guidance: Floats,
-        inverse_temperature: Floats,
-        on_step: OnTurn | None = None,
-    ) -> tuple[Floats, tuple[BlockReport, ...]]:
-        """Noise [B, N, D], labels [G, B], guidance [2, N], inverse_temperature [G] -> patches [B, N, D], and how.
+    `labels` int64 [G, B], None on models without classes; `guidance` [B, 2, N], g for a and for b at each block
+    position; `inverse_temperature` [G, B], 1/tau of the attention logits. The second branch is the unguided one.
+    """
 
-        Noise and patches are in image order; each turn starts from what the one before made.
-        """
+    labels: Integers | None
+    guidance: Floats
+    inverse_temperature: Floats
 
     @property
-    def to_device(self) -> Callable[[npt.NDArray[Any]], DeviceArray]:
-        """Copies an array to the device, for others to take; it holds the device and nothing of the engine."""
+    def branches(self) -> int:
+        """G: 2 where any image is guided, else 1."""
+        return len(self.inverse_temperature)
 
-    def to_host(self, given: object) -> object:
-        """A copy on the host of an array in the device's memory, whoever's; anything else comes back as it is."""
+    def of(self, images: slice | npt.NDArray[np.intp], branches: int | None = None) -> Conditions:
+        """Those of some images, of the first `branches`."""
+        return Conditions(
+            labels=None if self.labels is None else self.labels[:branches, images],
+            guidance=self.guidance[images],
+            inverse_temperature=self.inverse_temperature[:branches, images],
+        )
 
 
 class Engine(Protocol):
-    """Runs the graphs of one bundle. An engine without a `decoder` is a `HostEngine`.
+    """Runs the graphs of one bundle. Patches are [B, N, D] in the order of the data.
 
     Labels are int64, 0 .. classes - 1 or `classes`, the null class; None on models without classes.
     Every method but `close` may be called from several threads at once.
@@ -90,69 +79,55 @@ class Engine(Protocol):
     """
 
     name: str
-    workers: int
-    """Parts of a batch that the engine runs faster side by side, each in a thread of its own; 1 where it does not."""
+    provider: str
+    """The provider whose run-ready graphs it runs, as in the bundle."""
+    precision: str
+    """What it computes linear layers in: the bundle's, or tf32."""
 
     @property
-    def decoder(self) -> Decoder | None:
-        """What inverts blocks on the engine's device; None where the sampler takes the steps."""
+    def to_device(self) -> Callable[[npt.NDArray[Any]], DeviceArray] | None:
+        """Copies an array to the engine's device, for others to take; None where the engine computes on the host."""
+
+    def to_host(self, given: object) -> object:
+        """A copy on the host of an array in a device's memory; anything else comes back as it is."""
+
+    def invert(
+        self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
+    ) -> tuple[Floats, tuple[BlockReport, ...]]:
+        """Invert blocks one after the other, each from what the one before made: noise -> patches, and how."""
 
     def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
-        """Patches [B, N, D], labels [B] -> (z [B, N, D], log|det| [B], nats) of one block."""
-
-    def gradient(self, block: int, patches: Floats, cotangent: Floats, labels: Integers | None) -> Floats:
-        """Derivative of (cotangent . z + log|det|) of one block with respect to its `patches`, [B, N, D]."""
-
-    def vjp_images(self) -> int:
-        """Images that `vjp` may take so that what it keeps of all blocks fits; 0 where `gradient` is to be used."""
+        """Patches, labels [B] -> (z, log|det| [B], nats) of one block."""
 
     def vjp(
-        self, block: int, patches: Floats, labels: Integers | None, *, alone: bool
-    ) -> tuple[Floats, Callable[[Floats], Floats]]:
-        """Patches [B, N, D] -> z [B, N, D] and the way back: cotangent -> `gradient` of these patches, once.
+        self, blocks: Sequence[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
+    ) -> tuple[Floats, Floats]:
+        """Patches -> (z after these blocks, d/d patches of (c . z + sum of log|det|)) with c = `cotangent`(z).
 
-        What the way back needs is kept until it is dropped. `alone`: no other call runs meanwhile.
+        `cotangent` is called with the z of some images at a time, in any order and from any thread.
         """
-
-    def window(self, block: int, patches: Floats, noise: Floats, labels: Integers | None) -> Floats:
-        """One call of the step graph on finished patches [B, N, D] -> patches 1 .. N-1 in block order, [B, N-1, D]."""
 
     def report(self) -> Mapping[str, Any]:
-        """What runs where: versions, threads, rewrites taken or declined. JSON values."""
+        """What runs where: versions, threads, device. JSON values."""
 
     def close(self) -> None:
-        """Free the sessions; calls that are running end as they would have."""
+        """Free what the engine holds; calls that are running end as they would have, or raise EngineError."""
 
 
-class HostEngine(Engine, Protocol):
-    """An engine whose memory is the host's: the sampler takes the steps, and cuts the batch as `parts` says."""
-
-    def parts(self, images: int, branches: int) -> Sequence[slice]:
-        """How to cut a batch for `stepper`: slices of the images, in order."""
-
-    def stepper(
-        self,
-        block: int,
-        *,
-        noise: Floats,
-        labels: Integers | None,
-        guidance: Floats,
-        inverse_temperature: Floats,
-        alone: bool,
-    ) -> Stepper:
-        """Start an inverse: noise [B, N, D], labels [G, B], guidance [2, N], inverse_temperature [G].
-
-        `alone`: no other part runs meanwhile, so that this one may have all threads.
-        """
-
-    def windows(
-        self,
-        block: int,
-        *,
-        noise: Floats,
-        labels: Integers | None,
-        guidance: Floats,
-        inverse_temperature: Floats,
-        alone: bool,
-    ) -> Windows:
-        """Start an inverse by windows of one image: noise [N, D] in block order, labels [G], the others as above."""
+def vjp_recomputed(
+    forward: Callable[[int, Floats, Integers | None], tuple[Floats, Floats]],
+    gradient: Callable[[int, Floats, Floats, Integers | None], Floats],
+    blocks: Sequence[int],
+    patches: Floats,
+    labels: Integers | None,
+    cotangent: Cotangent,
+) -> tuple[Floats, Floats]:
+    """`Engine.vjp` where nothing but the blocks' inputs can be kept: each gradient repeats its block's forward pass."""
+    x, inputs = patches, []
+    for block in blocks:
+        inputs.append(x)
+        x, _ = forward(block, x, labels)
+    g = cotangent(x)
+    for block in reversed(blocks):
+        g = gradient(block, inputs.pop(), g, labels)
+    return x, g

@@ -1,15 +1,41 @@
-"""The three graphs of a flow block, written by hand with onnx-ir: `forward`, `step` and `gradient`.
+"""Every graph that anything runs, written by hand with onnx-ir, one file each; the formats are in docs/BUNDLE.md.
 
-Each kind is made once per block order; all blocks of a model share the result, because their weights lie at the
-same offsets of their own `weights.bin`.
+All blocks of a model share them, because their weights lie at the same offsets of their own `weights.bin`.
 """
 
-from tarflow_export._graphs.builder import GraphBuilder
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import onnx_ir as ir
+
+from tarflow_export._graphs.builder import IR_VERSION, OPSET, GraphBuilder
 from tarflow_export._graphs.forward import build_forward
-from tarflow_export._graphs.gradient import build_gradient
+from tarflow_export._graphs.gradient import build_gradient, build_vjp_backward, build_vjp_forward
+from tarflow_export._graphs.ort_cpu import FORMS, build_ort_cpu_step
 from tarflow_export._graphs.step import build_step
+from tarflow_runtimes._bundle import Precision
 
-__all__ = ["GRAPH_KINDS", "GraphBuilder", "build_forward", "build_gradient", "build_step"]
+__all__ = ["BUILDERS", "IR_VERSION", "OPSET", "PRECISIONS", "GraphBuilder"]
 
-GRAPH_KINDS = {"forward": build_forward, "step": build_step, "gradient": build_gradient}
-"""What makes each kind of graph, keyed by its name in the bundle."""
+Build = Callable[[GraphBuilder], ir.Model]
+
+BUILDERS: Final[Mapping[str, Mapping[str, Build]]] = {
+    "portable": {"forward": build_forward, "step": build_step, "gradient": build_gradient},
+    "ort-cpu": {
+        **{form.kind: functools.partial(build_ort_cpu_step, form=form) for form in FORMS},
+        "vjp_forward": build_vjp_forward,
+        "vjp_backward": build_vjp_backward,
+    },
+}
+"""Provider -> kind -> what makes the graph; the names are those of the bundle."""
+
+PRECISIONS: Final[Mapping[Precision, tuple[str, ...]]] = {
+    "float32": ("portable", "ort-cpu"),
+    "float16": ("portable", "ort-cpu"),
+    "bfloat16": ("portable",),
+    "int8": ("portable", "ort-cpu"),
+}
+"""The providers whose graphs a bundle of each precision has."""

@@ -1,7 +1,7 @@
 """`GraphBuilder`: `op.Gemm(x, w, b, transB=1)` on top of an onnx-ir tape, with names a person can read.
 
 Python numbers and lists of integers become constants, `op.scope("layer_0.mlp")` names the nodes made inside it,
-`op.weight(name)` is a tensor of the block's weights.bin.
+`op.weight(name)` is a tensor of the block's weights.bin. Operators of ONNX Runtime alone: `domain="com.microsoft"`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from tarflow_export._weights import WEIGHTS_FILE, WeightLayout
-from tarflow_sdk._config import FlowConfig
+from tarflow_runtimes._bundle import ModelConfig
 
 OPSET = 24
 """First opset with TensorScatter."""
@@ -24,16 +24,35 @@ OPSET = 24
 IR_VERSION = 12
 """The one that opset 24 was released with; a newer one would only shut readers out."""
 
-Operand = ir.Value | float | int | Sequence[int]
+Operand = ir.Value | float | int | Sequence[int] | None
+"""What nodes read; None leaves an optional input out."""
 
-_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "int64": ir.DataType.INT64}
+DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int64": ir.DataType.INT64,
+    "int32": ir.DataType.INT32,
+    "uint8": ir.DataType.UINT8,
+}
+"""The dtypes of the manifest."""
+
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
 
 
 class GraphBuilder:
-    """Collects the nodes of one graph of one block of `config`; linear layers run in `layout.dtype`."""
+    """Collects the nodes of one graph of the blocks of `config`; linear layers run in `layout.linear`.
 
-    def __init__(self, kind: str, config: FlowConfig, layout: WeightLayout, *, is_reversed: bool) -> None:
+    `has_integer_products`: the products of an int8 layout are ONNX Runtime's MatMulNBits, else its weights are made
+    float32 again.
+    """
+
+    def __init__(
+        self, kind: str, config: ModelConfig, layout: WeightLayout, *, has_integer_products: bool = False
+    ) -> None:
         self.kind = kind
+        self.has_integer_products = has_integer_products
         self.config = config
         self.layout = layout
         self._tape = Tape()
@@ -42,10 +61,13 @@ class GraphBuilder:
         self._initializers: dict[object, ir.Value] = {}
         self._scope = ""
         self._counts: Counter[str] = Counter()
-        indices = np.arange(config.patches, dtype=np.int64)
-        # The one thing in which the blocks' graphs differ. Gathering through it turns image order into block order
-        # and back.
-        self.order = self._initializer("order", "order", indices[::-1].copy() if is_reversed else indices)
+        self.made: dict[str, ir.Value] = {}
+        """Values that are made once, by name."""
+
+    @property
+    def order(self) -> ir.Value:
+        """[N]: gathering through it turns the order of the data into that of the block, and back."""
+        return self.weight("order")
 
     def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
         """`op.Add(x, y)`: a node of that operator with one output."""
@@ -58,7 +80,7 @@ class GraphBuilder:
         return node
 
     def split(self, x: ir.Value, parts: int, axis: int) -> tuple[ir.Value, ...]:
-        """Split: `x` in equal parts along `axis`."""
+        """Split `x` into equal parts along `axis`."""
         return self._node("Split", [x], {"axis": axis, "num_outputs": parts}, parts)
 
     @contextlib.contextmanager
@@ -72,25 +94,25 @@ class GraphBuilder:
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> ir.Value:
         """Declare a graph input; letters in `shape` are symbolic axes."""
-        value = ir.val(name, dtype=_DTYPES[dtype], shape=shape)
+        value = ir.val(name, dtype=DTYPES[dtype], shape=shape)
         self._inputs.append(value)
         return value
 
     def output(self, value: ir.Value, name: str, dtype: str, shape: Sequence[int | str]) -> None:
         """Declare `value` a graph output called `name`."""
-        value.name, value.dtype, value.shape = name, _DTYPES[dtype], ir.Shape(shape)
+        value.name, value.dtype, value.shape = name, DTYPES[dtype], ir.Shape(shape)
         self._outputs.append(value)
 
-    def weight(self, name: str) -> ir.Value:
-        """The tensor `name` of weights.bin, in the state dict's orientation."""
+    def weight(self, name: str, shape: Sequence[int] | None = None) -> ir.Value:
+        """The tensor `name` of weights.bin, in the state dict's orientation or seen as another shape of as many."""
         if name not in self._initializers:
             entry = self.layout.entries[name]
             tensor = ir.ExternalTensor(
                 WEIGHTS_FILE,
                 entry.offset,
                 entry.nbytes,
-                _DTYPES[entry.dtype],
-                shape=ir.Shape(entry.shape),
+                DTYPES[entry.dtype],
+                shape=ir.Shape(entry.shape if shape is None else shape),
                 name=name,
             )
             self._initializers[name] = self._tape.initializer(tensor)
@@ -103,35 +125,44 @@ class GraphBuilder:
 
     def linear_constant(self, number: float) -> ir.Value:
         """A scalar in the dtype of linear layers."""
-        array = np.asarray(number, dtype=self.layout.dtype)
-        return self._initializer((array.dtype.str, (), array.tobytes()), f"const_{number}_linear", array)
+        tensor = ir.tensor(number, dtype=DTYPES[self.layout.linear], name=f"const_{number}_linear")
+        return self._initializer((tensor.name, self.layout.linear), tensor)
 
-    def halve(self, value: ir.Value) -> ir.Value:
-        """To the dtype of linear layers and caches: a cast in float16 bundles, nothing in float32 ones."""
-        return value if self.layout.dtype == "float32" else self.Cast(value, to=ir.DataType.FLOAT16)
+    def narrow(self, value: ir.Value) -> ir.Value:
+        """To the dtype of linear layers and caches: a cast in half precision, nothing in float32."""
+        return value if self.layout.linear == "float32" else self.Cast(value, to=DTYPES[self.layout.linear])
 
     def widen(self, value: ir.Value) -> ir.Value:
         """Back to float32, the dtype of norms, softmax, residuals and the affine map."""
-        return value if self.layout.dtype == "float32" else self.Cast(value, to=ir.DataType.FLOAT)
+        return value if self.layout.linear == "float32" else self.Cast(value, to=DTYPES["float32"])
 
     def model(self) -> ir.Model:
         """The finished model."""
+        opsets = {"": OPSET}
+        if any(node.domain == CONTRIB for node in self._tape.nodes):
+            opsets[CONTRIB] = 1
         graph = ir.Graph(
             self._inputs,
             self._outputs,
             nodes=self._tape.nodes,
             initializers=self._tape.initializers,
-            opset_imports={"": OPSET},
+            opset_imports=opsets,
             name=self.kind,
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="tarflow-export")
+
+    def multiple(self, op_type: str, outputs: int, *operands: Operand, **attributes: Any) -> tuple[ir.Value, ...]:
+        """A node of that operator with several outputs."""
+        return self._node(op_type, operands, attributes, outputs)
 
     def _node(
         self, op_type: str, operands: Sequence[Operand], attributes: Mapping[str, Any], outputs: int
     ) -> tuple[ir.Value, ...]:
         name = self._unique(op_type)
-        inputs = [self._value(operand) for operand in operands]
-        values = self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, name=name)
+        inputs = [None if operand is None else self._value(operand) for operand in operands]
+        given = {key: value for key, value in attributes.items() if key != "domain"}
+        domain = attributes.get("domain", "")
+        values = self._tape.op_multi_out(op_type, inputs, given, num_outputs=outputs, name=name, domain=domain)
         for i, value in enumerate(values):
             value.name = name if outputs == 1 else f"{name}.{i}"
         return tuple(values)
@@ -141,15 +172,15 @@ class GraphBuilder:
         self._counts[stem] += 1
         return stem if self._counts[stem] == 1 else f"{stem}_{self._counts[stem]}"
 
-    def _value(self, operand: Operand) -> ir.Value:
+    def _value(self, operand: ir.Value | float | Sequence[int]) -> ir.Value:
         if isinstance(operand, ir.Value):
             return operand
         array = np.asarray(operand, dtype=np.float32 if isinstance(operand, float) else np.int64)
         key = (array.dtype.str, array.shape, array.tobytes())
         name = "const_" + "_".join(str(number) for number in array.ravel().tolist())
-        return self._initializer(key, name if array.ndim else f"{name}_scalar", array)
+        return self._initializer(key, ir.tensor(array, name=name if array.ndim else f"{name}_scalar"))
 
-    def _initializer(self, key: object, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+    def _initializer(self, key: object, tensor: ir.TensorProtocol) -> ir.Value:
         if key not in self._initializers:
-            self._initializers[key] = self._tape.initializer(ir.tensor(array, name=name))
+            self._initializers[key] = self._tape.initializer(tensor)
         return self._initializers[key]

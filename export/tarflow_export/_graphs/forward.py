@@ -10,11 +10,12 @@ import onnx_ir as ir
 
 from tarflow_export._graphs.builder import GraphBuilder
 from tarflow_export._graphs.layers import (
+    affine,
     attention_weights,
     block_input,
     block_output,
     causal_mask,
-    embed_image,
+    embed,
     label_input,
     layer_norm,
     linear,
@@ -32,7 +33,7 @@ def build_forward(op: GraphBuilder) -> ir.Model:
     """The forward graph of one block."""
     config = op.config
     x = block_input(op, "patches")
-    h = embed_image(op, x, label_input(op, ["B"]))
+    h = embed(op, x, label_input(op, ["B"]))
     mask = causal_mask(op)
     for layer in range(config.layers):
         h = _attention(op, h, mask, layer)
@@ -40,14 +41,7 @@ def build_forward(op: GraphBuilder) -> ir.Model:
     with op.scope("affine"):
         out = op.Reshape(op.widen(linear(op, h, "proj_out")), [-1, config.patches, op.affine_values])
         a, b = scale_and_shift(op, shift_later(op, out))
-        difference = op.Sub(x, b)
-        if a is None:
-            z = difference
-            log_det = op.Expand(0.0, op.Shape(x, start=0, end=1))
-        else:
-            z = op.Mul(difference, op.Exp(op.Neg(a)))
-            # Patch by patch: summed in one go, float32 loses three digits over 200,000 values.
-            log_det = op.Neg(op.ReduceSum(op.ReduceSum(a, [2], keepdims=0), [1], keepdims=0))
+        z, log_det = affine(op, op.Sub(x, b), a, None if a is None else op.Exp(op.Neg(a)))
     block_output(op, z, "z")
     op.output(log_det, "log_det", "float32", ["B"])
     return op.model()
@@ -61,5 +55,5 @@ def _attention(op: GraphBuilder, h: ir.Value, mask: ir.Value, layer: int) -> ir.
         q, k, v = query_key_value(op, layer_norm(op, h, f"{name}.norm"), layer)
         q = op.Mul(q, op.linear_constant(config.head_dim**-0.5))
         q, k, v = (split_heads(op, x, shape) for x in (q, k, v))
-        attended = op.MatMul(op.halve(attention_weights(op, q, k, mask)), v)  # (B, H, N, E)
+        attended = op.MatMul(op.narrow(attention_weights(op, q, k, mask)), v)  # (B, H, N, E)
         return residual(op, h, linear(op, merge_heads(op, attended), f"{name}.proj"))

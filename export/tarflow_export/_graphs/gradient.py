@@ -1,7 +1,10 @@
 """`gradient`: the vector-Jacobian product of a block, d/d patches of (cotangent . z + log|det|), [B, N, D].
 
-Written by hand: it recomputes the block's forward pass from its input, keeps what the way back needs, and walks back.
+Written by hand: it runs the block's forward pass, keeps what the way back needs, and walks back.
 With s = exp(-a), z = (x - b) s:  g_x = g_z s,  g_b = -g_z s,  g_a = -g_z z - 1 (the -1 is log|det|'s share).
+
+`vjp_forward` and `vjp_backward` are its two halves, for whom z was not known before: the forward pass is then run once
+instead of twice, two thirds of the arithmetic. What is kept passes from the outputs of the one to the inputs of the other.
 
 Layer norm is spelled out, because its backward pass needs the mean and the deviation, which TensorRT's native
 LayerNormalization does not give. Every weight is used in one orientation: x W^T forward, g W back.
@@ -11,19 +14,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import onnx_ir as ir
 
 from tarflow_export._graphs.builder import GraphBuilder
 from tarflow_export._graphs.layers import (
     LAYER_NORM_EPSILON,
+    affine,
     attention_weights,
     block_input,
     block_output,
     causal_mask,
-    embed_image,
+    embed,
     label_input,
     linear,
+    matrix,
     merge_heads,
     query_key_value,
     residual,
@@ -31,13 +38,13 @@ from tarflow_export._graphs.layers import (
     shift_later,
     split_heads,
 )
+from tarflow_export._weights import MLP_EXPANSION
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Norm:
-    """What the way back through a layer norm needs: the normalised input and 1/deviation."""
+    """What the way back through a layer norm needs, [B*N, W] and [B*N, 1]: the normalised input and 1/deviation."""
 
-    name: str
     normed: ir.Value
     inverse_deviation: ir.Value
 
@@ -55,60 +62,130 @@ class _Attention:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Mlp:
-    """What the way back through the perceptron needs: its hidden values u before GELU, and their normal cdf."""
+    """What the way back through the perceptron needs: GELU'(u) of its hidden values u, [B*N, 4W]."""
 
     norm: _Norm
-    u: ir.Value
-    cdf: ir.Value
+    slope: ir.Value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Layer:
+    attention: _Attention
+    mlp: _Mlp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Saved:
+    """All that the way back needs; `difference` = x - b and `scale` = exp(-a), [B, N, D] in block order; without nvp
+    the affine map needs neither.
+    """
+
+    layers: tuple[_Layer, ...]
+    difference: ir.Value | None
+    scale: ir.Value | None
 
 
 def build_gradient(op: GraphBuilder) -> ir.Model:
     """The gradient graph of one block."""
-    config = op.config
     x, cotangent = block_input(op, "patches"), block_input(op, "cotangent")
-    h = embed_image(op, x, label_input(op, ["B"]))
-    mask = causal_mask(op)
-    saved: list[tuple[_Attention, _Mlp]] = []
-    for layer in range(config.layers):
-        h, attention = _attention(op, h, mask, layer)
-        h, mlp = _mlp(op, h, layer)
-        saved.append((attention, mlp))
-    g_x, g_out = _affine_backward(op, x, h, cotangent)
-    with op.scope("proj_out.backward"):
-        g = op.widen(_linear_backward(op, g_out, "proj_out"))
-    for layer in reversed(range(config.layers)):
-        attention, mlp = saved[layer]
-        g = _mlp_backward(op, g, mlp, layer)
-        g = _attention_backward(op, g, attention, layer)
-    with op.scope("embed.backward"):
-        g = op.widen(_linear_backward(op, g, "proj_in"))
-        g_x = op.Add(g_x, op.Reshape(g, [-1, config.patches, config.patch_values]))
-    block_output(op, g_x, "gradient")
+    saved, _, _ = _forward(op, x)
+    block_output(op, _backward(op, saved, cotangent), "gradient")
     return op.model()
 
 
-def _affine_backward(op: GraphBuilder, x: ir.Value, h: ir.Value, g_z: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The affine map and its way back: (direct part of g_x [B, N, D], gradient of proj_out's result [B*N, 2D])."""
+def build_vjp_forward(op: GraphBuilder) -> ir.Model:
+    """Its first half: `patches`, `labels` -> `z`, `log_det` and what the way back needs."""
+    saved, z, log_det = _forward(op, block_input(op, "patches"))
+    block_output(op, z, "z")
+    op.output(log_det, "log_det", "float32", ["B"])
+    for value, dtype, shape in _kept(op, saved):
+        op.output(value, str(value.name), dtype, shape)
+    return op.model()
+
+
+def build_vjp_backward(op: GraphBuilder) -> ir.Model:
+    """Its second half: what `vjp_forward` kept, `cotangent` -> `gradient`."""
+    first = GraphBuilder("vjp_forward", op.config, op.layout)
+    saved, _, _ = _forward(first, block_input(first, "patches"))
+    cotangent = block_input(op, "cotangent")
+    inputs = {value: op.input(str(value.name), dtype, shape) for value, dtype, shape in _kept(first, saved)}
+    block_output(op, _backward(op, _replaced(saved, inputs), cotangent), "gradient")
+    return op.model()
+
+
+def _kept(op: GraphBuilder, saved: _Saved) -> Iterator[tuple[ir.Value, str, list[int | str]]]:
+    """Each value that is kept, its dtype and its shape."""
+    config, rows = op.config, "B*N"
+    for layer in saved.layers:
+        for norm in (layer.attention.norm, layer.mlp.norm):
+            yield norm.normed, "float32", [rows, config.width]
+            yield norm.inverse_deviation, "float32", [rows, 1]
+        for value in (layer.attention.q, layer.attention.k, layer.attention.v):
+            yield value, op.layout.linear, ["B", config.heads, config.patches, config.head_dim]
+        yield layer.attention.p, "float32", ["B", config.heads, config.patches, config.patches]
+        yield layer.mlp.slope, "float32", [rows, MLP_EXPANSION * config.width]
+    for value in (saved.difference, saved.scale):
+        if value is not None:
+            yield value, "float32", ["B", config.patches, config.patch_values]
+
+
+def _replaced(saved: Any, values: Mapping[ir.Value, ir.Value]) -> Any:
+    """The same with other values in place of its own."""
+    if isinstance(saved, tuple):
+        return tuple(_replaced(one, values) for one in saved)
+    if dataclasses.is_dataclass(saved):
+        fields = {field.name: getattr(saved, field.name) for field in dataclasses.fields(saved)}
+        return type(saved)(**{name: _replaced(one, values) for name, one in fields.items()})
+    return values.get(saved)
+
+
+def _forward(op: GraphBuilder, x: ir.Value) -> tuple[_Saved, ir.Value, ir.Value]:
+    """Patches [B, N, D] in block order -> what is kept, z [B, N, D] in block order, log|det| [B]."""
     config = op.config
+    h = embed(op, x, label_input(op, ["B"]))
+    mask = causal_mask(op)
+    layers = []
+    for layer in range(config.layers):
+        h, attention = _attention(op, h, mask, layer)
+        h, mlp = _mlp(op, h, layer)
+        layers.append(_Layer(attention=attention, mlp=mlp))
     with op.scope("affine"):
         out = op.Reshape(op.widen(linear(op, h, "proj_out")), [-1, config.patches, op.affine_values])
         a, b = scale_and_shift(op, shift_later(op, out))
+        difference = op.Sub(x, b)
+        scale = None if a is None else op.Exp(op.Neg(a))
+        z, log_det = affine(op, difference, a, scale)
+    if scale is None:
+        return _Saved(layers=tuple(layers), difference=None, scale=None), z, log_det
+    return _Saved(layers=tuple(layers), difference=difference, scale=scale), z, log_det
+
+
+def _backward(op: GraphBuilder, saved: _Saved, g_z: ir.Value) -> ir.Value:
+    """The cotangent [B, N, D] -> the gradient [B, N, D], both in block order."""
+    config = op.config
     with op.scope("affine.backward"):
-        if a is None:
+        if saved.scale is None or saved.difference is None:
             g_x, g_shifted = g_z, op.Neg(g_z)
         else:
-            s = op.Exp(op.Neg(a))
-            g_x = op.Mul(g_z, s)
-            g_a = op.Sub(op.Neg(op.Mul(g_x, op.Sub(x, b))), 1.0)
+            g_x = op.Mul(g_z, saved.scale)
+            g_a = op.Sub(op.Neg(op.Mul(g_x, saved.difference)), 1.0)
             g_shifted = op.Concat(g_a, op.Neg(g_x), axis=-1)
         # Undo the shift: the first patch's (a, b) are constants, the last patch's are not used.
         g_out = op.Pad(op.Slice(g_shifted, [1], [config.patches], [1]), [0, 0, 0, 0, 1, 0])
-        return g_x, op.Reshape(g_out, [-1, op.affine_values])
+        g = op.Reshape(g_out, [-1, op.affine_values])
+    with op.scope("proj_out.backward"):
+        g = op.widen(_linear_backward(op, g, "proj_out"))
+    for layer in reversed(range(config.layers)):
+        g = _mlp_backward(op, g, saved.layers[layer].mlp, layer)
+        g = _attention_backward(op, g, saved.layers[layer].attention, layer)
+    with op.scope("embed.backward"):
+        g = op.widen(_linear_backward(op, g, "proj_in"))
+        return op.Add(g_x, op.Reshape(g, [-1, config.patches, config.patch_values]))
 
 
 def _linear_backward(op: GraphBuilder, g: ir.Value, name: str) -> ir.Value:
     """`g W`, [rows, out] -> [rows, in], in the dtype of linear layers."""
-    return op.MatMul(op.halve(g), op.weight(f"{name}.weight"))
+    return op.MatMul(op.narrow(g), matrix(op, name))
 
 
 def _norm(op: GraphBuilder, h: ir.Value, name: str) -> tuple[ir.Value, _Norm]:
@@ -118,12 +195,12 @@ def _norm(op: GraphBuilder, h: ir.Value, name: str) -> tuple[ir.Value, _Norm]:
     inverse_deviation = op.Reciprocal(op.Sqrt(op.Add(variance, LAYER_NORM_EPSILON)))
     normed = op.Mul(centred, inverse_deviation)
     result = op.Add(op.Mul(normed, op.weight(f"{name}.weight")), op.weight(f"{name}.bias"))
-    return result, _Norm(name=name, normed=normed, inverse_deviation=inverse_deviation)
+    return result, _Norm(normed=normed, inverse_deviation=inverse_deviation)
 
 
-def _norm_backward(op: GraphBuilder, g: ir.Value, saved: _Norm) -> ir.Value:
+def _norm_backward(op: GraphBuilder, g: ir.Value, saved: _Norm, name: str) -> ir.Value:
     """(gw - mean(gw) - normed * mean(gw * normed)) / deviation with gw = g * weight."""
-    gw = op.Mul(g, op.weight(f"{saved.name}.weight"))
+    gw = op.Mul(g, op.weight(f"{name}.weight"))
     along = op.Mul(saved.normed, op.ReduceMean(op.Mul(gw, saved.normed), [-1]))
     return op.Mul(op.Sub(op.Sub(gw, op.ReduceMean(gw, [-1])), along), saved.inverse_deviation)
 
@@ -138,7 +215,7 @@ def _attention(op: GraphBuilder, h: ir.Value, mask: ir.Value, layer: int) -> tup
         q = op.Mul(q, op.linear_constant(config.head_dim**-0.5))
         q, k, v = (split_heads(op, x, shape) for x in (q, k, v))
         p = attention_weights(op, q, k, mask)
-        attended = op.MatMul(op.halve(p), v)  # (B, H, N, E)
+        attended = op.MatMul(op.narrow(p), v)  # (B, H, N, E)
         h = residual(op, h, linear(op, merge_heads(op, attended), f"{name}.proj"))
     return h, _Attention(norm=norm, q=q, k=k, v=v, p=p)
 
@@ -151,32 +228,32 @@ def _attention_backward(op: GraphBuilder, g: ir.Value, saved: _Attention, layer:
         g_attended = split_heads(op, _linear_backward(op, g, f"{name}.proj"), shape)  # (B, H, N, E)
         g_p = op.widen(op.MatMul(g_attended, op.Transpose(saved.v, perm=[0, 1, 3, 2])))  # (B, H, N, N)
         along = op.ReduceSum(op.Mul(g_p, saved.p), [-1])
-        g_logits = op.halve(op.Mul(saved.p, op.Sub(g_p, along)))
+        g_logits = op.narrow(op.Mul(saved.p, op.Sub(g_p, along)))
         g_q = op.Mul(op.MatMul(g_logits, saved.k), op.linear_constant(config.head_dim**-0.5))
         g_k = op.MatMul(op.Transpose(g_logits, perm=[0, 1, 3, 2]), saved.q)
-        g_v = op.MatMul(op.Transpose(op.halve(saved.p), perm=[0, 1, 3, 2]), g_attended)
+        g_v = op.MatMul(op.Transpose(op.narrow(saved.p), perm=[0, 1, 3, 2]), g_attended)
         g_qkv = op.Concat(*(merge_heads(op, x) for x in (g_q, g_k, g_v)), axis=1)  # (B*N, 3W)
         g_normed = op.widen(_linear_backward(op, g_qkv, f"{name}.qkv"))
-        return op.Add(g, _norm_backward(op, g_normed, saved.norm))
+        return op.Add(g, _norm_backward(op, g_normed, saved.norm, f"{name}.norm"))
 
 
 def _mlp(op: GraphBuilder, h: ir.Value, layer: int) -> tuple[ir.Value, _Mlp]:
-    """GELU(u) = u * cdf(u), the cdf kept for the way back."""
+    """GELU(u) = u cdf(u), GELU'(u) = cdf(u) + u exp(-u^2 / 2) / sqrt(2 pi)."""
     name = f"attn_blocks.{layer}.mlp"
     with op.scope(f"layer_{layer}.mlp"):
         normed, norm = _norm(op, h, f"{name}.norm")
         u = op.widen(linear(op, normed, f"{name}.main.0"))
         cdf = op.Mul(op.Add(op.Erf(op.Mul(u, math.sqrt(0.5))), 1.0), 0.5)
+        density = op.Mul(op.Exp(op.Mul(op.Mul(u, u), -0.5)), 1.0 / math.sqrt(2.0 * math.pi))
+        slope = op.Add(cdf, op.Mul(u, density))
         h = residual(op, h, linear(op, op.Mul(u, cdf), f"{name}.main.2"))
-    return h, _Mlp(norm=norm, u=u, cdf=cdf)
+    return h, _Mlp(norm=norm, slope=slope)
 
 
 def _mlp_backward(op: GraphBuilder, g: ir.Value, saved: _Mlp, layer: int) -> ir.Value:
-    """GELU'(u) = cdf(u) + u * exp(-u^2 / 2) / sqrt(2 pi)."""
+    """g_u = g_hidden GELU'(u)."""
     name = f"attn_blocks.{layer}.mlp"
     with op.scope(f"layer_{layer}.mlp.backward"):
-        density = op.Mul(op.Exp(op.Mul(op.Mul(saved.u, saved.u), -0.5)), 1.0 / math.sqrt(2.0 * math.pi))
-        slope = op.Add(saved.cdf, op.Mul(saved.u, density))
-        g_u = op.Mul(op.widen(_linear_backward(op, g, f"{name}.main.2")), slope)
+        g_u = op.Mul(op.widen(_linear_backward(op, g, f"{name}.main.2")), saved.slope)
         g_normed = op.widen(_linear_backward(op, g_u, f"{name}.main.0"))
-        return op.Add(g, _norm_backward(op, g_normed, saved.norm))
+        return op.Add(g, _norm_backward(op, g_normed, saved.norm, f"{name}.norm"))

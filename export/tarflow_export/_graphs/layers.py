@@ -1,4 +1,4 @@
-"""What the three graphs share: embedding, layer norm, attention, perceptron, the shift to (a, b).
+"""What the graphs share: embedding, layer norm, attention, perceptron, the shift to (a, b).
 
 Hidden states are [rows*S, W], float32; every linear layer is one Gemm on them with the weight as PyTorch stores it.
 """
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from tarflow_export._graphs.builder import GraphBuilder, Operand
+from tarflow_export._graphs.builder import CONTRIB, DTYPES, GraphBuilder, Operand
+from tarflow_export._weights import GROUP, ZERO_POINT
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -19,7 +20,35 @@ MASKED = -1e9
 
 def linear(op: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
     """Apply `x W^T + b`, [rows, in] -> [rows, out], in the dtype of linear layers."""
-    return op.Gemm(op.halve(x), op.weight(f"{name}.weight"), op.weight(f"{name}.bias"), transB=1)
+    if op.has_integer_products and op.layout.is_rounded(f"{name}.weight"):
+        return _integer_linear(op, x, name)
+    return op.Gemm(op.narrow(x), matrix(op, name), op.weight(f"{name}.bias"), transB=1)
+
+
+def _integer_linear(op: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+    """The same with int8 weights, by ONNX Runtime's MatMulNBits; it rounds x to 8 bits too, by groups of 128.
+
+    Source: onnxruntime docs/ContribOperators.md; at accuracy level 4 products are of bytes.
+    """
+    integers, scale = op.weight(f"{name}.weight.int8"), op.weight(f"{name}.weight.scale")
+    rows, columns = op.layout.shapes[f"{name}.weight"]
+    options = {"K": columns, "N": rows, "bits": 8, "block_size": GROUP, "accuracy_level": 4}
+    bias = op.weight(f"{name}.bias")
+    return op.MatMulNBits(x, integers, scale, None, None, bias, domain=CONTRIB, **options)
+
+
+def matrix(op: GraphBuilder, name: str) -> ir.Value:
+    """The weight of a linear layer, [out, in]; int8 ones are made float32 again: W = scale * (q + 128 - 128)."""
+    weight = f"{name}.weight"
+    if not op.layout.is_rounded(weight):
+        return op.weight(weight)
+    if weight not in op.made:
+        rows, columns = op.layout.shapes[weight]
+        with op.scope(f"{name}.dequantise"):
+            integers = op.Sub(op.Cast(op.weight(f"{weight}.int8"), to=DTYPES["float32"]), float(ZERO_POINT))
+            filled = op.Mul(integers, op.Unsqueeze(op.weight(f"{weight}.scale"), [2]))  # (rows, groups, GROUP)
+            op.made[weight] = op.Slice(op.Reshape(filled, [rows, -1]), [0], [columns], [1])
+    return op.made[weight]
 
 
 def layer_norm(op: GraphBuilder, h: ir.Value, name: str) -> ir.Value:
@@ -65,7 +94,7 @@ def mlp(op: GraphBuilder, h: ir.Value, layer: int) -> ir.Value:
         return residual(op, h, linear(op, op.Gelu(hidden), f"{name}.main.2"))
 
 
-def embed_image(op: GraphBuilder, x: ir.Value, labels: ir.Value | None) -> ir.Value:
+def embed(op: GraphBuilder, x: ir.Value, labels: ir.Value | None) -> ir.Value:
     """All patches in block order, [B, N, D], and labels [B] -> hidden states [B*N, W]."""
     config = op.config
     with op.scope("embed"):
@@ -116,3 +145,13 @@ def block_output(op: GraphBuilder, value: ir.Value, name: str) -> None:
 def label_input(op: GraphBuilder, shape: Sequence[str]) -> ir.Value | None:
     """Declare the labels, int64; None on models without classes."""
     return op.input("labels", "int64", shape) if op.config.classes else None
+
+
+def affine(
+    op: GraphBuilder, difference: ir.Value, a: ir.Value | None, scale: ir.Value | None
+) -> tuple[ir.Value, ir.Value]:
+    """X - b, a and exp(-a), [B, N, D] -> (z = (x - b) exp(-a), log|det| = -sum(a) [B]); a is None without nvp."""
+    if a is None or scale is None:
+        return difference, op.Expand(0.0, op.Shape(difference, start=0, end=1))
+    # Patch by patch: summed in one go, float32 loses three digits over 200,000 values.
+    return op.Mul(difference, scale), op.Neg(op.ReduceSum(op.ReduceSum(a, [2], keepdims=0), [1], keepdims=0))

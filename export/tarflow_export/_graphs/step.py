@@ -1,6 +1,7 @@
 """`step`: S finished patches of each image -> the S patches after them, with the attention caches as graph state.
 
-x_{i+1} = z_{i+1} * exp(a_i) + b_i, where (a, b) = (a, b)[0] + g_i * ((a, b)[0] - (a, b)[G-1]) mixes the branches.
+x_{i+1} = z_{i+1} * exp(a_i) + b_i, where (a, b) = (a, b)[0] + g_i * ((a, b)[0] - (a, b)[G-1]) mixes the branches of an
+image by its own guidance g; the logits of each branch of each image are divided by its own temperature.
 
 The formulation is the one that both ONNX Runtime and TensorRT take and compute rightly: TensorScatter on axis -2
 straight from a graph input to a graph output, attention over the whole cache under an additive float mask, and the
@@ -34,18 +35,17 @@ class _Inputs:
         patches, values = op.config.patches, op.config.patch_values
         self.patches = op.input("patches", "float32", ["B", "S", values])
         self.noise = op.input("noise", "float32", ["B", patches, values])
-        self.guidance = op.input("guidance", "float32", [2, patches])
+        self.guidance = op.input("guidance", "float32", ["B", 2, patches])
         self.position = op.input("position", "int64", ["B"])
         self.labels = label_input(op, ["G", "B"])
-        self.inverse_temperature = op.input("inverse_temperature", "float32", ["G"])
+        self.inverse_temperature = op.input("inverse_temperature", "float32", ["G", "B"])
         shape: list[int | str] = ["R", op.config.heads, patches, op.config.head_dim]
         self.caches = [
-            (op.input(f"key_{layer}", op.layout.dtype, shape), op.input(f"value_{layer}", op.layout.dtype, shape))
+            (op.input(f"key_{layer}", op.layout.linear, shape), op.input(f"value_{layer}", op.layout.linear, shape))
             for layer in range(op.config.layers)
         ]
         with op.scope("positions"):
-            self.branches = op.Shape(self.inverse_temperature)  # (G)
-            self.batch = op.Shape(self.patches, start=0, end=1)  # (B)
+            self.branches = op.Shape(self.inverse_temperature, start=0, end=1)  # (G)
             self.steps = op.Shape(self.patches, start=1, end=2)  # (S)
             window = op.Range(0, op.Squeeze(self.steps, [0]), 1)  # (S)
             self.positions = op.Add(op.Unsqueeze(self.position, [1]), window)  # (B, S)
@@ -58,9 +58,8 @@ class _Inputs:
             visible = op.LessOrEqual(op.Range(0, patches, 1), op.Unsqueeze(rows, [1, 3]))  # (R, 1, S, N)
             self.mask = op.Where(visible, 0.0, MASKED)
         with op.scope("query_scale"):
-            scale = op.Mul(self.inverse_temperature, op.config.head_dim**-0.5)  # (G)
-            per_row = op.Expand(op.Unsqueeze(scale, [1]), op.Concat(self.branches, self.batch, axis=0))  # (G, B)
-            self.query_scale = op.halve(op.Reshape(per_row, [-1, 1, 1, 1]))  # (R, 1, 1, 1)
+            scale = op.Mul(self.inverse_temperature, op.config.head_dim**-0.5)  # (G, B)
+            self.query_scale = op.narrow(op.Reshape(scale, [-1, 1, 1, 1]))  # (R, 1, 1, 1)
 
 
 def build_step(op: GraphBuilder) -> ir.Model:
@@ -73,7 +72,7 @@ def build_step(op: GraphBuilder) -> ir.Model:
         h = mlp(op, h, layer)
     a, b = _guided(op, h, inputs)
     with op.scope("affine"):
-        following = op.Gather(op.order, op.Add(inputs.positions, 1), axis=0)  # (B, S), image order
+        following = op.Gather(op.order, op.Add(inputs.positions, 1), axis=0)  # (B, S), order of the data
         z = op.GatherND(inputs.noise, op.Unsqueeze(following, [2]), batch_dims=1)  # (B, S, D)
         x = op.Add(z if a is None else op.Mul(z, op.Exp(a)), b)
     op.output(x, "next", "float32", ["B", "S", config.patch_values])
@@ -85,7 +84,7 @@ def _embed(op: GraphBuilder, inputs: _Inputs) -> ir.Value:
     width = op.config.width
     with op.scope("embed"):
         h = op.widen(linear(op, op.Reshape(inputs.patches, [-1, op.config.patch_values]), "proj_in"))
-        places = op.Gather(op.order, inputs.positions, axis=0)  # (B, S), image order
+        places = op.Gather(op.order, inputs.positions, axis=0)  # (B, S), order of the data
         shape = op.Concat([-1], inputs.steps, [width], axis=0)
         h = op.Add(op.Reshape(h, shape), op.Gather(op.weight("pos_embed"), places, axis=0))  # (B, S, W)
         if inputs.labels is None:
@@ -107,10 +106,10 @@ def _attention(op: GraphBuilder, h: ir.Value, inputs: _Inputs, layer: int) -> ir
         written = []
         for kind, cache, update in zip(("key", "value"), inputs.caches[layer], (k, v), strict=True):
             present = op.TensorScatter(cache, update, inputs.write_indices, axis=-2, mode="linear")
-            op.output(present, f"next_{kind}_{layer}", op.layout.dtype, shape)
+            op.output(present, f"next_{kind}_{layer}", op.layout.linear, shape)
             written.append(present)
         keys, values = written
-        attended = op.MatMul(op.halve(attention_weights(op, q, keys, inputs.mask)), values)  # (R, H, S, E)
+        attended = op.MatMul(op.narrow(attention_weights(op, q, keys, inputs.mask)), values)  # (R, H, S, E)
         return residual(op, h, linear(op, merge_heads(op, attended), f"{name}.proj"))
 
 
@@ -121,8 +120,9 @@ def _guided(op: GraphBuilder, h: ir.Value, inputs: _Inputs) -> tuple[ir.Value | 
         out = op.Reshape(op.widen(linear(op, h, "proj_out")), shape)  # (G, B, S, 2D)
         first = op.Gather(out, 0, axis=0)
         last = op.Gather(out, -1, axis=0)
-        weights = op.Unsqueeze(op.Gather(inputs.guidance, inputs.positions, axis=1), [3])  # (2, B, S, 1)
-        g_a, g_b = (op.Gather(weights, row, axis=0) for row in (0, 1))
+        by_position = op.Transpose(inputs.guidance, perm=[0, 2, 1])  # (B, N, 2)
+        weights = op.GatherND(by_position, op.Unsqueeze(inputs.positions, [2]), batch_dims=1)  # (B, S, 2)
+        g_a, g_b = op.split(weights, 2, axis=2)
         a, b = scale_and_shift(op, first)
         a_difference, b_difference = scale_and_shift(op, op.Sub(first, last))
         b = op.Add(b, op.Mul(g_b, b_difference))
