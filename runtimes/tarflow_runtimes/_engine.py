@@ -38,8 +38,8 @@ class Turn:
 OnTurn = Callable[[int, int], object]
 """Called with the number of a turn, from 0, and how many of its steps are done; an error that it raises ends the run."""
 
-Cotangent = Callable[[Floats], Floats]
-"""The derivative of something with respect to z, given z [B, N, D]."""
+Cotangent = Callable[[Floats, slice], Floats]
+"""The derivative of something with respect to z, given the z [., N, D] of some images of a batch and which these are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -104,7 +104,7 @@ class Engine(Protocol):
     ) -> tuple[Floats, Floats]:
         """Patches -> (z after these blocks, d/d patches of (c . z + sum of log|det|)) with c = `cotangent`(z).
 
-        `cotangent` is called with the z of some images at a time, in any order and from any thread.
+        `cotangent` is called with some images at a time, in any order and from any thread.
         """
 
     def report(self) -> Mapping[str, Any]:
@@ -127,7 +127,7 @@ def vjp_recomputed(
     for block in blocks:
         inputs.append(x)
         x, _ = forward(block, x, labels)
-    g = cotangent(x)
+    g = cotangent(x, slice(0, len(x)))
     for block in reversed(blocks):
         g = gradient(block, inputs.pop(), g, labels)
     return x, g
