@@ -11,6 +11,7 @@ from tarflow_runtimes._errors import (
     VerificationError,
 )
 from tarflow_runtimes._flow import Flow, load
+from tarflow_runtimes._guidance import Guidance
 from tarflow_runtimes._plan import BlockReport, DecodeReport, Parallel, Plan, Sequential
 from tarflow_runtimes._sample import Sample
 from tarflow_runtimes._sampler import Step
@@ -25,6 +26,7 @@ __all__ = [
     "DecodeWarning",
     "EngineError",
     "Flow",
+    "Guidance",
     "InputError",
     "ModelConfig",
     "Parallel",

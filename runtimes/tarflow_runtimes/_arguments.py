@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any, Final
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from tarflow_runtimes._bundle import ModelConfig
 from tarflow_runtimes._engine import Floats, Integers
 from tarflow_runtimes._errors import InputError
-from tarflow_runtimes._sampler import Guidance
+from tarflow_runtimes._guidance import Guidance, real
 
 NULL: Final = -1
 """The null class in a list of labels; None is another way to write it."""
@@ -32,17 +31,6 @@ def integer(name: str, value: object, *, minimum: int = 0, below: int | None = N
     if isinstance(value, bool | np.bool_) or number < minimum or (below is not None and number >= below):
         upper = "" if below is None else f" and below 2^{below.bit_length() - 1}"
         raise InputError(f"{name} must be an integer of at least {minimum}{upper}, got {value!r}")
-    return number
-
-
-def real(name: str, value: object, *, positive: bool = False) -> float:
-    """`value` as a finite float >= 0, or > 0 when `positive`."""
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise InputError(f"{name} must be a number, got {value!r}") from None
-    if not math.isfinite(number) or number < 0.0 or (positive and number == 0.0):
-        raise InputError(f"{name} must be a finite number {'> 0' if positive else '>= 0'}, got {value!r}")
     return number
 
 
@@ -117,20 +105,41 @@ def float_array(name: str, value: object, shape: Sequence[int | str]) -> Floats:
 
 
 def guidance_of(
-    weight: object, guide: object, temperature: object, anneal: object, *, labels: Integers | None, config: ModelConfig
-) -> Guidance:
-    """The guidance that the arguments describe.
+    guidance: float | Guidance | Sequence[float | Guidance], n: int, labels: Integers | None, config: ModelConfig
+) -> tuple[Guidance, ...]:
+    """The guidance of each of n images; a number is a weight.
 
     Raises:
-        InputError: on a value out of range, or on guidance between two branches that are the same.
+        InputError: on a value out of range, a wrong number of them, or guidance between two branches that are the same.
     """
-    w = real("guidance", weight)
-    tau = real("attention_temperature", temperature, positive=True)
-    if guide not in ("a", "b", "ab"):
-        raise InputError(f"guide must be 'a', 'b' or 'ab', got {guide!r}")
-    same = labels is None or bool(np.all(labels == config.classes))
-    if w > 0.0 and tau == 1.0 and same:
+    each = [guidance] * n if isinstance(guidance, Guidance) or np.ndim(guidance) == 0 else list(guidance)  # type: ignore[arg-type]
+    if len(each) != n:
+        raise InputError(f"{len(each)} guidance values for {n} images", hint="give one for all, or one per image")
+    known: dict[object, Guidance] = {}
+    for one in each:
+        if one not in known:
+            known[one] = one if isinstance(one, Guidance) else Guidance(weight=real("guidance", one))
+    made = tuple(known[one] for one in each)
+    null = np.full(n, True) if labels is None else labels == config.classes
+    guided = [(one.attention_temperature, same) for one, same in zip(made, null.tolist(), strict=True) if one.weight > 0]
+    if guided and all(temperature == 1.0 and same for temperature, same in guided):
         what = "every label is the null class" if config.classes else "the model has no classes"
         hint = "set attention_temperature to another value than 1" + (", or give labels" if config.classes else "")
         raise InputError(f"guidance has nothing to compare: {what} and attention_temperature is 1", hint=hint)
-    return Guidance(weight=w, guide=str(guide), temperature=tau, anneal=bool(anneal))
+    return made
+
+
+def seeds_of(seed: int | Sequence[int], n: int, first_index: int) -> int | tuple[int, ...]:
+    """One seed for all of n images, or one each.
+
+    Raises:
+        InputError: on a value out of range, or a wrong number of them.
+    """
+    if np.ndim(seed) == 0:
+        return integer("seed", seed, below=2**64)
+    seeds = tuple(integer("seed", one, below=2**64) for one in seed)  # type: ignore[union-attr]
+    if len(seeds) != n:
+        raise InputError(f"{len(seeds)} seeds for {n} images", hint="give one for all, or one per image")
+    if first_index:
+        raise InputError("first_index counts images of one seed, but one was given per image", hint="leave it out")
+    return seeds

@@ -9,7 +9,7 @@ from collections.abc import Callable
 class Crew:
     """Runs the parts of a batch in threads; the caller's thread works too, and alone talks to the callback."""
 
-    def __init__(self, parts: int, on_step: Callable[[int], None] | None) -> None:
+    def __init__(self, parts: int, on_step: Callable[[int], object] | None) -> None:
         self.stop = False
         self._done = [0] * parts
         self._reported = 0

@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes._arguments import Label, class_numbers, float_array, guidance_of, integer, real
+from tarflow_runtimes._arguments import Label, class_numbers, float_array, guidance_of, integer, seeds_of
 from tarflow_runtimes._bundle import Bundle, ModelConfig, open_bundle
 from tarflow_runtimes._density import PIXEL_SCALE_BITS, encode_patches, log_prob_of, patchify, score, unpatchify
 from tarflow_runtimes._device.array import OnGpu
 from tarflow_runtimes._engine import Engine, Floats, Integers
 from tarflow_runtimes._engines import Options, open_engine
 from tarflow_runtimes._errors import BundleError, DecodeWarning, InputError
+from tarflow_runtimes._guidance import Guidance, conditions_of, real
 from tarflow_runtimes._noise import standard_normal
 from tarflow_runtimes._plan import DecodeReport, Parallel, Plan, Sequential, Strategy
 from tarflow_runtimes._sample import Sample
-from tarflow_runtimes._sampler import Guidance, OnStep, decode_patches, progress
+from tarflow_runtimes._sampler import OnStep, decode_patches, progress
 from tarflow_runtimes._tuned import Identity, TunedPlans, identity_of, plans_path, read_plans
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ Labels = Sequence[Label] | npt.NDArray[Any] | None
 Arrays = Floats | OnGpu
 """What methods take: NumPy's float32 arrays and, on an engine of a GPU, float32 arrays that lie there, which are copied
 to the host."""
+GuidanceArgument = float | Guidance | Sequence[float | Guidance]
 PlanArgument = Plan | Strategy | TunedPlans | Literal["auto"] | None
 
 
@@ -63,8 +65,7 @@ def load(
     path: str | os.PathLike[str] | None = None,
     engine: str = "ort-cpu",
     *,
-    weights: str = "stored",
-    dtype: str | None = None,
+    tf32: bool = False,
     engine_dir: str | os.PathLike[str] | None = None,
     on_building: OnBuilding | None = None,
     verify_digests: bool = True,
@@ -72,30 +73,27 @@ def load(
     """Open the bundle at `path`, or the one that comes with the package, on an engine.
 
     Engines are `ort-cpu` and, on an NVIDIA GPU, `ort-cuda`, `trt` and `trt-rtx` (docs/GPU.md). `auto` takes the first
-    that is ready of trt, trt-rtx, ort-cuda and ort-cpu, and says why in `engine_report`.
+    that is ready of trt, trt-rtx, ort-cuda and ort-cpu, and says why in `engine_report`. An engine computes in the
+    bundle's precision; `tarflow convert` makes bundles of another. With `tf32` a GPU may round the factors of a float32
+    bundle's products to 11 bits.
 
-    `weights="int8"` rounds the linear layers to 8 bits for sampling and decoding: about three times as fast on wide
-    models at small batches, and not the same images (`tarflow verify --weights int8` measures the difference). All
-    else, the density and the denoiser, runs on the weights as they are stored.
-    `dtype` is what an engine on a GPU computes linear layers and caches in: "float32", "tf32", "float16" or
-    "bfloat16", by default what the bundle is stored in. TensorRT's engines are kept in `engine_dir`, by default the
-    user's cache folder; `on_building(Building)` hears of those that are built, and may return False to cancel.
-    `verify_digests=False` skips the SHA-256 of the files (seconds for a bundle of gigabytes); sizes and paths are
-    always checked.
+    TensorRT's engines are kept in `engine_dir`, by default the user's cache folder; `on_building(Building)` is called
+    as they are built, and may return False to cancel. `verify_digests=False` skips the SHA-256 of the files (seconds
+    for a bundle of gigabytes); sizes and paths are always checked.
 
     Raises:
-        BundleError: when the bundle is missing, damaged, unsafe or too new.
-        EngineError: when the engine is unknown, not installed or cannot run here: no driver, no GPU.
-        InputError: when `weights` are neither "stored" nor "int8", or `dtype` is none that the engine has.
+        BundleError: when the bundle is missing, damaged, unsafe or of another version.
+        EngineError: when the engine is unknown, not installed or cannot run here or on this bundle.
+        InputError: when `tf32` is asked of an engine or a bundle that does not have it.
 
     >>> import tarflow_runtimes as tfr
-    >>> with tfr.load() as flow:  # doctest: +SKIP
-    ...     flow.sample(10, labels=range(10), seed=0, guidance=1.5).save("grid.png")
+    >>> with tfr.load() as flow:
+    ...     flow.sample(10, labels=range(10), seed=0, guidance=1.5).images.shape
+    (10, 1, 28, 28)
     """
     bundle = open_bundle(shipped_bundle() if path is None else path, verify_digests)
     folder = None if engine_dir is None else Path(engine_dir)
-    options = Options(weights=weights, dtype=dtype, engine_dir=folder, on_building=on_building)
-    opened, reason = open_engine(engine, bundle, options)
+    opened, reason = open_engine(engine, bundle, Options(tf32=tf32, engine_dir=folder, on_building=on_building))
     return Flow(bundle, opened, reason)
 
 
@@ -104,7 +102,10 @@ class Flow:
 
     Labels are one per image: class numbers, names where the bundle has them, and -1 or None for the null class;
     `labels=None` is the null class for every image. Images are float32 [B, C, height, width] in the model's range
-    [-1, 1], latents float32 [B, N, D].
+    [-1, 1], or [B, N, D] of a model of tokens; latents are float32 [B, N, D].
+
+    Guidance is a weight, a `Guidance`, or a list with one of these for each image: images with different guidance,
+    labels and seeds share a batch, and each is drawn as it is alone.
 
     Threads: every method but `close` may be called from any number of threads at once; they share the weights and
     nothing else. `on_step` is called in the thread that called the method. After `close` (or the end of a `with`)
@@ -181,13 +182,10 @@ class Flow:
         n: int,
         *,
         labels: Labels = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         noise: Arrays | None = None,
         first_index: int = 0,
-        guidance: float = 0.0,
-        guide: str = "ab",
-        attention_temperature: float = 1.0,
-        anneal_guidance: bool = False,
+        guidance: GuidanceArgument = 0.0,
         denoise: bool = True,
         plan: PlanArgument = None,
         batch_size: int | None = None,
@@ -195,14 +193,10 @@ class Flow:
     ) -> Sample:
         """Draw n images.
 
-        a += g (a - a_u), b += g (b - b_u) at each patch, where (a_u, b_u) come from the null class with attention
-        logits divided by `attention_temperature`; g = `guidance`, or rises to it along each block with
-        `anneal_guidance`; `guide` says whether a, b or both are guided. `denoise` removes the training noise with one
-        step along the gradient of log q.
-
         Image i is a function of the seed and first_index + i alone, in whatever batch it is drawn; without a seed one
-        is drawn and reported. `noise` float32 [n, N, D] replaces the seeded noise. `on_step(Step)` may return False
-        to cancel.
+        is drawn and reported. With a list of seeds image i is the first image of its own. `noise` float32 [n, N, D]
+        replaces the seeded noise. `denoise` removes the training noise with one step along the gradient of log q.
+        `on_step(Step)` is called as steps finish, and may return False to cancel.
 
         `plan` says how the blocks are inverted: None for one patch after the other, `Parallel(...)` or `Sequential()`
         for all blocks, a `Plan` with a strategy for each, or "auto" for what `tarflow tune` found fastest on this
@@ -216,12 +210,13 @@ class Flow:
         n = integer("n", n, minimum=1)
         first_index = integer("first_index", first_index, below=2**64)
         numbers = class_numbers(labels, n, config)
-        chosen = guidance_of(guidance, guide, attention_temperature, anneal_guidance, labels=numbers, config=config)
+        chosen = guidance_of(guidance, n, numbers, config)
         sigma = (
             self._sigma(None, "leave the training noise in the images: denoise=False (--no-denoise)")
             if denoise
             else 0.0
         )
+        seeds: int | tuple[int, ...] | None = None
         if noise is not None:
             if seed is not None:
                 raise InputError("both seed and noise were given", hint="leave one of them out")
@@ -231,12 +226,16 @@ class Flow:
                 )
             given = self._floats("noise", noise, (n, config.patches, config.patch_values))
         else:
-            seed = secrets.randbits(32) if seed is None else integer("seed", seed, below=2**64)
+            seeds = secrets.randbits(32) if seed is None else seeds_of(seed, n, first_index)
 
         def latents(start: int, stop: int) -> Floats:
-            if seed is None:
-                return given[start:stop]
-            return standard_normal(seed, first_index + start, stop - start, config.patches, config.patch_values)
+            shape = config.patches, config.patch_values
+            match seeds:
+                case None:
+                    return given[start:stop]
+                case int():
+                    return standard_normal(seeds, first_index + start, stop - start, *shape)
+            return np.concatenate([standard_normal(one, 0, 1, *shape) for one in seeds[start:stop]])
 
         def finish(x: Floats, chunk: Integers | None) -> Floats:
             return x + np.float32(sigma**2) * score(self._engine, self._bundle, x, chunk) if denoise else x
@@ -245,24 +244,23 @@ class Flow:
         metadata = {
             "digest": self._bundle.digest,
             "engine": self.engine,
-            "weights": str(self.engine_report["weights"]),
-            "seed": "none" if seed is None else str(seed),
+            "precision": self._engine.precision,
+            "seed": "none" if seeds is None else _joined(seeds if isinstance(seeds, tuple) else [seeds]),
             "first_index": str(first_index),
-            "guidance": repr(chosen.weight),
-            "guide": chosen.guide,
-            "attention_temperature": repr(chosen.temperature),
-            "anneal_guidance": str(chosen.anneal).lower(),
+            "guidance": _joined(one.weight for one in chosen),
+            "guide": _joined(one.guide for one in chosen),
+            "attention_temperature": _joined(one.attention_temperature for one in chosen),
+            "anneal_guidance": _joined(one.anneal for one in chosen),
             "denoise": str(bool(denoise)).lower(),
             "decode": "sequential" if plan is None else plan if isinstance(plan, str) else repr(plan),
         }
-        decoder = self._engine.decoder
         return Sample(
             images=images,
-            seed=seed,
+            seed=seeds,
             first_index=first_index,
             metadata=metadata,
             report=report,
-            to_device=None if decoder is None else decoder.to_device,
+            to_device=self._engine.to_device,
         )
 
     def decode(
@@ -270,10 +268,7 @@ class Flow:
         z: Arrays,
         labels: Labels = None,
         *,
-        guidance: float = 0.0,
-        guide: str = "ab",
-        attention_temperature: float = 1.0,
-        anneal_guidance: bool = False,
+        guidance: GuidanceArgument = 0.0,
         plan: PlanArgument = None,
         batch_size: int | None = None,
         on_step: OnStep | None = None,
@@ -287,19 +282,11 @@ class Flow:
             Cancelled: when `on_step` returned False; the Flow stays usable.
         """
         latents = self._floats("z", z, ("B", self.config.patches, self.config.patch_values))
-        numbers = class_numbers(labels, len(latents), self.config)
-        chosen = guidance_of(
-            guidance, guide, attention_temperature, anneal_guidance, labels=numbers, config=self.config
-        )
+        n = len(latents)
+        numbers = class_numbers(labels, n, self.config)
+        chosen = guidance_of(guidance, n, numbers, self.config)
         images, _ = self._decode(
-            len(latents),
-            lambda start, stop: latents[start:stop],
-            numbers,
-            chosen,
-            plan,
-            batch_size,
-            on_step,
-            lambda x, _: x,
+            n, lambda start, stop: latents[start:stop], numbers, chosen, plan, batch_size, on_step, lambda x, _: x
         )
         return images
 
@@ -325,8 +312,10 @@ class Flow:
         """-log q / (dims ln 2) + 7 [B]: bits per value of the image on its 0..255 scale. The caller dequantises.
 
         Raises:
-            InputError: on images or labels that do not fit the model.
+            InputError: on images or labels that do not fit the model, and on a model of tokens.
         """
+        if self.config.data == "tokens":
+            raise InputError("bits/dim is of images, and this model's data are tokens", hint="use log_prob (nats)")
         return -self.log_prob(images, labels) / (self.config.dims * math.log(2.0)) + PIXEL_SCALE_BITS
 
     def denoise(
@@ -343,7 +332,7 @@ class Flow:
         """
         scale = np.float32(real("strength", strength) * self._sigma(sigma, "pass sigma (--sigma)") ** 2)
         parts = [x + scale * score(self._engine, self._bundle, x, y) for x, y in self._chunks(images, labels)]
-        return self._to_images(np.concatenate(parts))
+        return unpatchify(np.concatenate(parts), self.config)
 
     def classify(self, images: Arrays) -> Doubles:
         """Log posteriors log p(class | image) [B, classes], float64, by Bayes' rule under a uniform prior.
@@ -372,7 +361,7 @@ class Flow:
         n: int,
         latents: Callable[[int, int], Floats],
         labels: Integers | None,
-        guidance: Guidance,
+        guidance: Sequence[Guidance],
         plan: PlanArgument,
         batch_size: int | None,
         on_step: OnStep | None,
@@ -382,40 +371,41 @@ class Flow:
         size = BATCH_SIZE if batch_size is None else integer("batch_size", batch_size, minimum=1)
         steps = self.config.blocks * (self.config.patches - 1)
         starts = range(0, n, size)
-        chosen = self._plans_of(plan, guidance, {min(size, n - start) for start in starts})
+        plan_for = self._plans_of(plan)
         finished, report = [], DecodeReport()
         for chunk, start in enumerate(starts):
             stop = min(n, start + size)
             y = None if labels is None else labels[start:stop]
+            conditions = conditions_of(guidance[start:stop], y, self.config)
             on_done = progress(on_step, chunk=chunk, chunks=len(starts), steps=steps)
-            x, how = decode_patches(
-                self._engine, self._bundle, latents(start, stop), y, guidance, on_done, chosen[stop - start]
-            )
+            chosen = plan_for(stop - start, conditions.branches)
+            x, how = decode_patches(self._engine, self._bundle, latents(start, stop), conditions, on_done, chosen)
             finished.append(finish(x, y))
             report = report.extended(how, start)
         _warn(report)
-        return self._to_images(np.concatenate(finished)), report
+        return unpatchify(np.concatenate(finished), self.config), report
 
-    def _plans_of(self, plan: PlanArgument, guidance: Guidance, batches: Collection[int]) -> dict[int, Plan | None]:
-        """The plan for batches of each of these sizes."""
+    def _plans_of(self, plan: PlanArgument) -> Callable[[int, int], Plan | None]:
+        """The plan for a number of images and of branches."""
         blocks = self.config.blocks
         match plan:
             case None:
-                return dict.fromkeys(batches)
+                return lambda _images, _branches: None
             case "auto":
                 plan = self.tuned_plans()
             case Sequential() | Parallel():
                 plan = Plan(blocks=(plan,) * blocks)
         if isinstance(plan, TunedPlans):
             plans = plan
-            return {images: plans.plan(images, guidance.branches, blocks) for images in batches}
+            return lambda images, branches: plans.plan(images, branches, blocks)
         if not isinstance(plan, Plan):
             raise InputError(
                 f"plan must be None, 'auto', Sequential(), Parallel(...), a Plan or TunedPlans, got {plan!r}"
             )
         if len(plan.blocks) != blocks:
             raise InputError(f"the plan has {len(plan.blocks)} strategies, the model {blocks} blocks")
-        return dict.fromkeys(batches, plan)
+        chosen = plan
+        return lambda _images, _branches: chosen
 
     def _chunks(self, images: Arrays, labels: Labels) -> Iterator[tuple[Floats, Integers | None]]:
         """Patches and class numbers of at most BATCH_SIZE images at a time; the arguments are checked first."""
@@ -423,19 +413,20 @@ class Flow:
         numbers = class_numbers(labels, len(given), self.config)
         for start in range(0, len(given), BATCH_SIZE):
             chunk = slice(start, start + BATCH_SIZE)
-            yield patchify(given[chunk], self.config.patch_size), None if numbers is None else numbers[chunk]
+            yield patchify(given[chunk], self.config), None if numbers is None else numbers[chunk]
 
     def _images(self, images: Arrays) -> Floats:
-        config = self.config
-        return self._floats("images", images, ("B", config.image_channels, config.image_size, config.image_size))
+        return self._floats("images", images, ("B", *self.config.shape))
 
     def _floats(self, name: str, value: object, shape: Sequence[int | str]) -> Floats:
-        """`float_array` of an array on the host or on the engine's device."""
-        decoder = self._engine.decoder
-        return float_array(name, value if decoder is None else decoder.to_host(value), shape)
+        """`float_array` of an array on the host or on a device."""
+        return float_array(name, self._engine.to_host(value), shape)
 
-    def _to_images(self, patches: Floats) -> Floats:
-        return unpatchify(patches, self.config.image_channels, self.config.image_size, self.config.patch_size)
+
+def _joined(values: Iterable[object]) -> str:
+    """One word where all images have the same, else one for each image."""
+    words = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
+    return words[0] if len(set(words)) == 1 else ",".join(words)
 
 
 def _warn(report: DecodeReport) -> None:

@@ -27,8 +27,10 @@ def to_uint8(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Images [B, C, height, width] in [-1, 1] -> [B, height, width, C]: rint(127.5 * clip(x, -1, 1) + 127.5).
 
     Raises:
-        InputError: when an image holds a value that is not finite.
+        InputError: when an image holds a value that is not finite, or these are tokens.
     """
+    if images.ndim != 4:
+        raise InputError("these are tokens, not images", hint="save as .npy or .npz")
     broken = int(np.sum(~np.isfinite(images).all(axis=(1, 2, 3))))
     if broken:
         raise InputError(
@@ -93,6 +95,8 @@ def save_images(
         )
     if not target.absolute().parent.is_dir():
         raise InputError(f"{path}: the folder {target.parent} does not exist", hint=f"mkdir -p {target.parent}")
+    if kind in ("", ".png") and images.ndim != 4:
+        raise InputError(f"{path}: these are tokens, of which there is no picture", hint="save as .npy or .npz")
     if kind in ("", ".png") and images.shape[1] not in (1, 3):
         raise InputError(
             f"{path}: PNG files have 1 or 3 channels, the images have {images.shape[1]}", hint="save as .npy or .npz"

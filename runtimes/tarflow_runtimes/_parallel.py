@@ -15,13 +15,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import cast
+from typing import Protocol
 
 import numpy as np
 
 from tarflow_runtimes._crew import Crew
-from tarflow_runtimes._engine import Engine, Floats, HostEngine, Integers, Turn, Windows
+from tarflow_runtimes._engine import Floats, Turn
 from tarflow_runtimes._plan import BlockReport, Parallel
+
+
+class Windows(Protocol):
+    """The state of one inverse of one block for one image that is evaluated on windows of patches."""
+
+    def evaluate(self, first: int, patches: Floats) -> Floats:
+        """Patches first .. first + S - 1 in block order, [S, D] -> the patches one further, [S, D].
+
+        Writes their keys and values, and reads those of the patches before them, which must have been written.
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,68 +44,45 @@ class Settled:
     overflowed: bool = False
 
 
-def inverse_block_parallel(  # noqa: PLR0917 - mathematics, like `inverse_block`
-    engine: Engine,
-    block: int,
-    z: Floats,
-    labels: Integers | None,
-    guidance: Floats,
-    inverse_temperature: Floats,
-    *,
+def invert_in_parallel(
+    start: Callable[[int], Windows],
+    noise: Floats,
+    turn: Turn,
     strategy: Parallel,
-    is_reversed: bool,
-    on_step: Callable[[int], None] | None = None,
+    *,
+    workers: int,
+    on_step: Callable[[int], object] | None = None,
 ) -> tuple[Floats, BlockReport]:
-    """Invert one block: z [B, N, D], labels [G, B], guidance [2, N], inverse_temperature [G] -> x [B, N, D], and how.
+    """Invert one block on the host, image i on `start`(i): noise [B, N, D] -> patches, both in block order, and how.
 
-    Every image is iterated by itself, so that its answer does not depend on the others. `on_step` hears the number of
-    patches settled, the mean over the images; an error that it raises ends the run.
+    Every image is iterated by itself, so that its answer does not depend on the others. `on_step` is called with the
+    number of patches settled, the mean over the images; an error that it raises ends the run.
     """
-    if engine.decoder is not None:
-        x, (report,) = engine.decoder.decode(
-            [Turn(block=block, strategy=strategy)],
-            noise=z,
-            labels=labels,
-            guidance=guidance,
-            inverse_temperature=inverse_temperature,
-            on_step=None if on_step is None else lambda _, done: on_step(done),
-        )
-        return x, report
-    host, images = cast("HostEngine", engine), len(z)
+    images = len(noise)
     crew = Crew(images, on_step)
     results: list[Settled | None] = [None] * images
 
-    def run(index: int) -> None:
-        noise = z[index, ::-1] if is_reversed else z[index]
-        windows = host.windows(
-            block,
-            noise=noise,
-            labels=None if labels is None else labels[:, index],
-            guidance=guidance,
-            inverse_temperature=inverse_temperature,
-            alone=images == 1,
-        )
-
+    def run(image: int) -> None:
         def on_settled(done: int) -> None:
-            crew.report(index, done)
+            crew.report(image, done)
             if crew.stop:
                 raise _StoppedError
 
+        first = None if turn.start is None else turn.start[image]
         with contextlib.suppress(_StoppedError):
-            results[index] = settle(windows, noise, strategy, on_settled)
+            results[image] = settle(start(image), noise[image], strategy, on_settled, first=first, calls=turn.steps)
 
-    crew.work(run, workers=min(engine.workers, images))
+    crew.work(run, workers=min(workers, images))
     settled = [result for result in results if result is not None]
-    patches = np.stack([result.patches for result in settled])
     report = BlockReport(
-        block=block,
+        block=turn.block,
         strategy=strategy,
         calls=tuple(len(result.committed) for result in settled),
         committed=tuple(result.committed for result in settled),
         residual=max(result.residual for result in settled),
         sequential_images=tuple(i for i, result in enumerate(settled) if result.overflowed),
     )
-    return np.ascontiguousarray(patches[:, ::-1] if is_reversed else patches), report
+    return np.stack([result.patches for result in settled]), report
 
 
 class _StoppedError(Exception):
@@ -103,20 +90,30 @@ class _StoppedError(Exception):
 
 
 def settle(
-    windows: Windows, noise: Floats, strategy: Parallel, on_settled: Callable[[int], None] | None = None
+    windows: Windows,
+    noise: Floats,
+    strategy: Parallel,
+    on_settled: Callable[[int], None] | None = None,
+    *,
+    first: Floats | None = None,
+    calls: int | None = None,
 ) -> Settled:
-    """Invert one block for one image: noise [N, D] in block order.
+    """Invert one block for one image: noise [N, D] in block order; with `calls`, after at most so many evaluations.
 
-    `on_settled` hears the number of patches settled after the first; an error that it raises ends the run.
+    `first` [N, D] is what the patches are iterated from, in place of what the strategy says. `on_settled` is called
+    with the number of patches settled after the first; an error that it raises ends the run.
     """
     count = len(noise)
     size = strategy.window or count - 1
-    x = noise.copy() if strategy.init == "noise" else np.zeros_like(noise)
+    if first is not None:
+        x = first.copy()
+    else:
+        x = noise.copy() if strategy.init == "noise" else np.zeros_like(noise)
     x[0] = noise[0]
     settled = 1
     committed: list[int] = []
     residual = 0.0
-    while settled < count:
+    while settled < count and len(committed) != calls:
         stop = min(settled - 1 + size, count - 1)
         new = windows.evaluate(settled - 1, x[settled - 1 : stop])
         if not np.isfinite(new).all():

@@ -99,6 +99,8 @@ _GPU_ROUNDED: Final = _ROUNDED | {
 }
 _COARSE: Final = _scaled(_ROUNDED, 8.0, "bfloat16 has 3 bits less than float16")
 
+_INT8: Final = _scaled(_ROUNDED, 8.0, "weights of layers have 7 bits and a sign, and in steps their activations, too")
+
 GPU_ENGINES: Final = ("ort-cuda", "trt", "trt-rtx")
 
 TOLERANCES: Final[Mapping[tuple[str, str], Mapping[str, Tolerance]]] = {
@@ -106,15 +108,16 @@ TOLERANCES: Final[Mapping[tuple[str, str], Mapping[str, Tolerance]]] = {
     ("*", "float16"): _ROUNDED,
     ("*", "tf32"): _ROUNDED,  # the factors of products have the 11 bits of float16
     ("*", "bfloat16"): _COARSE,
+    ("*", "int8"): _INT8,
     **{(engine, "float32"): _GPU_EXACT for engine in GPU_ENGINES},
     **{(engine, "float16"): _GPU_ROUNDED for engine in GPU_ENGINES},
 }
-"""(engine, dtype it computes in) -> stage -> tolerance; `*` stands for every engine without a line of its own."""
+"""(engine, precision it computes in) -> stage -> tolerance; `*` stands for every engine without a line of its own."""
 
 
-def tolerance_for(engine: str, dtype: str, stage: str) -> Tolerance:
+def tolerance_for(engine: str, precision: str, stage: str) -> Tolerance:
     """The line of the table that applies."""
-    return TOLERANCES.get((engine, dtype), TOLERANCES["*", dtype])[stage]
+    return TOLERANCES.get((engine, precision), TOLERANCES["*", precision])[stage]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,8 +125,8 @@ class Record:
     """One computed array beside its reference.
 
     `max_abs`, `mean_abs`, `max_scaled`, `relative` (L2) and `cosine` are of the whole array, in float64; `non_finite`
-    counts NaN and infinite values of either side. `value` is the measure that the tolerance bounds. Numbers that are
-    not finite are None, so that a record is JSON.
+    counts NaN and infinite values of either side. `value` is the measure that the tolerance bounds. `graph` is the file
+    that computed the array, None for the whole model. Numbers that are not finite are None, so that a record is JSON.
     """
 
     name: str
@@ -140,6 +143,7 @@ class Record:
     value: float | None
     tolerance: float
     passed: bool
+    graph: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields, JSON values only."""

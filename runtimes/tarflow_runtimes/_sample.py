@@ -19,13 +19,13 @@ from tarflow_runtimes._plan import DecodeReport
 class Sample:
     """Images drawn by `Flow.sample`.
 
-    `images` is float32 [B, C, height, width] in the model's range, about [-1, 1] and not clipped; `seed` is that of the
-    noise, None when the caller gave the noise; `metadata` says how the images were made, and goes into PNG files;
+    `images` is float32 [B, C, height, width] in the model's range, about [-1, 1] and not clipped, or [B, N, D] of a
+    model of tokens; `seed` is that of the noise, or one for each image, None when the caller gave the noise; `metadata` says how the images were made, and goes into PNG files;
     `report` says how the blocks were inverted; `to_device` copies arrays to the engine's device, where it has one.
     """
 
     images: npt.NDArray[np.float32]
-    seed: int | None
+    seed: int | tuple[int, ...] | None
     first_index: int = 0
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     report: DecodeReport = dataclasses.field(default_factory=DecodeReport)

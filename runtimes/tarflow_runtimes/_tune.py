@@ -13,14 +13,14 @@ from typing import Final
 
 import numpy as np
 
-from tarflow_runtimes._arguments import integer, real
-from tarflow_runtimes._engine import Engine, Floats, Integers
+from tarflow_runtimes._arguments import integer
+from tarflow_runtimes._engine import Floats, Integers, OnTurn, Turn
 from tarflow_runtimes._errors import InputError
 from tarflow_runtimes._flow import Flow
+from tarflow_runtimes._guidance import Guidance, conditions_of, real
 from tarflow_runtimes._noise import standard_normal
-from tarflow_runtimes._parallel import inverse_block_parallel
-from tarflow_runtimes._plan import DEFAULT_TOLERANCE, INITS, Parallel, Plan, Sequential, Strategy
-from tarflow_runtimes._sampler import Guidance, decode_patches, inverse_block
+from tarflow_runtimes._plan import DEFAULT_TOLERANCE, INITS, BlockReport, Parallel, Plan, Sequential, Strategy
+from tarflow_runtimes._sampler import decode_patches
 from tarflow_runtimes._tuned import TunedPlan, TunedPlans
 
 WINDOWS: Final = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -92,13 +92,10 @@ class _Job:
         self, flow: Flow, batch: int, weight: float, tolerance: float, draws: int, seed: int
     ) -> None:
         config = flow.config
-        self.flow, self.batch, self.tolerance = flow, batch, tolerance
-        self.guidance = Guidance(weight=weight, temperature=1.0 if config.classes else 0.5)
-        self.labels: Integers | None = np.arange(batch) % config.classes if config.classes else None
-        self._branch_labels = None
-        if self.labels is not None:
-            null = np.full_like(self.labels, config.classes)
-            self._branch_labels = np.stack([self.labels, null][: self.guidance.branches])
+        self.flow, self.batch, self.weight, self.tolerance = flow, batch, weight, tolerance
+        labels: Integers | None = np.arange(batch) % config.classes if config.classes else None
+        guidance = Guidance(weight=weight, attention_temperature=1.0 if config.classes else 0.5)
+        self.conditions = conditions_of([guidance] * batch, labels, config)
         self.noise = [
             standard_normal(seed + draw, 0, batch, config.patches, config.patch_values) for draw in range(draws)
         ]
@@ -120,7 +117,7 @@ class _Job:
         return TunedPlan(
             identity=self.flow.identity(),
             batch=self.batch,
-            branches=self.guidance.branches,
+            branches=self.conditions.branches,
             plan=plan,
             seconds=seconds,
             sequential_seconds=sequential_seconds,
@@ -147,7 +144,7 @@ class _Job:
             best = None
         found = BlockTuned(
             batch=self.batch,
-            guidance=self.guidance.weight,
+            guidance=self.weight,
             block=block,
             strategy=best or Sequential(),
             seconds=statistics.median(times[best] if best else sequential),
@@ -173,28 +170,30 @@ class _Job:
 
     def _sequential(self, block: int, x: Floats) -> tuple[float, Floats]:
         started = time.perf_counter()
-        output = inverse_block(*self._given(block, x))
+        output, _ = self._invert(Turn(block=block, strategy=Sequential()), x)
         return time.perf_counter() - started, output
 
     def _parallel(self, block: int, x: Floats, strategy: Parallel, limit: float | None = None) -> float:
         """Seconds of one run; _TooSlowError when they exceed the limit."""
         started = time.perf_counter()
 
-        def on_step(_: int) -> None:
+        def on_step(_turn: int, _done: int) -> None:
             if limit is not None and time.perf_counter() - started > limit:
                 raise _TooSlowError
 
-        inverse_block_parallel(
-            *self._given(block, x), strategy=strategy, is_reversed=self._is_reversed(block), on_step=on_step
-        )
+        self._invert(Turn(block=block, strategy=strategy), x, on_step)
         return time.perf_counter() - started
 
     def _calls(self, block: int, x: Floats, strategy: Parallel) -> float:
         """Calls of the block for one image; it opens the session on the way."""
-        _, report = inverse_block_parallel(
-            *self._given(block, x), strategy=strategy, is_reversed=self._is_reversed(block)
-        )
+        _, report = self._invert(Turn(block=block, strategy=strategy), x)
         return float(report.calls[0])
+
+    def _invert(self, turn: Turn, x: Floats, on_step: OnTurn | None = None) -> tuple[Floats, BlockReport]:
+        """One turn of the first images of the batch, as many as x has."""
+        given = self.conditions.of(slice(0, len(x)))
+        output, (report,) = self.flow.backend.invert([turn], x, given, on_step)
+        return output, report
 
     def _whole(self, plan: Plan) -> tuple[float, float]:
         """Median seconds of whole decodes by the plan and sequentially, in turn."""
@@ -202,19 +201,7 @@ class _Job:
         for noise in self.noise:
             for planned in (True, False):
                 started = time.perf_counter()
-                given = (self.flow.backend, self.flow.bundle, noise, self.labels, self.guidance)
+                given = (self.flow.backend, self.flow.bundle, noise, self.conditions)
                 decode_patches(*given, plan=plan if planned else None)
                 taken[planned].append(time.perf_counter() - started)
         return statistics.median(taken[True]), statistics.median(taken[False])
-
-    def _given(self, block: int, x: Floats) -> tuple[Engine, int, Floats, Integers | None, Floats, Floats]:
-        """What both ways to invert a block are called with; x may be the first images of the batch."""
-        labels = None if self._branch_labels is None else self._branch_labels[:, : len(x)]
-        guidance = self.guidance
-        return (
-            *(self.flow.backend, block, x, labels),
-            *(guidance.weights(self.flow.config.patches), guidance.inverse_temperature()),
-        )
-
-    def _is_reversed(self, block: int) -> bool:
-        return self.flow.bundle.blocks[block].order == "reversed"

@@ -9,79 +9,72 @@ fault is named where it is; the whole model is judged from end to end.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes._bundle import Bundle
-from tarflow_runtimes._engine import Engine, Floats
+from tarflow_runtimes._bundle import PORTABLE, Bundle
+from tarflow_runtimes._density import PIXEL_SCALE_BITS
+from tarflow_runtimes._engine import Conditions, Cotangent, Floats, Integers, OnTurn, Turn
 from tarflow_runtimes._errors import BundleError, VerificationError
 from tarflow_runtimes._parity import Record, compare, tolerance_for
-from tarflow_runtimes._sampler import inverse_block
-
-Labels = npt.NDArray[np.int64] | None
+from tarflow_runtimes._plan import BlockReport, Parallel, Sequential
 
 UNIT_PER_DIM: Final = 1e-3
 """Nats per dim, see `unit_of`; with a tolerance of 1e-5 it allows an error of 1e-8 nats per dim."""
 
-BITS_OFFSET: Final = 7.0
-"""log2(128): bits/dim between images in [-1, 1] and on their 0..255 scale."""
+STAGES: Final = ("forward", "gradient", "inverse", "window")
+"""What can be compared of a block."""
+
+KINDS: Final = {"unguided": "", "guided": "_guided", "tempered": "_tempered"}
+"""The inverses of the reference, and what the graphs of `ort-cpu` that run them end with."""
 
 
 class Subject(Protocol):
-    """What is verified: the three maps of each block, however they are computed. Patches are in image order."""
+    """What is verified: as much of an `Engine` as the stages need."""
 
     @property
     def name(self) -> str:
-        """The engine's name, which picks its line of the table of tolerances."""
+        """The engine's name, which with `precision` picks its line of the table of tolerances."""
 
-    def forward(self, block: int, patches: Floats, labels: Labels) -> tuple[Floats, Floats]:
-        """Patches [B, N, D], labels [B] -> z [B, N, D], log|det| [B]."""
+    @property
+    def provider(self) -> str:
+        """Whose graphs it runs."""
 
-    def gradient(self, block: int, patches: Floats, cotangent: Floats, labels: Labels) -> Floats:
-        """Derivative of (cotangent . z + log|det|) with respect to the patches, [B, N, D]."""
+    @property
+    def precision(self) -> str:
+        """What it computes linear layers in."""
 
-    def inverse(
-        self, block: int, z: Floats, labels: Labels, *, guidance: Floats, inverse_temperature: Floats, steps: int
-    ) -> Floats:
-        """The first `steps` of the sequential inverse of z [B, N, D]; labels [G, B], guidance [2, N]."""
+    def invert(
+        self, turns: Collection[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
+    ) -> tuple[Floats, tuple[BlockReport, ...]]:
+        """As of an engine."""
 
-    def window(self, block: int, patches: Floats, noise: Floats, labels: Labels) -> Floats:
-        """All of patches 1 .. N-1 in block order, [B, N-1, D], from the finished patches [B, N, D] before each."""
+    def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
+        """As of an engine."""
 
-
-class EngineSubject:
-    """An engine and the sampler's loop over it, as something to verify."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.name = engine.name
-        self.forward = engine.forward
-        self.gradient = engine.gradient
-        self.window = engine.window
-        self._engine = engine
-
-    def inverse(
-        self, block: int, z: Floats, labels: Labels, *, guidance: Floats, inverse_temperature: Floats, steps: int
-    ) -> Floats:
-        """The first `steps` of the sequential inverse of z."""
-        return inverse_block(self._engine, block, z, labels, guidance, inverse_temperature, steps=steps)
+    def vjp(
+        self, blocks: Collection[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
+    ) -> tuple[Floats, Floats]:
+        """As of an engine."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """The arrays of reference.npz, in patches [B, N, D], image order.
+    """The arrays of reference.npz, in patches [B, N, D], in the order of the data.
 
     `trajectory` [K+1, B, N, D]: x_0, the images, and the output of each block; `log_det` [K, B];
     `cotangent` [K+1, B, N, D]: last -u/sqrt(prior), first the gradient of log q with respect to the images.
-    `unguided`, `guided` [K, B, P+1, D]: the first P+1 patches, in block order, of the inverse of x_{k+1} by block k.
-    `guidance` [2, N] and `inverse_temperature` [2] are those of `guided` and `sample`.
-    `noise` and `sample` [B, N, D]: latents and the guided sample; both None unless P = N - 1.
-    `denoised` [B, N, D] is x_0 + noise_std^2 * cotangent_0, None when sigma is unknown.
+    `unguided`, `guided`, `tempered` [K, B, P+1, D]: the first P+1 patches, in block order, of the inverse of x_{k+1} by
+    block k. `guidance` [2, N] and `inverse_temperature` [2] are those of `tempered` and `sample`; `guided` is without a
+    temperature. `noise` and `sample` [B, N, D]: latents and the sample; both None unless P = N - 1.
+    `bits_per_dim` [B] is None for tokens. `denoised` [B, N, D] is x_0 + noise_std^2 * cotangent_0, None when sigma is unknown.
     `labels` [B], the null class written as `classes`; None on models without classes.
     """
 
@@ -90,10 +83,11 @@ class Reference:
     cotangent: Floats
     unguided: Floats
     guided: Floats
+    tempered: Floats
     guidance: Floats
     inverse_temperature: Floats
     log_prob: Floats
-    bits_per_dim: Floats
+    bits_per_dim: Floats | None = None
     labels: npt.NDArray[np.int64] | None = None
     noise: Floats | None = None
     sample: Floats | None = None
@@ -136,7 +130,7 @@ class Reference:
         image = (batch, patches, values)
         expected = {
             "trajectory": (blocks + 1, *image), "log_det": (blocks, batch), "cotangent": (blocks + 1, *image),
-            "unguided": (blocks, batch, steps + 1, values), "guided": (blocks, batch, steps + 1, values),
+            **dict.fromkeys(KINDS, (blocks, batch, steps + 1, values)),
             "guidance": (2, patches), "inverse_temperature": (2,), "log_prob": (batch,), "bits_per_dim": (batch,),
             "labels": (batch,), "noise": image, "sample": image, "denoised": image,
         }  # fmt: skip
@@ -155,6 +149,20 @@ class Reference:
         """P, the sequential steps of each block's inverse."""
         return int(self.unguided.shape[2]) - 1
 
+    def conditions(self, kind: str, classes: int) -> Conditions:
+        """What the inverse called `kind` is conditioned on."""
+        images, branches = self.trajectory.shape[1], 1 if kind == "unguided" else 2
+        labels = None
+        if self.labels is not None:
+            labels = np.stack([self.labels, np.full_like(self.labels, classes)][:branches])
+        temperatures = np.ones((branches, images), np.float32)
+        if kind == "tempered":
+            temperatures *= self.inverse_temperature[:, None]
+        guidance = np.zeros_like(self.guidance) if kind == "unguided" else self.guidance
+        return Conditions(
+            labels=labels, guidance=np.stack([guidance] * images), inverse_temperature=temperatures
+        )
+
 
 def unit_of(dims: int) -> float:
     """Nats from which errors of log|det| and log q are relative to them.
@@ -164,52 +172,40 @@ def unit_of(dims: int) -> float:
     return max(1.0, UNIT_PER_DIM * dims)
 
 
-def verify(bundle: Bundle, engine: Engine, *, on_block: Callable[[int], None] | None = None) -> tuple[Record, ...]:
-    """Verify `engine` and the sampler on it, in the dtype that its report names; the rest is as in `verify_subject`."""
-    dtype = str(engine.report().get("dtype", bundle.dtype))
-    return verify_subject(bundle, EngineSubject(engine), dtype=dtype, on_block=on_block)
-
-
-def verify_subject(
-    bundle: Bundle, subject: Subject, *, dtype: str | None = None, on_block: Callable[[int], None] | None = None
+def verify(
+    bundle: Bundle,
+    subject: Subject,
+    *,
+    blocks: Collection[int] | None = None,
+    stages: Collection[str] = STAGES,
+    end_to_end: bool = True,
+    on_block: Callable[[int], None] | None = None,
 ) -> tuple[Record, ...]:
     """Run `subject` on the bundle's reference inputs and compare; passed or not, every comparison is in the result.
 
-    `dtype` is what the subject computes in, where that is not the bundle's: it picks the tolerances. `on_block` is
-    called after each block with its number. Use `require_passed` on the result to turn a miss into an error.
+    `blocks` (all unless given) and `stages` say what is compared block by block, `end_to_end` whether the whole model
+    is. `on_block` is called after each block with its number. Use `require_passed` on the result to turn a miss into
+    an error.
 
     Raises:
         VerificationError: when the bundle holds no reference.
         BundleError: when the reference does not fit the bundle.
     """
-    run = _Run(bundle, subject, Reference.load(bundle), dtype or bundle.dtype)
-    blocks: list[_BlockOutputs] = []
-    for k in range(bundle.config.blocks):
-        blocks.append(run.block(k))
+    run = _Run(bundle, subject, Reference.load(bundle))
+    for k in range(bundle.config.blocks) if blocks is None else blocks:
+        run.block(k, stages)
         if on_block is not None:
             on_block(k)
-    if run.reference.sample is None:
-        run.whole_model_by_blocks(blocks)
-    else:
+    if end_to_end:
         run.whole_model()
     return tuple(run.records)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _BlockOutputs:
-    """What a block made of PyTorch's inputs to it."""
-
-    z: Floats
-    log_det: Floats
-    gradient: Floats
 
 
 class _Run:
     """One pass over the reference; `records` grows."""
 
-    def __init__(self, bundle: Bundle, subject: Subject, reference: Reference, dtype: str) -> None:
+    def __init__(self, bundle: Bundle, subject: Subject, reference: Reference) -> None:
         self.bundle = bundle
-        self.dtype = dtype
         self.config = bundle.config
         self.subject = subject
         self.reference = reference
@@ -220,80 +216,102 @@ class _Run:
         prior = np.float32(1.0) if bundle.prior is None else bundle.prior
         self.deviation: npt.NDArray[np.float32] = np.sqrt(prior)
 
-    def record(self, where: str, stage: str, actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
-        tolerance = tolerance_for(self.subject.name, self.dtype, stage)
+    def record(
+        self,
+        where: str,
+        stage: str,
+        actual: npt.NDArray[Any],
+        expected: npt.NDArray[Any],
+        graph: tuple[str, str, int] | None = None,
+    ) -> None:
+        """Compare; `graph` is the provider, kind and block of what computed it."""
+        tolerance = tolerance_for(self.subject.name, self.subject.precision, stage)
         unit = unit_of(self.config.dims) if stage in ("log_det", "log_prob") else 1.0
-        name = f"{where} {stage}"
-        self.records.append(compare(name, stage, actual, expected, tolerance=tolerance, floors=self.floors, unit=unit))
+        made = compare(
+            f"{where} {stage}", stage, actual, expected, tolerance=tolerance, floors=self.floors, unit=unit
+        )
+        file = None if graph is None else self.bundle.name(self.bundle.graph(*graph))
+        self.records.append(dataclasses.replace(made, graph=file))
 
-    def block(self, k: int) -> _BlockOutputs:
-        """All graphs of one block, each on PyTorch's inputs."""
+    def block(self, k: int, stages: Collection[str]) -> None:
+        """One block, each stage on PyTorch's inputs."""
         reference, labels, where = self.reference, self.reference.labels, f"block {k}"
         x, z = reference.trajectory[k], reference.trajectory[k + 1]
-        actual_z, log_det = self.subject.forward(k, x, labels)
-        self.record(where, "forward", actual_z, z)
-        self.record(where, "log_det", log_det, reference.log_det[k])
-        gradient = self.subject.gradient(k, x, reference.cotangent[k + 1], labels)
-        self.record(where, "gradient", gradient, reference.cotangent[k])
-        window = self.subject.window(k, x, z, labels)
-        self.record(where, "window", window, self.in_order(k, x)[:, 1:])
-        self.record(
-            f"{where} unguided", "inverse", self.first(k, self.inverse(k, z, guided=False)), reference.unguided[k]
-        )
-        self.record(f"{where} guided", "inverse", self.first(k, self.inverse(k, z, guided=True)), reference.guided[k])
-        return _BlockOutputs(z=actual_z, log_det=log_det, gradient=gradient)
+        if "forward" in stages:
+            actual_z, log_det = self.subject.forward(k, x, labels)
+            self.record(where, "forward", actual_z, z, (PORTABLE, "forward", k))
+            self.record(where, "log_det", log_det, reference.log_det[k], (PORTABLE, "forward", k))
+        if "gradient" in stages:
+            cotangent = reference.cotangent[k + 1]
+            actual_z, gradient = self.subject.vjp([k], x, labels, lambda _, images: cotangent[images])
+            halves = ("vjp_forward", "vjp_backward") if self.subject.provider == "ort-cpu" else ("", "gradient")
+            provider = "ort-cpu" if halves[0] else PORTABLE
+            if halves[0]:
+                self.record(where, "forward", actual_z, z, (provider, halves[0], k))
+            self.record(where, "gradient", gradient, reference.cotangent[k], (provider, halves[1], k))
+        for kind in KINDS:
+            if "inverse" in stages:
+                turn = Turn(block=k, strategy=Sequential(), steps=reference.steps)
+                self.inverse(turn, kind, self.graph("step", kind, k))
+            if "window" in stages:
+                self.window(k, kind, self.graph("step" if self.subject.provider == PORTABLE else "window", kind, k))
 
-    def inverse(self, k: int, z: Floats, *, guided: bool, steps: int | None = None) -> Floats:
-        """The first P steps of block k's inverse; with guidance both branches, the second of the null class."""
-        branches = 2 if guided else 1
-        labels = self.reference.labels
-        if labels is not None:
-            labels = np.stack([labels, np.full_like(labels, self.config.classes)][:branches])
-        guidance = self.reference.guidance if guided else np.zeros_like(self.reference.guidance)
-        inverse_temperature = self.reference.inverse_temperature[:branches]
-        steps = self.reference.steps if steps is None else steps
-        return self.subject.inverse(
-            k, z, labels, guidance=guidance, inverse_temperature=inverse_temperature, steps=steps
-        )
+    def graph(self, stem: str, kind: str, block: int) -> tuple[str, str, int]:
+        """Which graph runs the inverse called `kind`."""
+        provider = self.subject.provider
+        return provider, stem + (KINDS[kind] if provider == "ort-cpu" else ""), block
+
+    def inverse(self, turn: Turn, kind: str, graph: tuple[str, str, int]) -> None:
+        """The first P steps of a block's inverse."""
+        z = self.reference.trajectory[turn.block + 1]
+        x, _ = self.subject.invert([turn], z, self.reference.conditions(kind, self.config.classes))
+        first = self.in_order(turn.block, x)[:, : self.reference.steps + 1]
+        self.record(f"block {turn.block} {kind}", "inverse", first, getattr(self.reference, kind)[turn.block], graph)
+
+    def window(self, k: int, kind: str, graph: tuple[str, str, int]) -> None:
+        """One evaluation of patches that are right: it yields them again. Unguided all N - 1, guided the first P."""
+        reference = self.reference
+        z = reference.trajectory[k + 1]
+        expected = self.in_order(k, reference.trajectory[k])
+        size = self.config.patches - 1
+        if kind != "unguided":
+            size = reference.steps
+            expected = self.in_order(k, z).copy()
+            expected[:, : size + 1] = getattr(reference, kind)[k]
+        strategy = Parallel(window=size, tolerance=0.0)
+        turn = Turn(block=k, strategy=strategy, steps=1, start=self.in_order(k, expected))
+        x, _ = self.subject.invert([turn], z, reference.conditions(kind, self.config.classes))
+        actual = self.in_order(k, x)[:, 1 : size + 1]
+        where = f"block {k}" if kind == "unguided" else f"block {k} {kind}"
+        self.record(where, "window", actual, expected[:, 1 : size + 1], graph)
 
     def in_order(self, k: int, x: Floats) -> Floats:
-        """Image order to the order of block k."""
-        return x if self.bundle.blocks[k].order == "identity" else x[:, ::-1]
-
-    def first(self, k: int, x: Floats) -> Floats:
-        """The first P+1 patches in the order of block k."""
-        return self.in_order(k, x)[:, : self.reference.steps + 1]
-
-    def whole_model_by_blocks(self, blocks: list[_BlockOutputs]) -> None:
-        """Density and denoiser from the blocks' results on PyTorch's inputs: a chain of blocks without its cost."""
-        u = blocks[-1].z / self.deviation
-        self.density(u, np.sum([block.log_det for block in blocks], axis=0))
-        self.denoised(blocks[0].gradient)
+        """The order of the data to that of block k, or back."""
+        return x[:, ::-1] if self.bundle.blocks[k].is_reversed else x
 
     def whole_model(self) -> None:
-        """Encode, score, denoise, decode and sample with the engine's own intermediate results."""
+        """Encode, score, denoise, and where the model is small enough decode and sample, from end to end."""
         reference, labels = self.reference, self.reference.labels
-        images = reference.trajectory[0]
-        inputs, x, log_det = [], images, np.zeros(len(images), np.float32)
-        for k in range(self.config.blocks):
-            inputs.append(x)
-            x, block_log_det = self.subject.forward(k, x, labels)
-            log_det = log_det + block_log_det
-        u = x / self.deviation
-        self.density(u, log_det)
-        gradient = -u / self.deviation
-        for k in reversed(range(self.config.blocks)):
-            gradient = self.subject.gradient(k, inputs[k], gradient, labels)
-        self.denoised(gradient)
-        self.record("whole model", "round_trip", self.decode(u, guided=False), images)
+        images, blocks = reference.trajectory[0], range(self.config.blocks)
+        log_dets: list[Floats] = []
+        x = images
+        for k in blocks:
+            x, log_det = self.subject.forward(k, x, labels)
+            log_dets.append(log_det)
+        self.density(x / self.deviation, np.sum(log_dets, axis=0))
+        if reference.denoised is not None and self.config.noise_std is not None:
+            _, gradient = self.subject.vjp(blocks, images, labels, lambda z, _: -z / self.deviation / self.deviation)
+            actual = images + np.float32(self.config.noise_std**2) * gradient
+            self.record("whole model", "denoise", actual, reference.denoised)
         if reference.noise is not None and reference.sample is not None:
-            self.record("whole model guided", "sample", self.decode(reference.noise, guided=True), reference.sample)
+            decode = functools.partial(self.decode, [Turn(block=k, strategy=Sequential()) for k in reversed(blocks)])
+            self.record("whole model", "round_trip", decode(x / self.deviation, "unguided"), images)
+            self.record("whole model guided", "sample", decode(reference.noise, "tempered"), reference.sample)
 
-    def decode(self, u: Floats, *, guided: bool) -> Floats:
-        x = u * self.deviation
-        for k in reversed(range(self.config.blocks)):
-            x = self.inverse(k, x, guided=guided, steps=self.config.patches - 1)
-        return x
+    def decode(self, turns: list[Turn], u: Floats, kind: str) -> Floats:
+        """Latents to patches of the image."""
+        conditions = self.reference.conditions(kind, self.config.classes)
+        return self.subject.invert(turns, u * self.deviation, conditions)[0]
 
     def density(self, u: Floats, log_det: Floats) -> None:
         """The log-likelihood, summed in float64."""
@@ -303,11 +321,6 @@ class _Run:
         )
         log_prob = log_normal + log_det - np.log(prior).sum()
         self.record("whole model", "log_prob", log_prob, self.reference.log_prob)
-        bits = -log_prob / (self.config.dims * math.log(2)) + BITS_OFFSET
-        self.record("whole model", "bits_per_dim", bits, self.reference.bits_per_dim)
-
-    def denoised(self, gradient: Floats) -> None:
-        """One step of the denoiser, where sigma is known."""
-        if self.reference.denoised is not None and self.config.noise_std is not None:
-            actual = self.reference.trajectory[0] + np.float32(self.config.noise_std**2) * gradient
-            self.record("whole model", "denoise", actual, self.reference.denoised)
+        if self.reference.bits_per_dim is not None:
+            bits = -log_prob / (self.config.dims * math.log(2)) + PIXEL_SCALE_BITS
+            self.record("whole model", "bits_per_dim", bits, self.reference.bits_per_dim)

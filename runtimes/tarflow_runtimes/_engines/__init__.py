@@ -14,20 +14,15 @@ from tarflow_runtimes._errors import EngineError, InputError
 if TYPE_CHECKING:
     from tarflow_runtimes._trt._supply import OnBuilding
 
-WEIGHTS: Final = ("stored", "int8")
-"""What sampling multiplies with: the weights as the bundle has them, or their linear layers rounded to 8 bits."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """What an engine is opened with.
 
-    `weights` is one of WEIGHTS; `dtype` what linear layers are computed in, None for what they are stored in;
-    `engine_dir` where TensorRT's engines are kept, None for the user's cache folder; `on_building` hears of builds.
+    `tf32`: whether a GPU may round the factors of float32 products; `engine_dir`: where TensorRT's engines are kept,
+    None for the user's cache folder; `on_building` is called as they are built.
     """
 
-    weights: str = "stored"
-    dtype: str | None = None
+    tf32: bool = False
     engine_dir: Path | None = None
     on_building: OnBuilding | None = None
 
@@ -37,59 +32,45 @@ def open_engine(name: str, bundle: Bundle, options: Options) -> tuple[Engine, st
 
     Raises:
         EngineError: for an unknown name, an engine that is not installed, or one that cannot run here.
-        InputError: for options that are unknown or that the engine does not have.
+        InputError: for tf32 on an engine or a bundle that does not have it.
     """
-    if options.weights not in WEIGHTS:
-        raise InputError(
-            f"weights must be one of {', '.join(WEIGHTS)}, got {options.weights!r}", hint="stored are the bundle's own"
-        )
     if name not in (*ENGINES, "auto"):
         raise EngineError(f"unknown engine {name!r}", hint=f"valid are {', '.join((*ENGINES, 'auto'))}")
     reason = "asked for"
     if name == "auto":
-        name, reason = _choose(options)
-    if options.weights == "int8" and name != "ort-cpu":
+        from tarflow_runtimes._doctor import choose, gather
+
+        name, reason = choose(gather())
+    if options.tf32 and (name == "ort-cpu" or bundle.precision != "float32"):
         raise InputError(
-            f"int8 weights are of engine ort-cpu, not of {name}", hint="leave weights out, or use engine ort-cpu"
+            f"tf32 is of engines on a GPU and of float32 bundles, not of {name} and {bundle.precision}",
+            hint="leave tf32 out",
         )
     return ENGINES[name](bundle, options), reason
 
 
-def _choose(options: Options) -> tuple[str, str]:
-    if options.weights == "int8":
-        return "ort-cpu", "auto: the only engine with int8 weights"
-    from tarflow_runtimes._doctor import choose, gather
-
-    return choose(gather())
-
-
-def _open_ort_cpu(bundle: Bundle, options: Options) -> Engine:
+def _open_ort_cpu(bundle: Bundle, _: Options) -> Engine:
     from tarflow_runtimes._engines.ort_cpu import OrtCpuEngine
 
-    if options.dtype not in {None, bundle.dtype}:
-        raise InputError(
-            f"engine ort-cpu computes in what the bundle is stored in, {bundle.dtype}, not in {options.dtype}",
-            hint="leave the dtype out, or use an engine on a GPU",
-        )
-    return OrtCpuEngine(bundle, options.weights)
+    return OrtCpuEngine(bundle)
 
 
 def _open_ort_cuda(bundle: Bundle, options: Options) -> Engine:
     from tarflow_runtimes._engines.ort_cuda import open_ort_cuda
 
-    return open_ort_cuda(bundle, options.dtype)
+    return open_ort_cuda(bundle, tf32=options.tf32)
 
 
 def _open_trt(bundle: Bundle, options: Options) -> Engine:
     from tarflow_runtimes._engines.trt import open_trt
 
-    return open_trt(bundle, "trt", options.dtype, folder=options.engine_dir, on_building=options.on_building)
+    return open_trt(bundle, "trt", tf32=options.tf32, folder=options.engine_dir, on_building=options.on_building)
 
 
 def _open_trt_rtx(bundle: Bundle, options: Options) -> Engine:
     from tarflow_runtimes._engines.trt import open_trt
 
-    return open_trt(bundle, "trt-rtx", options.dtype, folder=options.engine_dir, on_building=options.on_building)
+    return open_trt(bundle, "trt-rtx", tf32=options.tf32, folder=options.engine_dir, on_building=options.on_building)
 
 
 ENGINES: Final[dict[str, Callable[[Bundle, Options], Engine]]] = {

@@ -42,13 +42,13 @@ def share_allocator() -> bool:
 
 
 class Session:
-    """One graph, ready to run; `model` is a file, or bytes whose external data lies in `folder`.
+    """One graph, ready to run: serialised, its external data in `folder`; `name` is the graph's in errors.
 
     Raises:
         EngineError: when ONNX Runtime refuses the graph.
     """
 
-    def __init__(self, model: Path | bytes, *, folder: Path, threads: int, spinning: bool = True) -> None:
+    def __init__(self, model: bytes, *, name: str, folder: Path, threads: int, spinning: bool = True) -> None:
         ort = import_onnxruntime()
         share_allocator()
         options = ort.SessionOptions()
@@ -57,29 +57,46 @@ class Session:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.use_env_allocators", "1")
-        if isinstance(model, bytes):
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        source = model if isinstance(model, bytes) else str(model)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        self.name = name
         try:
-            self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types
-            raise EngineError(f"ONNX Runtime cannot open a graph of {folder}: {first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime cannot open {name} with {folder}: {first_line(error)}") from error
         self.inputs: dict[str, str] = {value.name: value.type for value in self.session.get_inputs()}
         self.outputs: list[str] = [value.name for value in self.session.get_outputs()]
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """One run with new arrays for `outputs`; feeds that the graph does not have are left out."""
+        """One run with new arrays for `outputs`."""
         try:
-            return list(self.session.run(list(outputs), {name: feeds[name] for name in self.inputs}))
+            return list(self.session.run(list(outputs), dict(feeds)))
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed in a run: {first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime failed in {self.name}: {first_line(error)}") from error
 
-    def run_values(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
-        """One run from ONNX Runtime's own values to such values, which are not copied."""
+    def run_values(
+        self, values: Mapping[str, Any], outputs: Sequence[str], arrays: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> dict[str, Any]:
+        """One run from ONNX Runtime's own values and some arrays to such values by name, which are not copied."""
+        made = import_onnxruntime().OrtValue.ortvalue_from_numpy
+        feeds = {**values, **{name: made(array) for name, array in (arrays or {}).items()}}
         try:
-            return list(self.session.run_with_ort_values(list(outputs), {name: feeds[name] for name in self.inputs}))
+            results = self.session.run_with_ort_values(list(outputs), feeds)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed in a run: {first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime failed in {self.name}: {first_line(error)}") from error
+        return dict(zip(outputs, results, strict=True))
+
+    def checked(self, output: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """What a run returned, float32 of that shape.
+
+        Raises:
+            EngineError: when it is not.
+        """
+        if array.dtype != np.float32 or array.shape != shape:
+            raise EngineError(
+                f"{self.name} returned {output} as {array.dtype} {list(array.shape)}, expected float32 {list(shape)}",
+                hint="the graph is not this model's: do not use this bundle; fetch it from its source",
+            )
+        return array
 
 
 class BoundRun:

@@ -1,154 +1,103 @@
-"""The `Stepper`s of ONNX Runtime on CPU: for the portable step graph, and for its rewrite for one patch at a time."""
+"""The steps and windows of ONNX Runtime on the CPU, on the run-ready graphs `step` and `window` of provider `ort-cpu`.
+
+Embeddings, noise and guidance of a step are looked up here. The graphs' attention reads the written entries of the
+caches alone, so that these may come from a pool as they are.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes._bundle import ModelConfig
-from tarflow_runtimes._engine import Floats, Integers
+from tarflow_runtimes._bundle import Bundle
+from tarflow_runtimes._engine import Conditions, Floats
 from tarflow_runtimes._engines._cache_pool import CachePool
 from tarflow_runtimes._engines._session import BoundRun, Session, aligned_zeros
 
+Arrays = dict[str, npt.NDArray[Any]]
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class StepInputs:
-    """What an inverse of one block starts from: noise [B, N, D] in image order, labels [G, B], guidance [2, N]."""
-
-    noise: Floats
-    labels: Integers | None
-    guidance: Floats
-    inverse_temperature: Floats
-    is_reversed: bool
-    cache_dtype: str
-
-    @property
-    def branches(self) -> int:
-        """G."""
-        return len(self.inverse_temperature)
-
-    @property
-    def rows(self) -> int:
-        """R = G * B."""
-        return self.branches * len(self.noise)
+CACHES: Final = ("key_", "value_")
+"""How the names of the caches begin."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SequentialTables:
-    """Rows that the rewritten graph is given per step, float32: pos_embed [N, W] in block order, class_embed [., W]."""
+class Tables:
+    """Rows that the graphs are given, float32: pos_embed [N, W] in block order, class_embed [classes + 1, W]."""
 
     pos_embed: Floats
     class_embed: Floats | None
 
-
-class _PatchLog:
-    """Noise and finished patches in block order, [N, B, D]: a step reads and writes one contiguous slab."""
-
-    def __init__(self, inputs: StepInputs) -> None:
-        self.is_reversed = inputs.is_reversed
-        ordered = inputs.noise[:, ::-1] if self.is_reversed else inputs.noise
-        self.noise: Floats = np.ascontiguousarray(ordered.transpose(1, 0, 2))
-        self.finished = self.noise.copy()
-
-    def result(self) -> Floats:
-        patches = self.finished.transpose(1, 0, 2)
-        return np.ascontiguousarray(patches[:, ::-1] if self.is_reversed else patches)
+    @classmethod
+    def of(cls, bundle: Bundle, block: int) -> Tables:
+        """Those of a block."""
+        pos_embed = bundle.tensor(block, "pos_embed")
+        if bundle.blocks[block].is_reversed:
+            pos_embed = np.ascontiguousarray(pos_embed[::-1])
+        class_embed = bundle.tensor(block, "class_embed") if bundle.config.classes else None
+        return cls(pos_embed=pos_embed, class_embed=class_embed)
 
 
-def _bind_caches(
-    config: ModelConfig,
-    inputs: StepInputs,
-    make: Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[Any]] = aligned_zeros,
-) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
-    """Caches by input name, and the same arrays by output name: the graph updates them in place.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepInputs:
+    """What an inverse of one block starts from: noise [B, N, D] in block order, and the conditions of these images."""
 
-    Zeroed for masked attention, which multiplies unwritten entries by zero, and zero times stray NaN is NaN.
-    """
-    shape = (inputs.rows, config.heads, config.patches, config.head_dim)
-    names = [f"{kind}_{layer}" for layer in range(config.layers) for kind in ("key", "value")]
-    caches = {name: make(shape, inputs.cache_dtype) for name in names}
-    return caches, {f"next_{name}": cache for name, cache in caches.items()}
+    bundle: Bundle
+    tables: Tables
+    noise: Floats
+    conditions: Conditions
 
+    def weights(self) -> Floats:
+        """The guidance of each step, [N, B, 2D]: g_a D times, then g_b D times; [N, B, D] without nvp."""
+        config = self.bundle.config
+        by_step = self.conditions.guidance.transpose(2, 0, 1)  # (N, B, 2)
+        return np.repeat(by_step if config.nvp else by_step[:, :, 1:], config.patch_values, axis=2)
 
-class PortableStepper:
-    """Runs the bundle's step graph as it is, S = 1, all images at one position."""
+    def class_rows(self) -> Floats | float:
+        """The rows of the labels, [R, W]; 0 on models without classes."""
+        if self.tables.class_embed is None or self.conditions.labels is None:
+            return 0.0
+        rows: Floats = self.tables.class_embed[self.conditions.labels.ravel()]
+        return rows
 
-    def __init__(self, session: Session, config: ModelConfig, inputs: StepInputs) -> None:
-        self._log = _PatchLog(inputs)
-        self._step = 0
-        self._position = np.zeros(len(inputs.noise), np.int64)
-        self._patch = aligned_zeros((len(inputs.noise), 1, config.patch_values), np.float32)
-        self._patch[:, 0] = self._log.noise[0]
-        caches, next_caches = _bind_caches(config, inputs)
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "patches": self._patch,
-            "noise": np.ascontiguousarray(inputs.noise),
-            "guidance": np.ascontiguousarray(inputs.guidance),
-            "position": self._position,
-            "inverse_temperature": np.ascontiguousarray(inputs.inverse_temperature),
-            **caches,
-        }
-        if inputs.labels is not None:
-            arrays["labels"] = np.ascontiguousarray(inputs.labels)
-        # `next` may lie where `patches` does: it is written last, from values that needed all of `patches`.
-        self._run = BoundRun(session, arrays, {"next": self._patch, **next_caches})
-
-    def advance(self) -> None:
-        """Finish the next patch."""
-        self._run()
-        self._step += 1
-        self._log.finished[self._step] = self._patch[:, 0]
-        self._position += 1
-
-    def result(self) -> Floats:
-        """The patches in image order."""
-        return self._log.result()
+    def query_factor(self, repeat: int = 1) -> npt.NDArray[Any]:
+        """[R * repeat, 3W]: 1/tau in the first W columns, 1 in the others."""
+        temperatures = self.conditions.inverse_temperature.ravel().repeat(repeat)
+        width = self.bundle.config.width
+        factor = aligned_zeros((len(temperatures), 3 * width), self.bundle.cache_dtype)
+        factor[:] = 1.0
+        factor[:, :width] = temperatures[:, None]
+        return factor
 
 
 class SequentialStepper:
-    """Runs the rewritten step graph, whose rows of embeddings, noise and guidance are looked up here.
+    """One inverse of one block for B images that are all at one position: a `_sequential.Stepper`."""
 
-    Its attention reads the written entries of the caches alone, so that they may come from a pool as they are.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        config: ModelConfig,
-        inputs: StepInputs,
-        tables: SequentialTables,
-        pool: CachePool | None = None,
-    ) -> None:
-        batch, branches, rows = len(inputs.noise), inputs.branches, inputs.rows
-        self._log = _PatchLog(inputs)
+    def __init__(self, session: Session, inputs: StepInputs, pool: CachePool) -> None:
+        config = inputs.bundle.config
+        batch, branches = len(inputs.noise), inputs.conditions.branches
+        rows = branches * batch
         self._step = 0
-        self._pos_embed = tables.pos_embed
-        self._class_rows: Floats | float = 0.0
-        if tables.class_embed is not None and inputs.labels is not None:
-            self._class_rows = tables.class_embed[inputs.labels.ravel()]
-        values = [
-            inputs.guidance[:, :, None].repeat(config.patch_values, axis=2)[i] for i in ((0, 1) if config.nvp else (1,))
-        ]
-        self._weights = np.concatenate(values, axis=1)  # (N, 2D), or (N, D) without nvp
-
+        # Patch by patch, [N, B, D]: a step reads and writes one contiguous slab.
+        self._noise: Floats = np.ascontiguousarray(inputs.noise.transpose(1, 0, 2))
+        self._finished = self._noise.copy()
+        self._pos_embed, self._class_rows, self._weights = inputs.tables.pos_embed, inputs.class_rows(), inputs.weights()
         self._rows = aligned_zeros((rows, config.patch_values), np.float32)
         self._branch_rows = self._rows.reshape(branches, batch, config.patch_values)
-        self._branch_rows[:] = self._log.noise[0]
+        self._branch_rows[:] = self._noise[0]
         self._embedding = aligned_zeros((rows, config.width), np.float32)
         self._z = aligned_zeros((batch, config.patch_values), np.float32)
-        self._g = aligned_zeros((1, self._weights.shape[1]), np.float32)
+        self._g = aligned_zeros(self._weights.shape[1:], np.float32)
         self._lengths = aligned_zeros((rows,), np.int32)
         self._total = aligned_zeros((1,), np.int32)
         self._next = self._rows[:batch]  # written last, from values that needed all of the rows
-        caches, next_caches = _bind_caches(config, inputs, aligned_zeros if pool is None else pool.take)
-        if pool is not None:
-            weakref.finalize(self, pool.give, tuple(caches.values())).atexit = False
-        arrays: dict[str, npt.NDArray[Any]] = {
+        shape = (rows, config.heads, config.patches, config.head_dim)
+        caches = {name: pool.take(shape, inputs.bundle.cache_dtype) for name in session.inputs if name.startswith(CACHES)}
+        weakref.finalize(self, pool.give, tuple(caches.values())).atexit = False
+        arrays: Arrays = {
             "rows": self._rows,
             "embedding": self._embedding,
             "z": self._z,
@@ -158,11 +107,8 @@ class SequentialStepper:
             **caches,
         }
         if "query_factor" in session.inputs:
-            factor = aligned_zeros((rows, 3 * config.width), inputs.cache_dtype)
-            factor[:] = 1.0
-            factor[:, : config.width] = inputs.inverse_temperature.repeat(batch)[:, None]
-            arrays["query_factor"] = factor
-        self._run = BoundRun(session, arrays, {"next": self._next, **next_caches})
+            arrays["query_factor"] = inputs.query_factor()
+        self._run = BoundRun(session, arrays, {"next": self._next, **_updated(caches)})
 
     def advance(self) -> None:
         """Finish the next patch."""
@@ -170,14 +116,71 @@ class SequentialStepper:
         np.add(self._class_rows, self._pos_embed[step], out=self._embedding)
         self._lengths.fill(step)
         self._total.fill(step + 1)
-        self._z[:] = self._log.noise[step + 1]
-        self._g[0] = self._weights[step]
+        self._z[:] = self._noise[step + 1]
+        self._g[:] = self._weights[step]
         self._run()
         self._step = step + 1
-        self._log.finished[step + 1] = self._next
+        self._finished[step + 1] = self._next
         if len(self._branch_rows) > 1:
             self._branch_rows[1] = self._next
 
     def result(self) -> Floats:
-        """The patches in image order."""
-        return self._log.result()
+        """The patches [B, N, D] in block order; those not finished yet hold their noise."""
+        return self._finished.transpose(1, 0, 2)
+
+
+class ImageWindows:
+    """One inverse of one block for one image that is evaluated on windows of patches: a `_parallel.Windows`.
+
+    Row g * S + j of every input is patch j of branch g. For every length S the arrays are bound when first needed.
+    """
+
+    def __init__(self, session: Session, inputs: StepInputs) -> None:
+        config, tables = inputs.bundle.config, inputs.tables
+        self._session, self._inputs, self._noise = session, inputs, inputs.noise[0]
+        shape = (1, config.heads, config.patches, config.head_dim)
+        names = [name for name in session.inputs if name.startswith(CACHES)]
+        self._caches: Arrays = {name: aligned_zeros(shape, inputs.bundle.cache_dtype) for name in names}
+        self._branches = inputs.conditions.branches
+        rows = np.reshape(inputs.class_rows(), (-1, 1, config.width if tables.class_embed is not None else 1))
+        self._embedding = np.broadcast_to(tables.pos_embed + rows, (self._branches, config.patches, config.width))
+        self._weights = inputs.weights()[:, 0]
+        self._runs: dict[int, tuple[Arrays, Floats, BoundRun]] = {}
+
+    def evaluate(self, first: int, patches: Floats) -> Floats:
+        """Patches first .. first + S - 1 in block order, [S, D] -> the patches one further, [S, D]."""
+        length = len(patches)
+        here, further = slice(first, first + length), slice(first + 1, first + length + 1)
+        arrays, output, run = self._bound(length)
+        arrays["rows"].reshape(self._branches, length, -1)[:] = patches
+        arrays["embedding"].reshape(self._branches, length, -1)[:] = self._embedding[:, here]
+        arrays["z"][:] = self._noise[further]
+        arrays["g"][:] = self._weights[here]
+        arrays["lengths"].fill(first + length - 1)
+        arrays["total"].fill(first + length)
+        run()
+        return output.copy()
+
+    def _bound(self, length: int) -> tuple[Arrays, Floats, BoundRun]:
+        """The inputs to fill, the output to read and the run for windows of `length` patches."""
+        if length not in self._runs:
+            config, rows = self._inputs.bundle.config, self._branches * length
+            arrays: Arrays = {
+                "rows": aligned_zeros((rows, config.patch_values), np.float32),
+                "embedding": aligned_zeros((rows, config.width), np.float32),
+                "z": aligned_zeros((length, config.patch_values), np.float32),
+                "g": aligned_zeros((length, self._weights.shape[1]), np.float32),
+                "lengths": aligned_zeros((1,), np.int32),
+                "total": aligned_zeros((1,), np.int32),
+            }
+            if "query_factor" in self._session.inputs:
+                arrays["query_factor"] = self._inputs.query_factor(repeat=length)
+            output = aligned_zeros((length, config.patch_values), np.float32)
+            run = BoundRun(self._session, arrays | self._caches, {"next": output, **_updated(self._caches)})
+            self._runs[length] = arrays, output, run
+        return self._runs[length]
+
+
+def _updated(caches: Arrays) -> Arrays:
+    """The caches by output name: the graph updates them in place."""
+    return {f"next_{name}": cache for name, cache in caches.items()}

@@ -7,33 +7,29 @@ in its caches stays near one core.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
-import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes import _onnx_proto as proto
-from tarflow_runtimes._bundle import Bundle
-from tarflow_runtimes._engine import Floats, Integers, Stepper, Windows
+from tarflow_runtimes._bundle import PORTABLE, Bundle
+from tarflow_runtimes._engine import Conditions, Cotangent, Floats, Integers, OnTurn, Turn, vjp_recomputed
 from tarflow_runtimes._engines._cache_pool import CachePool
 from tarflow_runtimes._engines._cpus import cpu_name, usable_cpus
 from tarflow_runtimes._engines._ort_import import import_onnxruntime
 from tarflow_runtimes._engines._session import Session
-from tarflow_runtimes._engines._split import SplitBlock
-from tarflow_runtimes._engines._steppers import PortableStepper, SequentialStepper, SequentialTables, StepInputs
-from tarflow_runtimes._engines._windows import PortableWindows, RewrittenWindows
+from tarflow_runtimes._engines._steppers import ImageWindows, SequentialStepper, StepInputs, Tables
 from tarflow_runtimes._errors import EngineError
-from tarflow_runtimes._rewrites import int8_weights, sequential_graph
-from tarflow_runtimes._rewrites._graph import PatternMismatch
-from tarflow_runtimes._rewrites.split_gradient import SplitGradient, split_gradient
+from tarflow_runtimes._parallel import invert_in_parallel
+from tarflow_runtimes._plan import BlockReport, Parallel, Sequential
+from tarflow_runtimes._sequential import invert_sequentially
 
 ROWS_PER_PART: Final = 16
 """Cache rows of one part. The products with the weights take 28, 23, 23, 23 us per row and core at 8, 12, 16, 32 rows
@@ -62,161 +58,123 @@ CACHE_BYTES: Final = 1 << 30
 ACTIVATION_BYTES: Final = 128 << 20
 """Activations of one run of a forward or gradient graph; larger batches are run in pieces."""
 
+SPINNING: Final = ("step", "window")
+"""How the kinds of graphs begin whose threads wait actively: the next run comes at once."""
 
-VJP_BYTES: Final = 256 << 20
-"""What the ways back of all blocks may keep together; models of which one image needs more recompute instead."""
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Bytes that an engine may keep: of activations that the ways back of all blocks need, and of the open sessions.
 
-SESSIONS_BYTES: Final = 3 << 30
-"""Weights of the open sessions together: each holds a copy of its block's, laid out for its operators."""
+    Models of which one image needs more activations recompute instead. Each session holds a copy of its block's
+    weights, laid out for its operators.
+    """
+
+    activations: int = 256 << 20
+    sessions: int = 3 << 30
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Some images of a batch that run together: what their graph's name ends with, and which they are, in order."""
+
+    form: str
+    images: slice | npt.NDArray[np.intp]
+
+    @property
+    def branches(self) -> int:
+        """G."""
+        return 2 if self.form else 1
 
 
 class OrtCpuEngine:
-    """ONNX Runtime on the CPU, float32 or float16 bundles.
-
-    With weights "int8" the inverse runs on the rewrite of `int8_weights`; forward and gradient as they are stored.
+    """ONNX Runtime on the CPU, on the run-ready graphs of provider `ort-cpu`.
 
     Raises:
-        EngineError: when ONNX Runtime is missing, too old or installed twice.
+        EngineError: when ONNX Runtime is missing, too old or installed twice, or the bundle has no graphs for it.
     """
 
-    name = "ort-cpu"
-    decoder = None
+    name = provider = "ort-cpu"
+    to_device = None
 
-    def __init__(self, bundle: Bundle, weights: str = "stored") -> None:
+    def __init__(self, bundle: Bundle, limits: Limits = Limits()) -> None:  # noqa: B008 - frozen
         self._version: str = import_onnxruntime().__version__
-        self.bundle = bundle
-        self._int8 = weights == "int8"
+        bundle.graph(self.provider, "step", 0)
+        self.bundle, self.precision, self._limits = bundle, bundle.precision, limits
         self._lock = threading.RLock()
         self._closed = False
-        self._sessions: dict[tuple[object, ...], Session] = {}
-        self._tables: dict[int, SequentialTables] = {}
+        self._sessions: dict[tuple[int, str, int], Session] = {}
+        self._graphs: dict[str, bytes] = {}
+        self._tables: dict[int, Tables] = {}
         self._caches = CachePool()
-        self._declined: dict[tuple[object, ...], str] = {}
-        self._block_bytes = max(1, *(block.weights.stat().st_size for block in bundle.blocks))
-        self._wide = self._block_bytes >= OPERATOR_THREADS_BYTES
+        self._wide = bundle.block_bytes >= OPERATOR_THREADS_BYTES
         self._threads = usable_cpus()
-        self.workers = 1 if self._wide else self._threads
+        self._workers = 1 if self._wide else self._threads
         self._operator_threads = self._threads if self._wide else 1
 
-    def parts(self, images: int, branches: int) -> Sequence[slice]:
-        """Equal parts: at most about ROWS_PER_PART rows each where parts run side by side, else what memory allows."""
-        config, rows = self.bundle.config, images * branches
-        row_bytes = 8 * config.layers * config.patches * config.width
-        count = math.ceil(images / max(1, CACHE_BYTES // (branches * row_bytes)))
-        if not self._wide:
-            rows_per_part = min(ROWS_PER_PART, max(LEAST_ROWS_PER_PART, PART_CACHE_BYTES // row_bytes))
-            rounds = math.ceil(rows / (rows_per_part * self.workers))
-            count = max(count, min(rounds * self.workers, rows // LEAST_ROWS_PER_PART, images))
-        edges = [images * i // count for i in range(count + 1)]
-        return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+    def to_host(self, given: object) -> object:
+        """What was given."""
+        return given
+
+    def invert(
+        self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
+    ) -> tuple[Floats, tuple[BlockReport, ...]]:
+        """Invert blocks one after the other, each from what the one before made."""
+        x, reports = noise, []
+        for number, turn in enumerate(turns):
+            on_done = None if on_step is None else functools.partial(on_step, number)
+            is_reversed = self.bundle.blocks[turn.block].is_reversed
+            ordered = x[:, ::-1] if is_reversed else x
+            if isinstance(turn.strategy, Sequential):
+                ordered, report = self._sequential(turn, ordered, conditions, on_done)
+            else:
+                ordered, report = self._parallel(turn, turn.strategy, ordered, conditions, on_done)
+            x = np.ascontiguousarray(ordered[:, ::-1] if is_reversed else ordered)
+            reports.append(report)
+        return x, tuple(reports)
 
     def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
         """Patches [B, N, D], labels [B] -> (z [B, N, D], log|det| [B], nats) of one block."""
-        z, log_det = self._run(block, "forward", ("z", "log_det"), patches=patches, labels=labels)
+        z, log_det = self._run(block, "forward", {"z": patches.shape, "log_det": patches.shape[:1]}, patches, labels)
         return z, log_det
 
-    def gradient(self, block: int, patches: Floats, cotangent: Floats, labels: Integers | None) -> Floats:
-        """Derivative of (cotangent . z + log|det|) of one block with respect to its `patches`, [B, N, D]."""
-        arrays = {"patches": patches, "cotangent": cotangent, "labels": labels}
-        return self._run(block, "gradient", ("gradient",), **arrays)[0]
-
-    def vjp_images(self) -> int:
-        """Images of one part whose activations of all blocks fit into VJP_BYTES; 0 where one image's do not."""
-        config = self.bundle.config
-        if self.bundle.dtype != "float32" or not config.nvp:
-            return 0  # the cut needs one dtype throughout, and the scale
-        layer_bytes = 4 * config.patches * (config.heads * config.patches + 9 * config.width)
-        return VJP_BYTES // (self.workers * config.blocks * config.layers * layer_bytes)
-
     def vjp(
-        self, block: int, patches: Floats, labels: Integers | None, *, alone: bool
-    ) -> tuple[Floats, Callable[[Floats], Floats]]:
-        """Patches [B, N, D] -> z [B, N, D] and the way back: cotangent -> `gradient` of these patches, once."""
-        split = self._open_vjp(block, self._threads_of(alone))
-        if split is not None:
-            return split.run(patches, labels)
-        z, _ = self.forward(block, patches, labels)
-        return z, lambda cotangent: self.gradient(block, patches, cotangent, labels)
+        self, blocks: Sequence[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
+    ) -> tuple[Floats, Floats]:
+        """Patches -> (z after these blocks, d/d patches of (c . z + sum of log|det|)) with c = `cotangent`(z).
 
-    def window(self, block: int, patches: Floats, noise: Floats, labels: Integers | None) -> Floats:
-        """The step graph on N - 1 patches at once: finished patches [B, N, D] -> patches 1 .. N-1, block order."""
-        config, batch = self.bundle.config, len(patches)
-        ordered = patches[:, ::-1] if self._is_reversed(block) else patches
-        cache = np.zeros((batch, config.heads, config.patches, config.head_dim), self.bundle.cache_dtype)
-        feeds: dict[str, Any] = {
-            f"{kind}_{layer}": cache for layer in range(config.layers) for kind in ("key", "value")
-        }
-        feeds |= {
-            "patches": np.ascontiguousarray(ordered[:, :-1]),
-            "noise": np.ascontiguousarray(noise),
-            "guidance": np.zeros((2, config.patches), np.float32),
-            "position": np.zeros(batch, np.int64),
-            "inverse_temperature": np.ones(1, np.float32),
-        }
-        if labels is not None:
-            feeds["labels"] = labels[None]
-        return np.asarray(self._open(block, "step", self._operator_threads).run(feeds, ("next",))[0])
+        The batch is cut into pieces whose activations can be kept, which run side by side.
+        """
+        size = self._vjp_images(len(blocks))
+        if not size:
+            return vjp_recomputed(self.forward, self._gradient, blocks, patches, labels, cotangent)
+        count = math.ceil(len(patches) / min(size, math.ceil(len(patches) / self._workers)))
+        threads = self._threads_of(alone=count == 1)
 
-    def stepper(
-        self,
-        block: int,
-        *,
-        noise: Floats,
-        labels: Integers | None,
-        guidance: Floats,
-        inverse_temperature: Floats,
-        alone: bool,
-    ) -> Stepper:
-        """Start an inverse: noise [B, N, D], labels [G, B], guidance [2, N], inverse_temperature [G]."""
-        inputs = StepInputs(
-            noise=noise,
-            labels=labels,
-            guidance=guidance,
-            inverse_temperature=inverse_temperature,
-            is_reversed=self._is_reversed(block),
-            cache_dtype=self.bundle.cache_dtype,
-        )
-        opened = self._open_rewritten(block, inputs, windows=False, threads=self._threads_of(alone))
-        if opened is None:
-            return PortableStepper(self._open(block, "step", self._operator_threads), self.bundle.config, inputs)
-        session, tables = opened
-        return SequentialStepper(session, self.bundle.config, inputs, tables, self._caches)
+        def run(piece: slice) -> tuple[Floats, Floats]:
+            x, y, ways_back = patches[piece], None if labels is None else labels[piece], []
+            for block in blocks:
+                x, way_back = self._half(block, x, y, threads)
+                ways_back.append(way_back)
+            g = cotangent(x, piece)
+            while ways_back:
+                g = ways_back.pop()(g)
+            return x, g
 
-    def windows(
-        self,
-        block: int,
-        *,
-        noise: Floats,
-        labels: Integers | None,
-        guidance: Floats,
-        inverse_temperature: Floats,
-        alone: bool,
-    ) -> Windows:
-        """Start an inverse by windows of one image: noise [N, D] in block order, labels [G], the others as above."""
-        inputs = StepInputs(
-            noise=noise[None],
-            labels=None if labels is None else labels[:, None],
-            guidance=guidance,
-            inverse_temperature=inverse_temperature,
-            is_reversed=self._is_reversed(block),
-            cache_dtype=self.bundle.cache_dtype,
-        )
-        opened = self._open_rewritten(block, inputs, windows=True, threads=self._threads_of(alone))
-        if opened is None:
-            return PortableWindows(self._open(block, "step", self._operator_threads), self.bundle.config, inputs)
-        session, tables = opened
-        return RewrittenWindows(session, self.bundle.config, inputs, tables)
+        pieces = list(_cut(len(patches), count))
+        if count == 1:
+            return run(pieces[0])
+        with ThreadPoolExecutor(min(self._workers, count), thread_name_prefix="tarflow") as pool:
+            z, gradient = zip(*pool.map(run, pieces), strict=True)
+        return np.concatenate(z), np.concatenate(gradient)
 
     def report(self) -> Mapping[str, Any]:
-        """Versions, threads, and why a step graph runs without its rewrites, if one does."""
+        """Version, threads and device."""
         return {
             "engine": self.name,
             "onnxruntime": self._version,
             "threads": self._threads,
-            "weights": "int8" if self._int8 else self.bundle.dtype,
+            "weights": self.precision,
             "device": f"{cpu_name()}, {self._threads} CPUs",
-            "step_graph": "portable" if any(key[1] != "vjp" for key in self._declined) else "rewritten",
-            "declined": sorted({f"block {key[0]}: {reason}" for key, reason in self._declined.items()}),
         }
 
     def close(self) -> None:
@@ -227,117 +185,182 @@ class OrtCpuEngine:
             self._tables.clear()
             self._caches.clear()
 
+    def _sequential(
+        self, turn: Turn, noise: Floats, conditions: Conditions, on_step: Callable[[int], object] | None
+    ) -> tuple[Floats, BlockReport]:
+        """One patch after the other, in block order."""
+        last = noise.shape[1] - 1
+        steps = last if turn.steps is None else min(turn.steps, last)
+        parts = self._parts(conditions)
+
+        def start(number: int) -> SequentialStepper:
+            part = parts[number]
+            session, inputs = self._open_step(turn.block, "step", part, noise, conditions, alone=len(parts) == 1)
+            return SequentialStepper(session, inputs, self._caches)
+
+        made = invert_sequentially(start, parts=len(parts), steps=steps, workers=self._workers, on_step=on_step)
+        report = BlockReport(block=turn.block, strategy=turn.strategy, calls=(steps,) * len(noise))
+        if len(parts) == 1:
+            return made[0], report
+        x = np.empty_like(noise)
+        for part, patches in zip(parts, made, strict=True):
+            x[part.images] = patches
+        return x, report
+
+    def _parallel(
+        self,
+        turn: Turn,
+        strategy: Parallel,
+        noise: Floats,
+        conditions: Conditions,
+        on_step: Callable[[int], object] | None,
+    ) -> tuple[Floats, BlockReport]:
+        """Windows of patches, each image by itself, in block order."""
+        is_reversed = self.bundle.blocks[turn.block].is_reversed
+        if turn.start is not None and is_reversed:
+            turn = dataclasses.replace(turn, start=turn.start[:, ::-1])
+        forms = _forms(conditions)
+
+        def start(image: int) -> ImageWindows:
+            part = _Part(str(forms[image]), slice(image, image + 1))
+            session, inputs = self._open_step(turn.block, "window", part, noise, conditions, alone=len(noise) == 1)
+            return ImageWindows(session, inputs)
+
+        return invert_in_parallel(start, noise, turn, strategy, workers=self._workers, on_step=on_step)
+
+    def _parts(self, conditions: Conditions) -> list[_Part]:
+        """How a batch is cut: images of one form together, in equal parts.
+
+        At most about ROWS_PER_PART rows each where parts run side by side, else what memory allows.
+        """
+        forms = _forms(conditions)
+        kinds = sorted(set(forms.tolist()))
+        if len(kinds) == 1:
+            cuts = self._cuts(len(forms), 2 if kinds[0] else 1)
+            return [_Part(kinds[0], piece) for piece in cuts]
+        parts = []
+        for form in kinds:
+            images = np.flatnonzero(forms == form)
+            parts += [_Part(form, images[piece]) for piece in self._cuts(len(images), 2 if form else 1)]
+        return parts
+
+    def _cuts(self, images: int, branches: int) -> Iterator[slice]:
+        config, rows = self.bundle.config, images * branches
+        row_bytes = 8 * config.layers * config.patches * config.width
+        count = math.ceil(images / max(1, CACHE_BYTES // (branches * row_bytes)))
+        if not self._wide:
+            rows_per_part = min(ROWS_PER_PART, max(LEAST_ROWS_PER_PART, PART_CACHE_BYTES // row_bytes))
+            rounds = math.ceil(rows / (rows_per_part * self._workers))
+            count = max(count, min(rounds * self._workers, rows // LEAST_ROWS_PER_PART, images))
+        return _cut(images, count)
+
+    def _open_step(
+        self, block: int, kind: str, part: _Part, noise: Floats, conditions: Conditions, *, alone: bool
+    ) -> tuple[Session, StepInputs]:
+        """The session of the graph that takes these images, and what it starts from; noise is in block order."""
+        session = self._open(block, self.provider, kind + part.form, self._threads_of(alone))
+        with self._lock:
+            tables = self._tables.get(block)
+            if tables is None:
+                tables = self._tables[block] = Tables.of(self.bundle, block)
+        given = conditions.of(part.images, part.branches)
+        return session, StepInputs(bundle=self.bundle, tables=tables, noise=noise[part.images], conditions=given)
+
+    def _vjp_images(self, blocks: int) -> int:
+        """Images of one piece whose activations of so many blocks can be kept; 0 where one image's do not."""
+        config = self.bundle.config
+        layer_bytes = 4 * config.patches * (config.heads * config.patches + 9 * config.width)
+        return self._limits.activations // (self._workers * blocks * config.layers * layer_bytes)
+
+    def _half(
+        self, block: int, patches: Floats, labels: Integers | None, threads: int
+    ) -> tuple[Floats, Callable[[Floats], Floats]]:
+        """z of a block and its way back, to be called once; what passes between the two is never copied."""
+        ahead = self._open(block, self.provider, "vjp_forward", threads)
+        backward = self._open(block, self.provider, "vjp_backward", threads)
+        kept = ahead.run_values({}, ahead.outputs, _given(patches=patches, labels=labels))
+        del kept["log_det"]
+        z = ahead.checked("z", kept.pop("z").numpy(), patches.shape)
+
+        def way_back(cotangent: Floats) -> Floats:
+            made = backward.run_values(kept, ["gradient"], _given(cotangent=cotangent))
+            kept.clear()
+            return backward.checked("gradient", made["gradient"].numpy(), patches.shape)
+
+        return z, way_back
+
+    def _gradient(self, block: int, patches: Floats, cotangent: Floats, labels: Integers | None) -> Floats:
+        """Derivative of (cotangent . z + log|det|) of one block with respect to its `patches`, [B, N, D]."""
+        return self._run(block, "gradient", {"gradient": patches.shape}, patches, labels, cotangent=cotangent)[0]
+
     def _threads_of(self, alone: bool) -> int:
         """Threads inside the operators of a part that runs alone or beside others."""
-        return self._threads if alone and self._block_bytes >= ALONE_THREADS_BYTES else self._operator_threads
+        return self._threads if alone and self.bundle.block_bytes >= ALONE_THREADS_BYTES else self._operator_threads
 
-    def _is_reversed(self, block: int) -> bool:
-        return self.bundle.blocks[block].order == "reversed"
-
-    def _run(self, block: int, kind: str, outputs: tuple[str, ...], **arrays: Any) -> list[npt.NDArray[Any]]:
-        """Run a forward or gradient graph on a whole batch: a few images at a time, side by side where that is faster.
+    def _run(
+        self,
+        block: int,
+        kind: str,
+        outputs: Mapping[str, tuple[int, ...]],
+        patches: Floats,
+        labels: Integers | None,
+        **arrays: Floats,
+    ) -> list[Floats]:
+        """Run a portable graph on a whole batch: a few images at a time, side by side where that is faster.
 
         The activations of all runs together stay within ACTIVATION_BYTES, or are those of one image each.
         """
-        config, batch = self.bundle.config, len(arrays["patches"])
-        given = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
+        config, batch = self.bundle.config, len(patches)
+        given = _given(patches=patches, labels=labels, **arrays)
         image_bytes = 4 * config.patches * (4 * config.heads * config.patches + 20 * config.width)
-        size = max(1, min(ACTIVATION_BYTES // (image_bytes * self.workers), math.ceil(batch / self.workers)))
+        size = max(1, min(ACTIVATION_BYTES // (image_bytes * self._workers), math.ceil(batch / self._workers)))
         pieces = [{name: array[i : i + size] for name, array in given.items()} for i in range(0, batch, size)]
-        session = self._open(block, kind, self._threads_of(alone=len(pieces) == 1))
-        if len(pieces) == 1 or self.workers == 1:
-            results = [session.run(piece, outputs) for piece in pieces]
+        session = self._open(block, PORTABLE, kind, self._threads_of(alone=len(pieces) == 1))
+        if len(pieces) == 1 or self._workers == 1:
+            results = [session.run(piece, list(outputs)) for piece in pieces]
         else:
-            with ThreadPoolExecutor(min(self.workers, len(pieces)), thread_name_prefix="tarflow") as pool:
-                results = list(pool.map(lambda piece: session.run(piece, outputs), pieces))
-        return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
+            with ThreadPoolExecutor(min(self._workers, len(pieces)), thread_name_prefix="tarflow") as pool:
+                results = list(pool.map(lambda piece: session.run(piece, list(outputs)), pieces))
+        made = [np.concatenate(parts) for parts in zip(*results, strict=True)]
+        return [session.checked(name, array, outputs[name]) for name, array in zip(outputs, made, strict=True)]
 
-    def _open(self, block: int, kind: str, threads: int) -> Session:
-        """The session of a graph as the bundle has it, with `threads` inside its operators."""
-
-        def make() -> Session:
-            path: Path = getattr(self.bundle.blocks[block], kind)
-            self._parse(block, path)
-            return Session(path, folder=path.parent, threads=threads, spinning=kind == "step")
-
+    def _open(self, block: int, provider: str, kind: str, threads: int) -> Session:
+        """The session of a graph of a block; the one used longest ago goes when many are open."""
+        key = (block, f"{provider}/{kind}", threads)
         with self._lock:
-            return self._cached(block, (kind, threads), make)
+            if self._closed:
+                raise EngineError("the engine is closed", hint="load the bundle again")
+            session = self._sessions.pop(key, None)
+            if session is None:
+                path = self.bundle.graph(provider, kind, block)
+                if key[1] not in self._graphs:  # the same bytes for every block
+                    self._graphs[key[1]] = self.bundle.read(path)
+                session = Session(
+                    self._graphs[key[1]],
+                    name=self.bundle.name(path),
+                    folder=self.bundle.blocks[block].weights.parent,
+                    threads=threads,
+                    spinning=kind.startswith(SPINNING),
+                )
+            self._sessions[key] = session
+            while len(self._sessions) > max(1, self._limits.sessions // self.bundle.block_bytes):
+                del self._sessions[next(iter(self._sessions))]
+            return session
 
-    def _open_vjp(self, block: int, threads: int) -> SplitBlock | None:
-        """The sessions of both halves of the gradient graph; None where it is not of the form that can be cut."""
-        path = self.bundle.blocks[block].gradient
 
-        def opener(half: str) -> Callable[[], Session]:
-            return lambda: Session(getattr(halves(), half), folder=path.parent, threads=threads, spinning=False)
+def _forms(conditions: Conditions) -> npt.NDArray[np.str_]:
+    """What the name of the graph that takes each image ends with, [B]."""
+    guided = conditions.guidance.any(axis=(1, 2)) & (conditions.branches == 2)
+    tempered = (conditions.inverse_temperature != 1.0).any(axis=0)
+    return np.where(guided, np.where(tempered, "_tempered", "_guided"), "")
 
-        @functools.cache
-        def halves() -> SplitGradient:
-            return split_gradient(self._parse(block, path))
 
-        with self._lock:
-            if (block, "vjp") in self._declined:
-                return None
-            try:
-                kinds = [("vjp", half, threads) for half in ("forward", "backward")]
-                return SplitBlock(*(self._cached(block, kind, opener(kind[1])) for kind in kinds))
-            except PatternMismatch as error:
-                self._declined[(block, "vjp")] = str(error)
-                return None
+def _cut(images: int, count: int) -> Iterator[slice]:
+    """`count` equal slices of the images, in order."""
+    edges = [images * i // count for i in range(count + 1)]
+    return (slice(start, stop) for start, stop in itertools.pairwise(edges))
 
-    def _parse(self, block: int, path: Path) -> Any:
-        """The graph as a ModelProto, all of its external tensors in the block's weights."""
-        model = proto.parse_model(path.read_bytes(), where=str(path))
-        proto.check_external_data(model, self.bundle.blocks[block].weights, where=str(path))
-        return model
 
-    def _open_rewritten(
-        self, block: int, inputs: StepInputs, *, windows: bool, threads: int
-    ) -> tuple[Session, SequentialTables] | None:
-        """The session of the rewritten step graph and its tables; None where the rewrites or ONNX Runtime declined."""
-        temperature = bool(np.any(inputs.inverse_temperature != 1.0))
-        kind = (inputs.branches, temperature, windows)
-
-        def make() -> Session:
-            model, files = self._rewrite(block, *kind), self.bundle.blocks[block]
-            if not self._int8:
-                return Session(model, folder=files.step.parent, threads=threads)
-            with tempfile.TemporaryDirectory(prefix="tarflow-", ignore_cleanup_errors=True) as name:
-                model = int8_weights.rewrite(model, self.bundle.config, files.weights, folder=Path(name))
-                return Session(model, folder=Path(name), threads=threads)
-
-        with self._lock:
-            if (block, *kind) in self._declined:
-                return None
-            try:
-                return self._cached(block, (*kind, threads), make), self._tables[block]
-            except (PatternMismatch, EngineError) as error:
-                if self._closed:
-                    raise
-                if self._int8:
-                    raise EngineError(
-                        f"block {block} cannot run with int8 weights: {error}", hint="use the weights as stored"
-                    ) from error
-                self._declined[(block, *kind)] = str(error)
-                return None
-
-    def _rewrite(self, block: int, branches: int, temperature: bool, windows: bool) -> bytes:
-        """The rewritten step graph of a block; its tables are read on the way."""
-        files = self.bundle.blocks[block]
-        model = self._parse(block, files.step)
-        graph = sequential_graph(model, self.bundle.config, branches=branches, temperature=temperature, windows=windows)
-        if block not in self._tables:
-            pos_embed = proto.external_array(graph.pos_embed, files.weights)
-            class_embed = None if graph.class_embed is None else proto.external_array(graph.class_embed, files.weights)
-            ordered = np.ascontiguousarray(pos_embed[::-1]) if self._is_reversed(block) else pos_embed
-            self._tables[block] = SequentialTables(pos_embed=ordered, class_embed=class_embed)
-        return graph.model
-
-    def _cached(self, block: int, key: tuple[object, ...], make: Callable[[], Session]) -> Session:
-        """The session under that key, opened when it is not there; the one used longest ago goes when many are."""
-        if self._closed:
-            raise EngineError("the engine is closed", hint="load the bundle again")
-        session = self._sessions.pop((block, *key), None) or make()
-        self._sessions[(block, *key)] = session
-        while len(self._sessions) > max(1, SESSIONS_BYTES // self._block_bytes):
-            del self._sessions[next(iter(self._sessions))]
-        return session
+def _given(**arrays: npt.NDArray[Any] | None) -> dict[str, npt.NDArray[Any]]:
+    """Inputs by name, contiguous, without those that are None."""
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
