@@ -78,19 +78,4 @@ double sigma_of(const Config& config, const char* remedy) {
                     remedy);
 }
 
-Plan plan_of(const tarflow_sample_options& options, const Config& config) {
-  if (options.strategies == nullptr || (options.strategies_length != 1 && options.strategies_length != config.blocks))
-    throw input_error("the plan has " + std::to_string(options.strategies != nullptr ? options.strategies_length : 0) +
-                          " strategies, the model " + std::to_string(config.blocks) + " blocks",
-                      "give one strategy for all blocks, or one for each");
-  Plan plan;
-  for (std::int64_t block = 0; block < config.blocks; ++block) {
-    const tarflow_strategy& one = options.strategies[options.strategies_length == 1 ? 0 : block];
-    if (one.window < 0) throw input_error("window must be at least 0, got " + std::to_string(one.window));
-    check_real("tolerance", one.tolerance, false);
-    plan.push_back({one.parallel != 0, one.window, one.tolerance, one.from_zeros != 0});
-  }
-  return plan;
-}
-
 }  // namespace tarflow::detail

@@ -24,7 +24,4 @@ Guidance guidance_of(const tarflow_sample_options& options, const Labels& labels
 /// Sigma of the training noise; an error that ends with `remedy` when it is not known.
 double sigma_of(const Config& config, const char* remedy);
 
-/// The strategies of TARFLOW_DECODE_PLAN, one for each block.
-Plan plan_of(const tarflow_sample_options& options, const Config& config);
-
 }  // namespace tarflow::detail

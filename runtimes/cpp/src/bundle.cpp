@@ -1,152 +1,119 @@
 #include "bundle.hpp"
 
-#include <sys/stat.h>
-
 #include <algorithm>
-#include <climits>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <fstream>
-#include <map>
-#include <memory>
-#include <nlohmann/json.hpp>
 #include <set>
 
-#include "error.hpp"
-#include "sha256.hpp"
+#include "manifest_fields.hpp"
 
 namespace tarflow::detail {
 namespace {
 
-using Json = nlohmann::json;
-
-constexpr const char* kFetch = "export the checkpoint again, or fetch the bundle again";
-constexpr const char* kUnsafe = "do not use this bundle; fetch it from its source";
-constexpr std::int64_t kLargest = 1 << 20;  // of every number of the configuration
 // Of blocks * layers * patches^2 * width, and of an image's values: the engine's counts of bytes then fit 64 bits, also
 // for 4096 processors and 2^31 images.
 constexpr double kLargestModel = 0x1p44;
 constexpr std::int64_t kLargestImage = std::int64_t{1} << 31;
+constexpr std::int64_t kMostLayers = 4096;  // two caches each
+constexpr std::int64_t kAlignment = 64;  // of a tensor in weights.bin
 
-std::string name_of(const std::string& root) { return root.substr(root.rfind('/') + 1); }
-
-/// A JSON object that is read field by field, with errors that name the field.
-struct Fields {
-  const Json& data;
-  const std::string& root;
-  std::string where;
-
-  Error error(const std::string& name, const std::string& problem) const {
-    return bundle_error("bundle " + name_of(root) + ": manifest.json: " + where + name + " " + problem, kFetch);
-  }
-  const Json& value(const std::string& name, bool (*is)(const Json&), const char* kind) const {
-    const auto found = data.find(name);
-    if (found == data.end()) throw error(name, "is missing");
-    if (!is(*found)) throw error(name, std::string("must be of type ") + kind + ", got " + found->type_name());
-    return *found;
-  }
-  bool has(const std::string& name) const { return data.contains(name) && !data.at(name).is_null(); }
-  std::int64_t integer(const std::string& name) const {
-    const Json& found = value(name, [](const Json& v) { return v.is_number_integer(); }, "integer");
-    if (found.is_number_unsigned() && found.get<std::uint64_t>() > static_cast<std::uint64_t>(INT64_MAX))
-      throw error(name, "is too large");
-    return found.get<std::int64_t>();
-  }
-  std::int64_t count(const std::string& name, std::int64_t minimum = 1, std::int64_t maximum = kLargest) const {
-    const std::int64_t number = integer(name);
-    if (number < minimum || number > maximum)
-      throw error(name, "must be " + std::to_string(minimum) + " to " + std::to_string(maximum) + ", got " +
-                            std::to_string(number));
-    return number;
-  }
-  std::string text(const std::string& name) const {
-    return value(name, [](const Json& v) { return v.is_string(); }, "string").get<std::string>();
-  }
-  std::string choice(const std::string& name, const std::string& one, const std::string& other) const {
-    const std::string found = text(name);
-    if (found != one && found != other) throw error(name, "must be " + one + " or " + other + ", got '" + found + "'");
-    return found;
-  }
-  const Json& list(const std::string& name) const {
-    return value(name, [](const Json& v) { return v.is_array(); }, "list");
-  }
-  Fields child(const std::string& name) const {
-    return {value(name, [](const Json& v) { return v.is_object(); }, "object"), root, where + name + "."};
-  }
-};
-
-/// The absolute path of the bundle's file `name`; refuses to leave the directory or to follow a link.
-std::string confined(const std::string& root, const std::string& name) {
-  const auto refuse = [&](const std::string& problem) {
-    return bundle_error("bundle " + name_of(root) + ": path '" + name + "' " + problem, kUnsafe);
+Json parse(const std::string& root, const std::string& raw) {
+  Json data;
+  const auto refuse = [&](const std::string& why) {
+    return bundle_problem(root, "manifest.json is not UTF-8 JSON: " + why);
   };
-  if (name.empty() || name.front() == '/' || name.find_first_of(std::string("\\:\0", 3)) != std::string::npos)
-    throw refuse("is not a relative path with forward slashes");
-  std::string here = root;
-  struct stat status = {};
-  for (std::size_t start = 0; start <= name.size();) {
-    const std::size_t end = std::min(name.find('/', start), name.size());
-    const std::string part = name.substr(start, end - start);
-    if (part.empty() || part == "." || part == "..")
-      throw refuse("leaves the bundle directory or is not in its plain form");
-    here += "/" + part;
-    if (lstat(here.c_str(), &status) != 0)
-      throw bundle_error("bundle " + name_of(root) + ": file " + name + " is missing", kFetch);
-    if (S_ISLNK(status.st_mode)) throw refuse("passes through a symbolic link");
-    start = end + 1;
+  if (raw.compare(0, 3, "\xef\xbb\xbf") == 0) throw refuse("it starts with a byte order mark");
+  try {
+    data = Json::parse(raw);
+  } catch (const Json::exception& error) {
+    throw refuse(error.what());
   }
-  if (!S_ISREG(status.st_mode)) throw refuse("is not a regular file");
-  return here;
+  if (!data.is_object()) throw bundle_problem(root, "manifest.json must hold one JSON object");
+  return data;
 }
 
-std::string read_all(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::string bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (!file) throw bundle_error("cannot read " + path, kFetch);
-  return bytes;
+void check_version(const Fields& manifest) {
+  if (manifest.text("format") != "tarflow-bundle") throw manifest.error("format", "must be 'tarflow-bundle'");
+  const std::int64_t version = manifest.integer("schema_version");
+  if (version != 2)
+    throw bundle_problem(manifest.root,
+                         "its schema_version is " + std::to_string(version) + ", this libtarflow reads 2",
+                         version > 2 ? "upgrade libtarflow"
+                                     : "make a new one: tarflow-export CHECKPOINT -o NAME.tarflow --overwrite");
 }
 
-std::string digest_of(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::vector<char> buffer(1 << 18);
-  Sha256 hash;
-  while (file) {
-    file.read(buffer.data(), static_cast<std::streamsize>(buffer.size()));
-    hash.update(buffer.data(), static_cast<std::size_t>(file.gcount()));
+std::vector<std::string> read_labels(const Fields& fields, std::int64_t classes) {
+  std::vector<std::string> labels;
+  if (!fields.has("labels")) return labels;
+  for (const Json& label : fields.list("labels")) {
+    if (!label.is_string()) throw fields.error("labels", "must be a list of names or null");
+    labels.push_back(label.get<std::string>());
   }
-  if (!file.eof()) throw bundle_error("cannot read " + path, kFetch);
-  return hash.finish();
+  const std::set<std::string> different(labels.begin(), labels.end());
+  if (static_cast<std::int64_t>(labels.size()) != classes || different.size() != labels.size())
+    throw fields.error("labels", "must be " + std::to_string(classes) + " different names");
+  return labels;
 }
 
-using Files = std::map<std::string, std::string>;
+Config read_config(const Fields& fields, bool is_tokens) {
+  Config c{};
+  c.is_tokens = is_tokens;
+  if (is_tokens) {
+    c.patches = fields.count("tokens", 2);
+    c.patch_values = fields.count("token_values");
+  } else {
+    c.image_size = fields.count("image_size");
+    c.image_channels = fields.count("image_channels");
+    c.patch_size = fields.count("patch_size");
+    if (c.image_size % c.patch_size != 0 || c.image_size == c.patch_size)
+      throw fields.error("patch_size", "does not cut the image into two patches or more");
+    c.patches = (c.image_size / c.patch_size) * (c.image_size / c.patch_size);
+    c.patch_values = c.image_channels * c.patch_size * c.patch_size;
+  }
+  c.width = fields.count("width");
+  c.blocks = fields.count("blocks");
+  c.layers = fields.count("layers", 1, kMostLayers);
+  c.head_dim = fields.count("head_dim");
+  if (c.width % c.head_dim != 0) throw fields.error("head_dim", "does not divide the width");
+  const auto patches = static_cast<double>(c.patches);
+  const double size = static_cast<double>(c.blocks * c.layers) * patches * patches * static_cast<double>(c.width);
+  if (size > kLargestModel || c.patch_values > kLargestImage / c.patches)
+    throw fields.error("width", "or another size is too large");
+  c.classes = fields.count("classes", 0);
+  c.nvp = fields.boolean("nvp");
+  c.noise = fields.choice("noise", {"gaussian", "uniform"});
+  if (fields.has("noise_std")) {
+    c.noise_std = fields.number("noise_std");
+    if (!std::isfinite(c.noise_std) || c.noise_std <= 0.0) throw fields.error("noise_std", "must be positive");
+  }
+  c.labels = read_labels(fields, c.classes);
+  return c;
+}
 
-Files check_files(const std::string& root, const Fields& fields, bool verify_digests) {
-  Files paths;
+std::string read_precision(const Fields& manifest) {
+  std::string precision = manifest.choice("precision", {"float32", "float16", "bfloat16", "int8"});
+  if (precision == "bfloat16")
+    throw bundle_problem(manifest.root, "its precision is bfloat16, in which no processor computes",
+                         "run it on a GPU from Python, or export the checkpoint in float32, float16 or int8");
+  return precision;
+}
+
+Files read_files(const Fields& fields, bool verify_digests) {
+  Files files;
   for (const auto& item : fields.data.items()) {
-    const std::string& name = item.key();
-    const Fields entry = fields.child(name);
+    const Fields entry = fields.child(item.key());
     const std::int64_t size = entry.count("size", 0, INT64_MAX);
-    std::string expected = entry.text("sha256");
-    const std::string path = confined(root, name);
-    struct stat status = {};
-    if (stat(path.c_str(), &status) != 0)
-      throw bundle_error("bundle " + name_of(root) + ": file " + name + " is missing", kFetch);
-    if (status.st_size != size)
-      throw bundle_error("bundle " + name_of(root) + ": file " + name + " has " + std::to_string(status.st_size) +
-                             " bytes, the manifest says " + std::to_string(size),
-                         kFetch);
-    for (char& c : expected) c = c >= 'A' && c <= 'F' ? static_cast<char>(c - 'A' + 'a') : c;
-    if (verify_digests && digest_of(path) != expected)
-      throw bundle_error("bundle " + name_of(root) + ": file " + name +
-                             " is damaged: its SHA-256 differs from the manifest",
-                         kFetch);
-    paths[name] = path;
+    std::string sha256 = entry.text("sha256");
+    for (char& c : sha256) c = c >= 'A' && c <= 'F' ? static_cast<char>(c - 'A' + 'a') : c;
+    const File file{confined(fields.root, item.key()), size, sha256};
+    check_file(fields.root, item.key(), file, verify_digests);
+    files[item.key()] = file;
   }
-  return paths;
+  check_unlisted(fields.root, files);
+  return files;
 }
 
-std::string file_of(const Fields& fields, const std::string& name, const Files& files) {
+const File& file_of(const Fields& fields, const std::string& name, const Files& files) {
   const std::string path = fields.text(name);
   const auto found = files.find(path);
   if (found != files.end()) return found->second;
@@ -154,84 +121,193 @@ std::string file_of(const Fields& fields, const std::string& name, const Files& 
   throw fields.error(name, "names '" + path + "', which is not in the list of files");
 }
 
-Config read_config(const Fields& fields) {
-  Config c{};
-  c.image_size = fields.count("image_size");
-  c.image_channels = fields.count("image_channels");
-  c.patch_size = fields.count("patch_size");
-  c.width = fields.count("width");
-  c.blocks = fields.count("blocks");
-  c.layers = fields.count("layers");
-  c.head_dim = fields.count("head_dim");
-  c.classes = fields.count("classes", 0);
-  c.nvp = fields.value("nvp", [](const Json& v) { return v.is_boolean(); }, "boolean").get<bool>();
-  c.noise = fields.choice("noise", "gaussian", "uniform");
-  if (fields.has("noise_std")) {
-    c.noise_std = fields.value("noise_std", [](const Json& v) { return v.is_number(); }, "number").get<double>();
-    if (!std::isfinite(c.noise_std) || c.noise_std <= 0.0) throw fields.error("noise_std", "must be positive");
-  }
-  if (c.image_size % c.patch_size != 0 || c.width % c.head_dim != 0 || c.patches() < 2)
-    throw fields.error("patch_size", "or head_dim does not divide the image or the width");
-  const auto patches = static_cast<double>(c.patches());
-  const double size = static_cast<double>(c.blocks * c.layers) * patches * patches * static_cast<double>(c.width);
-  if (size > kLargestModel || c.dims() > kLargestImage) throw fields.error("width", "or another size is too large");
-  if (fields.has("labels")) {
-    for (const Json& label : fields.list("labels")) {
-      if (!label.is_string()) throw fields.error("labels", "must be a list of names or null");
-      c.labels.push_back(label.get<std::string>());
-    }
-    const std::set<std::string> different(c.labels.begin(), c.labels.end());
-    if (static_cast<std::int64_t>(c.labels.size()) != c.classes || different.size() != c.labels.size())
-      throw fields.error("labels", "must be " + std::to_string(c.classes) + " different names");
-  }
-  return c;
-}
-
-bool read_cache(const Fields& fields, const Config& config) {
+void check_cache(const Fields& fields, const Config& config, const std::string& dtype) {
   const std::pair<const char*, std::int64_t> expected[] = {{"layers", config.layers},
                                                            {"heads", config.heads()},
-                                                           {"patches", config.patches()},
+                                                           {"patches", config.patches},
                                                            {"head_dim", config.head_dim}};
   for (const auto& [name, value] : expected) {
     if (fields.integer(name) != value)
       throw fields.error(name, "contradicts config: expected " + std::to_string(value));
   }
   if (fields.list("layout") != Json({"R", "H", "N", "E"})) throw fields.error("layout", "must be R, H, N, E");
-  return fields.choice("dtype", "float32", "float16") == "float16";
+  if (fields.text("dtype") != dtype) throw fields.error("dtype", "contradicts the precision: expected " + dtype);
 }
 
-std::string folder_of(const std::string& path) { return path.substr(0, path.rfind('/')); }
+// ---- the tensors ----
+
+std::int64_t size_of(const std::string& dtype) {
+  return dtype == "int64" ? 8 : dtype == "float32" ? 4 : dtype == "uint8" ? 1 : 2;
+}
+
+/// A tensor that lies within `size` bytes, and takes as many as its dtype and shape say.
+Tensor read_tensor(const Fields& fields, std::int64_t size) {
+  Tensor tensor{fields.choice("dtype", {"float32", "float16", "bfloat16", "int64", "uint8"}), {}, 0, 0};
+  std::int64_t bytes = size_of(tensor.dtype);
+  for (const Json& length : fields.list("shape")) {
+    if (!length.is_number_integer()) throw fields.error("shape", "must be a list of integers");
+    tensor.shape.push_back(length.get<std::int64_t>());
+    if (tensor.shape.back() < 1 || tensor.shape.back() > size / bytes)
+      throw fields.error("shape", "does not fit into the weights");
+    bytes *= tensor.shape.back();
+  }
+  tensor.offset = fields.count("offset", 0, size);
+  tensor.bytes = fields.count("bytes", 0, size);
+  if (tensor.bytes != bytes) throw fields.error("bytes", "must be " + std::to_string(bytes) + " for its dtype and shape");
+  if (tensor.offset % kAlignment != 0 || tensor.bytes > size - tensor.offset)
+    throw fields.error("offset", "must be a multiple of 64 within the weights of every block");
+  return tensor;
+}
+
+std::map<std::string, Tensor> read_tensors(const Fields& fields, const Config& config,
+                                           const std::vector<Block>& blocks) {
+  std::int64_t size = INT64_MAX;
+  for (const Block& block : blocks) size = std::min(size, block.bytes);
+  std::map<std::string, Tensor> tensors;
+  for (const auto& item : fields.data.items()) tensors[item.key()] = read_tensor(fields.child(item.key()), size);
+  const auto need = [&](const std::string& name, const std::string& dtype, const std::vector<std::int64_t>& shape) {
+    const auto found = tensors.find(name);
+    if (found == tensors.end()) throw fields.error(name, "is missing");
+    if (found->second.dtype != dtype || found->second.shape != shape)
+      throw fields.error(name, "must be " + dtype + " " + Json(shape).dump());
+  };
+  need("pos_embed", "float32", {config.patches, config.width});
+  if (config.classes != 0) need("class_embed", "float32", {config.classes + 1, config.width});
+  need("order", "int64", {config.patches});
+  return tensors;
+}
+
+// ---- the graphs ----
+
+/// What libtarflow binds to a graph and reads from it: the tables of docs/BUNDLE.md, all of them but what vjp_forward
+/// hands to vjp_backward.
+struct Signature {
+  std::vector<Array> inputs, outputs;
+};
+
+std::map<std::string, Signature> signatures(const Config& c, const std::string& cache_dtype) {
+  const auto number = [](std::int64_t value) { return std::to_string(value); };
+  const std::vector<std::string> whole = {"B", number(c.patches), number(c.patch_values)};
+  const Array patches{"patches", "float32", whole}, cotangent{"cotangent", "float32", whole},
+      z{"z", "float32", whole}, log_det{"log_det", "float32", {"B"}}, gradient{"gradient", "float32", whole};
+  std::vector<Array> labels;
+  if (c.classes != 0) labels.push_back({"labels", "int64", {"B"}});
+  const auto with_labels = [&](std::vector<Array> arrays) {
+    arrays.insert(arrays.end(), labels.begin(), labels.end());
+    return arrays;
+  };
+  Signature step{{{"rows", "float32", {"R", number(c.patch_values)}},
+                  {"embedding", "float32", {"R", number(c.width)}},
+                  {"z", "float32", {"B", number(c.patch_values)}},
+                  {"lengths", "int32", {"R"}},
+                  {"total", "int32", {"1"}}},
+                 {{"next", "float32", {"B", number(c.patch_values)}}}};
+  for (std::int64_t layer = 0; layer < c.layers; ++layer) {
+    for (const char* kind : {"key_", "value_"}) {
+      const Array cache{kind + number(layer), cache_dtype, {"R", number(c.heads()), number(c.patches), number(c.head_dim)}};
+      step.inputs.push_back(cache);
+      step.outputs.push_back({"next_" + cache.name, cache.dtype, cache.shape});
+    }
+  }
+  Signature guided = step;
+  guided.inputs.push_back({"g", "float32", {"B", number(c.nvp ? 2 * c.patch_values : c.patch_values)}});
+  Signature tempered = guided;
+  tempered.inputs.push_back({"query_factor", cache_dtype, {"R", number(3 * c.width)}});
+  return {{"forward", {with_labels({patches}), {z, log_det}}},
+          {"gradient", {with_labels({patches, cotangent}), {gradient}}},
+          {"step", step},
+          {"step_guided", guided},
+          {"step_tempered", tempered},
+          {"vjp_forward", {with_labels({patches}), {z, log_det}}},
+          {"vjp_backward", {{cotangent}, {gradient}}}};
+}
+
+std::vector<Array> read_arrays(const Fields& graph, const std::string& name) {
+  std::vector<Array> arrays;
+  for (const Fields& fields : graph.objects(name)) {
+    Array array{fields.text("name"), fields.text("dtype"), {}};
+    for (const Json& axis : fields.list("shape")) {
+      if (!axis.is_string() && !axis.is_number_integer())
+        throw fields.error("shape", "must be a list of numbers and letters");
+      array.shape.push_back(axis.is_string() ? axis.get<std::string>() : axis.dump());
+    }
+    arrays.push_back(std::move(array));
+  }
+  std::sort(arrays.begin(), arrays.end(), [](const Array& a, const Array& b) { return a.name < b.name; });
+  return arrays;
+}
+
+/// Refuses arrays that are not the expected ones; `more` says whether there may be others beside them.
+void check_arrays(const Fields& graph, const std::string& list, const std::vector<Array>& found,
+                  const std::vector<Array>& expected, bool more) {
+  for (const Array& array : expected) {
+    if (std::count(found.begin(), found.end(), array) != 1)
+      throw graph.error(list, "must have " + array.name + ", " + array.dtype + " " + Json(array.shape).dump());
+  }
+  if (!more && found.size() != expected.size())
+    throw graph.error(list, "must be " + std::to_string(expected.size()) + ", got " + std::to_string(found.size()));
+}
+
+/// The bytes of a graph, compared with the digest again: they are what ONNX Runtime will be given.
+std::shared_ptr<const std::string> read_graph(const std::string& root, const File& file, bool verify_digests) {
+  auto bytes = std::make_shared<const std::string>(read_file(file.path));
+  if (verify_digests && sha256_of(*bytes) != file.sha256)
+    throw bundle_problem(root, "file " + file.path.substr(root.size() + 1) + " changed while it was read");
+  return bytes;
+}
+
+/// The graphs that libtarflow runs. The portable ones lie beside every block, the same bytes each time.
+std::map<std::string, Graph> read_graphs(const Fields& manifest, const Bundle& bundle, const Files& files,
+                                         bool verify_digests) {
+  const Fields graphs = manifest.child("graphs"), portable = graphs.child("portable"), fast = graphs.child("ort-cpu");
+  const std::vector<Fields> blocks = manifest.objects("blocks");
+  std::map<std::string, Graph> made;
+  for (const auto& [kind, signature] : signatures(bundle.config, bundle.cache_dtype())) {
+    const bool is_portable = kind == "forward" || kind == "gradient";
+    const Fields fields = (is_portable ? portable : fast).child(kind);
+    const File& file = is_portable ? file_of(blocks.front(), kind, files) : file_of(fields, "file", files);
+    Graph graph{(is_portable ? "portable/" : "ort-cpu/") + kind, read_graph(manifest.root, file, verify_digests),
+                read_arrays(fields, "inputs"), read_arrays(fields, "outputs")};
+    check_arrays(fields, "inputs", graph.inputs, signature.inputs, kind == "vjp_backward");
+    check_arrays(fields, "outputs", graph.outputs, signature.outputs, kind == "vjp_forward");
+    for (const Fields& block : blocks) {
+      if (is_portable && file_of(block, kind, files).sha256 != file.sha256)
+        throw block.error(kind, "must be the same bytes in every block");
+    }
+    made.emplace(kind, std::move(graph));
+  }
+  std::vector<Array> kept = made.at("vjp_forward").outputs;
+  kept.push_back({"cotangent", "float32", made.at("gradient").outputs.front().shape});
+  for (const Array& array : made.at("vjp_backward").inputs) {
+    if (std::find(kept.begin(), kept.end(), array) == kept.end())
+      throw fast.child("vjp_backward").error("inputs", "has " + array.name + ", which vjp_forward does not give");
+  }
+  return made;
+}
 
 std::vector<Block> read_blocks(const Fields& manifest, const Config& config, const Files& files) {
-  const Json& entries = manifest.list("blocks");
-  if (static_cast<std::int64_t>(entries.size()) != config.blocks)
-    throw manifest.error("blocks", "must have " + std::to_string(config.blocks) + " entries, got " +
-                                       std::to_string(entries.size()));
+  const auto folder_of = [](const File& file) { return file.path.substr(0, file.path.rfind('/')); };
   std::vector<Block> blocks;
-  for (const Json& entry : entries) {
-    const std::string where = "blocks[" + std::to_string(blocks.size()) + "]";
-    if (!entry.is_object()) throw manifest.error(where, "must be an object");
-    const Fields fields{entry, manifest.root, where + "."};
-    Block block{fields.choice("order", "identity", "reversed") == "reversed", file_of(fields, "forward", files),
-                file_of(fields, "step", files), file_of(fields, "gradient", files), file_of(fields, "weights", files)};
-    for (const std::string* path : {&block.forward, &block.step, &block.gradient}) {
-      if (folder_of(*path) != folder_of(block.weights))
+  for (const Fields& fields : manifest.objects("blocks")) {
+    const File& weights = file_of(fields, "weights", files);
+    for (const char* kind : {"forward", "step", "gradient"}) {
+      if (folder_of(file_of(fields, kind, files)) != folder_of(weights))
         throw fields.error("weights", "must lie beside the graphs of its block");
     }
-    blocks.push_back(std::move(block));
+    blocks.push_back(
+        {fields.choice("order", {"identity", "reversed"}) == "reversed", folder_of(weights), weights.path, weights.size});
   }
+  if (static_cast<std::int64_t>(blocks.size()) != config.blocks)
+    throw manifest.error("blocks", "must have " + std::to_string(config.blocks) + " entries, got " +
+                                       std::to_string(blocks.size()));
   return blocks;
 }
 
 /// The .npy file of the prior: format version 1 to 3, little-endian float32 in C order.
 std::vector<float> read_prior(const Fields& manifest, const Config& config, const Files& files) {
   if (!manifest.has("prior")) return {};
-  const std::string bytes = read_all(file_of(manifest, "prior", files));
-  const auto refuse = [&](const std::string& problem) {
-    return bundle_error("bundle " + name_of(manifest.root) + ": prior " + problem, kFetch);
-  };
-  const std::string shape = "must be float32 [" + std::to_string(config.patches()) + ", " +
-                            std::to_string(config.patch_values()) + "]";
+  const std::string bytes = read_file(file_of(manifest, "prior", files).path);
+  const auto refuse = [&](const std::string& problem) { return bundle_problem(manifest.root, "prior " + problem); };
   if (bytes.size() < 12 || bytes.compare(0, 6, "\x93NUMPY") != 0) throw refuse("is not a NumPy array");
   const auto byte = [&](std::size_t i) { return static_cast<std::size_t>(static_cast<unsigned char>(bytes[i])); };
   const bool wide = byte(6) >= 2;
@@ -240,12 +316,11 @@ std::vector<float> read_prior(const Fields& manifest, const Config& config, cons
   if (length > bytes.size() - start) throw refuse("is not a NumPy array");
   std::string header = bytes.substr(start, length);
   header.erase(std::remove(header.begin(), header.end(), ' '), header.end());
-  const std::string expected =
-      "'shape':(" + std::to_string(config.patches()) + "," + std::to_string(config.patch_values()) + ")";
+  const std::string shape = std::to_string(config.patches) + "," + std::to_string(config.patch_values);
   if (header.find("'descr':'<f4'") == std::string::npos || header.find("'fortran_order':False") == std::string::npos ||
-      header.find(expected) == std::string::npos ||
+      header.find("'shape':(" + shape + ")") == std::string::npos ||
       bytes.size() - start - length != 4 * static_cast<std::size_t>(config.dims()))
-    throw refuse(shape);
+    throw refuse("must be float32 [" + shape + "]");
   std::vector<float> prior(static_cast<std::size_t>(config.dims()));
   std::memcpy(prior.data(), bytes.data() + start + length, 4 * prior.size());
   for (const float variance : prior) {
@@ -254,56 +329,35 @@ std::vector<float> read_prior(const Fields& manifest, const Config& config, cons
   return prior;
 }
 
-std::string resolve(const std::string& path) {
-  const std::unique_ptr<char, decltype(&std::free)> real(realpath(path.c_str(), nullptr), &std::free);
-  struct stat status = {};
-  if (!real || stat(real.get(), &status) != 0)
-    throw bundle_error("bundle " + path + ": no such directory", "check the path");
-  if (!S_ISDIR(status.st_mode))
-    throw bundle_error("bundle " + path + ": expected a directory, got a file", "name the NAME.tarflow directory");
-  return real.get();
-}
-
-Json parse(const std::string& root, const std::string& raw) {
-  Json data;
-  const auto refuse = [&](const std::string& why) {
-    return bundle_error("bundle " + name_of(root) + ": manifest.json is not UTF-8 JSON: " + why, kFetch);
-  };
-  if (raw.compare(0, 3, "\xef\xbb\xbf") == 0) throw refuse("it starts with a byte order mark");
-  try {
-    data = Json::parse(raw);
-  } catch (const Json::exception& error) {
-    throw refuse(error.what());
-  }
-  if (!data.is_object())
-    throw bundle_error("bundle " + name_of(root) + ": manifest.json must hold one JSON object", kFetch);
-  return data;
-}
-
 }  // namespace
 
+std::vector<float> Bundle::floats(const Block& block, const std::string& tensor) const {
+  const Tensor& entry = tensors.at(tensor);
+  const std::string bytes = read_file(block.weights, entry.offset, entry.bytes);
+  std::vector<float> values(bytes.size() / sizeof(float));
+  std::memcpy(values.data(), bytes.data(), bytes.size());
+  return values;
+}
+
 Bundle open_bundle(const std::string& path, bool verify_digests) {
-  const std::string root = resolve(path);
-  const std::string raw = read_all(confined(root, "manifest.json"));
+  const std::string root = resolve_directory(path);
+  const std::string raw = read_file(confined(root, "manifest.json"));
   const Json data = parse(root, raw);
   const Fields manifest{data, root, ""};
-  if (manifest.text("format") != "tarflow-bundle") throw manifest.error("format", "must be 'tarflow-bundle'");
-  const std::int64_t version = manifest.integer("schema_version");
-  if (version != 1)
-    throw bundle_error("bundle " + name_of(root) + " has schema_version " + std::to_string(version) +
-                           ", this libtarflow reads 1",
-                       version > 1 ? "upgrade libtarflow" : "export the checkpoint again");
+  check_version(manifest);
   Bundle bundle{};
   bundle.path = root;
-  bundle.config = read_config(manifest.child("config"));
-  const Files files = check_files(root, manifest.child("files"), verify_digests);
-  bundle.half = manifest.choice("dtype", "float32", "float16") == "float16";
-  if (manifest.list("image_range") != Json({-1.0, 1.0})) throw manifest.error("image_range", "is not [-1, 1]");
-  bundle.half_cache = read_cache(manifest.child("cache"), bundle.config);
-  Sha256 hash;
-  hash.update(raw.data(), raw.size());
-  bundle.digest = hash.finish();
+  bundle.digest = sha256_of(raw);
+  const bool is_tokens = manifest.choice("data", {"image", "tokens"}) == "tokens";
+  bundle.config = read_config(manifest.child("config"), is_tokens);
+  bundle.precision = read_precision(manifest);
+  if (!is_tokens && manifest.list("image_range") != Json({-1.0, 1.0}))
+    throw manifest.error("image_range", "is not [-1, 1]");
+  check_cache(manifest.child("cache"), bundle.config, bundle.cache_dtype());
+  const Files files = read_files(manifest.child("files"), verify_digests);
   bundle.blocks = read_blocks(manifest, bundle.config, files);
+  bundle.tensors = read_tensors(manifest.child("tensors"), bundle.config, bundle.blocks);
+  bundle.graphs = read_graphs(manifest, bundle, files, verify_digests);
   bundle.prior = read_prior(manifest, bundle.config, files);
   if (manifest.has("reference")) file_of(manifest, "reference", files);
   return bundle;

@@ -99,18 +99,12 @@ tarflow_status tarflow_model_open(const char* path, const tarflow_model_options*
     const auto chosen = given(options, tarflow_model_options_defaults, "options");
     if (chosen.threads < 0 || chosen.threads > 4096)
       throw input_error("threads must be 0 to 4096, got " + std::to_string(chosen.threads));
-    Engine::Settings settings;
-    settings.threads = chosen.threads;
-    settings.logger = {chosen.on_log, chosen.log_user_data};
-    if (chosen.engine != nullptr) settings.provider.name = chosen.engine;
-    if (chosen.engine_library != nullptr) settings.provider.library = chosen.engine_library;
+    const Logger logger{chosen.on_log, chosen.log_user_data};
     Bundle bundle = open_bundle(path, chosen.skip_digests == 0);
     load_ort(chosen.ort_library != nullptr ? chosen.ort_library : "");
-    check_provider(settings.provider);
-    settings.logger(TARFLOW_LOG_INFO, std::string("ONNX Runtime ") + ort_version() + ", engine " +
-                                          settings.provider.name);
+    logger(TARFLOW_LOG_INFO, std::string("ONNX Runtime ") + ort_version());
     auto opened = std::make_unique<tarflow_model>();
-    opened->engine = std::make_shared<const Engine>(std::move(bundle), std::move(settings));
+    opened->engine = std::make_shared<const Engine>(std::move(bundle), chosen.threads, logger);
     *model = opened.release();
   });
 }
@@ -121,9 +115,20 @@ tarflow_status tarflow_model_config(const tarflow_model* model, tarflow_config* 
   return guarded([&] {
     need(model, "model");
     const Config& c = model->engine->config();
-    tarflow_config filled = {0,        c.image_size, c.image_channels, c.patch_size,     c.width,     c.blocks,
-                             c.layers, c.head_dim,   c.classes,        c.patches(),      c.patch_values(), c.noise_std,
-                             {}};
+    tarflow_config filled{};
+    filled.data = c.is_tokens ? TARFLOW_DATA_TOKENS : TARFLOW_DATA_IMAGE;
+    filled.nvp = c.nvp ? 1 : 0;
+    filled.image_size = c.image_size;
+    filled.image_channels = c.image_channels;
+    filled.patch_size = c.patch_size;
+    filled.patches = c.patches;
+    filled.patch_values = c.patch_values;
+    filled.width = c.width;
+    filled.blocks = c.blocks;
+    filled.layers = c.layers;
+    filled.head_dim = c.head_dim;
+    filled.classes = c.classes;
+    filled.noise_std = c.noise_std;
     std::memcpy(filled.digest, model->engine->bundle().digest.c_str(), sizeof filled.digest);
     put(filled, config, "config");
   });
@@ -144,8 +149,7 @@ tarflow_status tarflow_model_engine(const tarflow_model* model, tarflow_engine* 
   return guarded([&] {
     need(model, "model");
     const Engine& used = *model->engine;
-    put({0, used.name().c_str(), ort_version(), used.weights(), used.device().c_str(), used.threads(), used.declined()},
-        engine, "engine");
+    put({0, "ort-cpu", ort_version(), used.bundle().precision.c_str(), used.threads()}, engine, "engine");
   });
 }
 

@@ -7,10 +7,9 @@
 #include <memory>
 #include <string>
 
-#include "crew.hpp"
 #include "engine.hpp"
 #include "error.hpp"
-#include "plan.hpp"
+#include "worker_pool.hpp"
 
 struct tarflow_model {
   std::shared_ptr<const tarflow::detail::Engine> engine;
@@ -19,8 +18,9 @@ struct tarflow_model {
 struct tarflow_sampler {
   std::shared_ptr<const tarflow::detail::Engine> engine;
   tarflow::detail::Call call{};
-  tarflow::detail::DecodeReport report;                // of the last sample
-  std::vector<std::vector<std::int64_t>> committed{};  // of each block of it, image after image
+  // Of the last sample:
+  std::int64_t images = 0;
+  std::vector<std::int64_t> non_finite{};
 };
 
 namespace tarflow::detail {

@@ -6,7 +6,6 @@
 #include "decode.hpp"
 #include "density.hpp"
 #include "noise.hpp"
-#include "tuned.hpp"
 
 using namespace tarflow::detail;
 
@@ -64,49 +63,22 @@ void log_probs(const Engine& engine, int64_t n, const float* images, const int64
   });
 }
 
-/// The plan for batches of a size.
-class Plans {
- public:
-  Plans(const Engine& engine, const tarflow_sample_options& options, int64_t branches)
-      : blocks_(engine.config().blocks), branches_(branches) {
-    if (options.decode < TARFLOW_DECODE_SEQUENTIAL || options.decode > TARFLOW_DECODE_AUTO)
-      throw input_error("decode must be TARFLOW_DECODE_SEQUENTIAL, _PLAN or _AUTO, got " +
-                        std::to_string(options.decode));
-    if (options.decode == TARFLOW_DECODE_PLAN) plan_ = plan_of(options, engine.config());
-    if (options.decode != TARFLOW_DECODE_AUTO) return;
-    tuned_ = read_plans(options.plans_file != nullptr ? options.plans_file : "", engine);
-    if (tuned_.entries.empty())
-      engine.logger()(TARFLOW_LOG_WARNING, "decoding is sequential: " + tuned_.reason);
-    if (std::isnan(options.auto_tolerance) || options.auto_tolerance < 0.0) return;
-    check_real("auto_tolerance", options.auto_tolerance, false);
-    for (TunedPlan& one : tuned_.entries) {
-      for (Strategy& strategy : one.plan) strategy.tolerance = options.auto_tolerance;
-    }
+/// Images of [n, ...] that hold a value that is not finite; the log says how many.
+std::vector<int64_t> find_non_finite(const Engine& engine, int64_t n, const float* images) {
+  const int64_t dims = engine.config().dims();
+  std::vector<int64_t> found;
+  for (int64_t image = 0; image < n; ++image) {
+    const float* values = images + image * dims;
+    if (!std::all_of(values, values + dims, [](float one) { return std::isfinite(one); })) found.push_back(image);
   }
-  Plan plan(int64_t images) const { return tuned_.entries.empty() ? plan_ : tuned_.plan(images, branches_, blocks_); }
-
- private:
-  int64_t blocks_, branches_;
-  Plan plan_;
-  TunedPlans tuned_;
-};
-
-/// Say once per call what went another way than asked.
-void warn(const Logger& logger, const DecodeReport& report) {
-  for (const BlockReport& block : report.blocks) {
-    if (block.sequential_images.empty()) continue;
-    logger(TARFLOW_LOG_WARNING, "block " + std::to_string(block.block) +
-                                    ": parallel decoding met values that are not finite, so that " +
-                                    std::to_string(block.sequential_images.size()) + " of " +
-                                    std::to_string(block.calls.size()) + " images were decoded sequentially there");
-  }
-  if (!report.non_finite.empty())
-    logger(TARFLOW_LOG_WARNING, std::to_string(report.non_finite.size()) +
-                                    " images hold values that are not finite: the model overflowed");
+  if (!found.empty())
+    engine.logger()(TARFLOW_LOG_WARNING, std::to_string(found.size()) + " of " + std::to_string(n) +
+                                             " images hold values that are not finite: the model overflowed");
+  return found;
 }
 
-DecodeReport sample(const Engine& engine, int64_t n, const int64_t* labels, const tarflow_sample_options& options,
-                    float* images, size_t images_length, const Call& call) {
+void sample(const Engine& engine, int64_t n, const int64_t* labels, const tarflow_sample_options& options,
+            float* images, size_t images_length, const Call& call) {
   const Config& config = engine.config();
   const int64_t dims = config.dims();
   check_count(n);
@@ -128,10 +100,8 @@ DecodeReport sample(const Engine& engine, int64_t n, const int64_t* labels, cons
     check_finite("noise", options.noise, n * dims);
   }
   check_first_index(options.first_index, n);
-  const Plans plans(engine, options, inputs.guidance.branches());
   const int64_t size = options.batch_size != 0 ? options.batch_size : kBatchSize;
-  const int64_t chunks = (n - 1) / size + 1, steps = config.blocks * (config.patches() - 1);
-  DecodeReport report;
+  const int64_t chunks = (n - 1) / size + 1, steps = config.blocks * (config.patches - 1);
   for (int64_t start = 0, chunk = 0; start < n; start += size, ++chunk) {
     const int64_t count = std::min(size, n - start);
     Floats latents(static_cast<size_t>(count * dims));
@@ -150,23 +120,12 @@ DecodeReport sample(const Engine& engine, int64_t n, const int64_t* labels, cons
       };
     }
     inputs.labels = part(numbers, start, count);
-    inputs.plan = plans.plan(count);
-    DecodeReport how;
-    Floats patches = decode_patches(engine, std::move(latents), inputs, how);
+    Floats patches = decode_patches(engine, std::move(latents), inputs);
     if (options.denoise != 0)
       add_score(engine, patches, inputs.labels, static_cast<float>(sigma * sigma), call);
     unpatchify(patches, count, config, images + start * dims);
-    report.extend(std::move(how), start);
   }
-  warn(engine.logger(), report);
-  return report;
 }
-
-tarflow_strategy strategy_of(const Strategy& strategy) {
-  return {strategy.parallel ? 1 : 0, strategy.from_zeros ? 1 : 0, strategy.window, strategy.tolerance};
-}
-
-int64_t length(const std::vector<int64_t>& values) { return static_cast<int64_t>(values.size()); }
 
 }  // namespace
 
@@ -189,59 +148,31 @@ void tarflow_sampler_cancel(tarflow_sampler* sampler) {
   if (sampler != nullptr) sampler->call.cancel();
 }
 
-void tarflow_strategy_init(tarflow_strategy* strategy) {
-  Strategy defaults;
-  defaults.parallel = true;
-  if (strategy != nullptr) *strategy = strategy_of(defaults);
-}
-
 void tarflow_sample_options_defaults(tarflow_sample_options* options, size_t size) {
   tarflow_sample_options defaults{};
   defaults.attention_temperature = 1.0;
   defaults.guide = TARFLOW_GUIDE_AB;
   defaults.denoise = 1;
-  defaults.auto_tolerance = -1.0;
   put_defaults(defaults, options, size);
 }
 
 tarflow_status tarflow_sampler_sample(tarflow_sampler* sampler, int64_t n, const int64_t* labels,
                                       const tarflow_sample_options* options, float* images, size_t images_length) {
   return on_sampler(sampler, [&](const Engine& engine, const Call& call) {
-    sampler->report = {};
-    sampler->committed.clear();
+    sampler->images = 0;
+    sampler->non_finite.clear();
     const auto chosen = given(options, tarflow_sample_options_defaults, "options");
-    DecodeReport report = sample(engine, n, labels, chosen, images, images_length, call);
-    for (const BlockReport& block : report.blocks) {
-      std::vector<int64_t>& all = sampler->committed.emplace_back();
-      for (const std::vector<int64_t>& image : block.committed) all.insert(all.end(), image.begin(), image.end());
-    }
-    sampler->report = std::move(report);
+    sample(engine, n, labels, chosen, images, images_length, call);
+    sampler->non_finite = find_non_finite(engine, n, images);
+    sampler->images = n;
   });
 }
 
 tarflow_status tarflow_sampler_report(const tarflow_sampler* sampler, tarflow_report* report) {
   return guarded([&] {
     need(sampler, "sampler");
-    const DecodeReport& how = sampler->report;
-    const int64_t images = how.blocks.empty() ? 0 : length(how.blocks[0].calls);
-    put({0, images, static_cast<int64_t>(how.blocks.size()), length(how.non_finite), how.non_finite.data()}, report,
+    put({0, sampler->images, static_cast<int64_t>(sampler->non_finite.size()), sampler->non_finite.data()}, report,
         "report");
-  });
-}
-
-tarflow_status tarflow_sampler_block_report(const tarflow_sampler* sampler, int64_t turn,
-                                            tarflow_block_report* report) {
-  return guarded([&] {
-    need(sampler, "sampler");
-    const auto blocks = static_cast<int64_t>(sampler->report.blocks.size());
-    if (turn < 0 || turn >= blocks)
-      throw input_error("turn must be 0 to " + std::to_string(blocks - 1) + ", got " + std::to_string(turn),
-                        blocks == 0 ? "the report is of the last sample that succeeded" : "");
-    const BlockReport& how = sampler->report.blocks[static_cast<size_t>(turn)];
-    const std::vector<int64_t>& committed = sampler->committed[static_cast<size_t>(turn)];
-    put({0, how.block, strategy_of(how.strategy), how.residual, how.calls.data(), committed.data(), length(committed),
-         how.sequential_images.data(), length(how.sequential_images)},
-        report, "report");
   });
 }
 

@@ -5,7 +5,7 @@
 #include <functional>
 
 #include "engine.hpp"
-#include "plan.hpp"
+#include "worker_pool.hpp"
 
 namespace tarflow::detail {
 
@@ -23,45 +23,16 @@ struct Guidance {
   Floats inverse_temperature() const;          // [G]
 };
 
-/// Hears how many of the K * (N - 1) steps are done, in the caller's thread; what it throws ends the run.
-using OnDone = std::function<void(std::int64_t block, std::int64_t steps)>;
-
 /// What all blocks of a run share.
 struct DecodeInputs {
   Labels labels;  // [B], the null class as `classes`; empty without classes
   Guidance guidance;
-  Plan plan;
-  OnDone on_done;
+  /// Called in the caller's thread with how many of the K * (N - 1) steps are done; what it throws ends the run.
+  std::function<void(std::int64_t block, std::int64_t steps)> on_done;
   const Call* call = nullptr;
 };
 
-/// Standard normal latents [B, N, D] -> patches of the image [B, N, D], and how.
-Floats decode_patches(const Engine& engine, Floats latents, const DecodeInputs& inputs, DecodeReport& report);
-
-/// Invert one block by windows, each image by itself: z [B, N, D] -> x [B, N, D], both in image order.
-/// `labels` are [G, B], `guidance` [2, N], `inverse_temperature` [G].
-struct BlockInputs {
-  std::int64_t block = 0;
-  const Labels& labels;
-  const Floats& guidance;
-  const Floats& inverse_temperature;
-  Crew::OnStep on_step;
-  const Call* call = nullptr;
-};
-Floats inverse_block_parallel(const Engine& engine, const BlockInputs& inputs, const Floats& z,
-                              const Strategy& strategy, BlockReport& report);
-
-/// Patches [N, D] in block order and how they came about.
-struct Settled {
-  Floats patches;
-  std::vector<std::int64_t> committed;
-  double residual = 0.0;
-  bool overflowed = false;
-};
-
-/// Invert one block for one image: noise [N, D] in block order, `count` = N. `on_settled` hears the number of patches
-/// settled after the first; false ends the run.
-Settled settle(Windows& windows, const float* noise, std::int64_t count, std::int64_t values, const Strategy& strategy,
-               const std::function<bool(std::int64_t)>& on_settled);
+/// Standard normal latents [B, N, D] -> patches of the image [B, N, D].
+Floats decode_patches(const Engine& engine, Floats latents, const DecodeInputs& inputs);
 
 }  // namespace tarflow::detail

@@ -59,9 +59,13 @@ Floats score_recomputed(const Engine& engine, const Floats& patches, const Label
   return cotangent;
 }
 
-/// Calls visit(index in the image, index in the patches) for every value of a batch.
+/// Calls visit(index in the images, index in the patches) for every value of a batch.
 template <typename Visit>
 void each_value(std::int64_t batch, const Config& c, Visit visit) {
+  if (c.is_tokens) {
+    for (std::int64_t i = 0; i < batch * c.dims(); ++i) visit(size(i), size(i));
+    return;
+  }
   const std::int64_t p = c.patch_size, across = c.image_size / p;
   std::int64_t pixel = 0;
   for (std::int64_t image = 0; image < batch; ++image)
@@ -69,7 +73,7 @@ void each_value(std::int64_t batch, const Config& c, Visit visit) {
       for (std::int64_t y = 0; y < c.image_size; ++y)
         for (std::int64_t x = 0; x < c.image_size; ++x, ++pixel) {
           const std::int64_t patch = (y / p) * across + x / p;
-          visit(size(pixel), size(image * c.dims() + patch * c.patch_values() + (channel * p + y % p) * p + x % p));
+          visit(size(pixel), size(image * c.dims() + patch * c.patch_values + (channel * p + y % p) * p + x % p));
         }
 }
 
@@ -129,7 +133,7 @@ Floats score(const Engine& engine, const Floats& patches, const Labels& labels, 
     }
     std::copy(cotangent.begin(), cotangent.end(), result.begin() + start * dims);
   };
-  Crew(count, nullptr, &call).work(run, std::min(engine.workers(), count));
+  WorkerPool(count, nullptr, &call).run(run, std::min(engine.workers(), count));
   return result;
 }
 

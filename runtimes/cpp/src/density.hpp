@@ -1,8 +1,9 @@
-// What the density gives, on patches [B, N, D] in image order, and the way between images and patches.
+// What the density gives, on patches [B, N, D] in the order of the data, and the way between images and patches.
 // log q(x) = sum over dims of log N(u; 0, 1) + log|det|, u = z / sqrt(prior), all sums in nats and in float64.
 #pragma once
 
 #include "engine.hpp"
+#include "worker_pool.hpp"
 
 namespace tarflow::detail {
 
@@ -17,7 +18,8 @@ std::vector<double> log_prob_of(const Floats& u, const std::vector<double>& log_
 /// each of which adds that of its own log|det|. The batch is cut into pieces whose activations can be kept.
 Floats score(const Engine& engine, const Floats& patches, const Labels& labels, const Call& call);
 
-/// Images [B, C, height, width] -> patches [B, N, D], row-major, each patch flattened channel first; and back.
+/// Images [B, C, height, width] -> patches [B, N, D], row-major, each patch flattened channel first; and back. Tokens
+/// are patches as they are.
 Floats patchify(const float* images, std::int64_t batch, const Config& config);
 void unpatchify(const Floats& patches, std::int64_t batch, const Config& config, float* images);
 

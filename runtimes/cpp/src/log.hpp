@@ -1,4 +1,4 @@
-// Logger: where a model's talk goes. Without a callback nothing is said; nothing ever goes to stdout or stderr.
+// Logger: a model's messages. Without a callback they are dropped; nothing ever goes to stdout or stderr.
 #pragma once
 
 #include <string>

@@ -15,8 +15,7 @@
 namespace tarflow::detail {
 namespace {
 
-// Version 21 is enough but for plugins, which came with 22; newer headers and libraries only append to it.
-constexpr int kApiVersion = ORT_API_VERSION < 22 ? ORT_API_VERSION : 22;
+constexpr int kApiVersion = 21;     // newer headers and libraries only append to it
 constexpr int kOldestMinor = 28;   // the oldest that the bundles were run on; opset 24 needs its TensorScatter
 static_assert(ORT_API_VERSION >= 21, "headers of ONNX Runtime 1.21 or newer are needed");
 

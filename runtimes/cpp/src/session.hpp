@@ -1,12 +1,13 @@
-// Session: one graph, ready to run. Buffer and BoundRun: memory that a run reads and writes in place.
+// Session: one graph of a bundle on ONNX Runtime. Buffer and BoundRun: memory that a run reads and writes in place.
 #pragma once
 
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
+#include "bundle.hpp"
 #include "log.hpp"
 #include "ort.hpp"
 
@@ -14,47 +15,31 @@ namespace tarflow::detail {
 
 using Shape = std::vector<std::int64_t>;
 
-/// What runs the graphs: `ort-cpu`, `ort-cuda`, `ort-tensorrt` or `ort-tensorrt-rtx`, the last from a plugin `library`.
-struct Provider {
-  std::string name = "ort-cpu";
-  std::string library;
-  bool on_cpu() const { return name == "ort-cpu"; }
-};
-
-/// Throws Error (TARFLOW_ERROR_ENGINE) for an unknown name, or when what it needs is not there.
-void check_provider(const Provider& provider);
-
-/// Let the options' sessions run on the provider alone. Throws Error (ENGINE) where ONNX Runtime cannot.
-void append_provider(Ort::SessionOptions& options, const Provider& provider);
-
-/// How a session is opened.
-struct SessionSettings {
-  int threads = 1;       // inside the operators
-  bool spinning = true;  // whether threads without work wait actively
-  Provider provider;
-  const Logger* logger = nullptr;  // must live as long as the session
-};
-
-/// A graph on ONNX Runtime; running it is thread-safe. Throws Error (ENGINE) when ONNX Runtime refuses the graph.
+/// A graph on the weights of one block; running it is thread-safe. Nothing comes out of it whose dtype or shape is not
+/// what the manifest says: code that reads the results relies on that.
 class Session {
  public:
-  /// The graph in the file `path`.
-  static std::shared_ptr<Session> of_file(const std::string& path, const SessionSettings& settings);
-  /// A serialised graph whose external data lies in `folder`.
-  static std::shared_ptr<Session> of_bytes(const std::string& model, const std::string& folder,
-                                           const SessionSettings& settings);
+  struct Settings {
+    int threads = 1;       // inside the operators
+    bool spinning = true;  // whether threads without work wait actively
+    const Logger* logger = nullptr;  // must live as long as the session
+  };
 
+  /// `graph` must outlive the session; `folder` is the block's. Throws Error (TARFLOW_ERROR_ENGINE) when ONNX Runtime
+  /// refuses the graph, or the manifest describes another one.
+  Session(const Graph& graph, const std::string& folder, const Settings& settings);
+
+  const Graph& graph() const { return graph_; }
   bool has_input(const std::string& name) const;
-  const std::vector<std::string>& inputs() const { return inputs_; }
-  const std::vector<std::string>& outputs() const { return outputs_; }
-  /// Run on values given in the order of inputs(); new values come out in the order of `names`.
-  std::vector<Ort::Value> run(const std::vector<const OrtValue*>& given, const std::vector<std::string>& names);
+  /// Run for `batch` images on an array for each input; returns those of all outputs. Throws Error (ENGINE).
+  std::map<std::string, Ort::Value> run(const std::map<std::string, const OrtValue*>& arrays, std::int64_t batch);
   Ort::Session& ort() { return session_; }
 
  private:
-  explicit Session(Ort::Session session);
+  void check_declared(bool inputs) const;
+
+  const Graph& graph_;
   Ort::Session session_;
-  std::vector<std::string> inputs_, outputs_;
 };
 
 /// Memory that ONNX Runtime reads and writes in place; zeroed, its first element starts a cache line.
@@ -62,12 +47,9 @@ class Buffer {
  public:
   Buffer(Shape shape, ONNXTensorElementDataType type);
   static Buffer floats(Shape shape) { return {std::move(shape), ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT}; }
-  static Buffer integers(Shape shape) { return {std::move(shape), ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}; }
 
   template <typename T>
   T* as() { return reinterpret_cast<T*>(data_); }
-  template <typename T>
-  const T* as() const { return reinterpret_cast<const T*>(data_); }
   const Ort::Value& value() const { return value_; }
   const Shape& shape() const { return shape_; }
   ONNXTensorElementDataType type() const { return type_; }
@@ -100,7 +82,8 @@ class BoundRun {
     if (session_->has_input(name)) binding_.BindInput(name.c_str(), value);
   }
   void output(const std::string& name, const Ort::Value& value) { binding_.BindOutput(name.c_str(), value); }
-  /// Run once on what the memory holds now. Throws Error (ENGINE).
+  /// Run once on what the memory holds now. ONNX Runtime refuses a result that is not of the shape of its memory.
+  /// Throws Error (ENGINE).
   void operator()();
 
  private:

@@ -4,7 +4,6 @@
 #include <cerrno>
 #include <cmath>
 #include <cstdlib>
-#include <sys/stat.h>
 
 namespace tool {
 
@@ -14,8 +13,6 @@ const char* const kUsage =
     "Draw images from a bundle. They are the same for the same seed, on every machine and in any batch size, up to\n"
     "rounding, and those that tarflow-infer draws.\n"
     "\n"
-    "  --engine NAME                what runs the graphs: ort-cpu, ort-cuda, ort-tensorrt, ort-tensorrt-rtx\n"
-    "  --engine-library FILE        plugin library of ort-tensorrt-rtx\n"
     "  --ort-library FILE           ONNX Runtime's library [default: searched]\n"
     "  --threads COUNT              processors to use [default: all that this process may use]\n"
     "  -n COUNT                     images to draw [default: one per label, else 16]\n"
@@ -28,10 +25,6 @@ const char* const kUsage =
     "  --attention-temperature TAU  of the branch that guidance moves away from\n"
     "  --anneal-guidance            let guidance grow from patch to patch up to its weight\n"
     "  --seed SEED                  seed of the noise [default: drawn, and reported]\n"
-    "  --decode MODE                sequential, parallel, or auto for the tuned plan\n"
-    "  --tolerance MOVE             what counts as settled when decoding in parallel [default: 0.00001]\n"
-    "  --window PATCHES             patches per parallel evaluation [default: the whole block]\n"
-    "  --plans FILE                 tuned plans for auto [default: those beside the bundle]\n"
     "  --no-denoise                 leave the training noise in the images\n"
     "  -o, --output PATH            grid.png, folder/ (a PNG per image) or images.npy [default: samples.png]\n"
     "  --overwrite                  replace files that exist\n"
@@ -78,30 +71,6 @@ void check_guidance(const tarflow::SampleOptions& options) {
                   "1 leaves the attention as it is");
 }
 
-/// The plan of a run; refuses options that are out of range or contradict each other.
-void take_decode(Arguments& a, const std::optional<double>& tolerance, const std::optional<std::int64_t>& window,
-                 const std::optional<std::string>& plans) {
-  const std::string& decode = a.decode;
-  if (decode != "sequential" && decode != "parallel" && decode != "auto")
-    throw refused("--decode must be one of sequential, parallel, auto, got '" + decode + "'", "sequential is exact");
-  if (tolerance && !(std::isfinite(*tolerance) && *tolerance >= 0.0))
-    throw refused("--tolerance must be finite and not negative, got " + repr(*tolerance), "0.00001 is the default");
-  if (tolerance && decode == "sequential")
-    throw refused("--tolerance is of parallel decoding", "add --decode parallel or --decode auto");
-  if (window && decode != "parallel") throw refused("--window is of parallel decoding", "add --decode parallel");
-  if (plans && decode != "auto") throw refused("--plans is what --decode auto uses", "add --decode auto");
-  struct stat status = {};
-  if (plans && (stat(plans->c_str(), &status) != 0 || !S_ISREG(status.st_mode)))
-    throw refused("--plans " + *plans + ": no such file", "tarflow tune -o FILE makes one");
-  if (decode == "parallel") {
-    tarflow::Strategy strategy;
-    strategy.window = window.value_or(0);
-    strategy.tolerance = tolerance.value_or(strategy.tolerance);
-    a.options.plan = {strategy};
-  }
-  if (decode == "auto") a.options.tuned = tarflow::TunedPlans{plans.value_or(""), tolerance};
-}
-
 std::string trimmed(const std::string& text) {
   const std::size_t first = text.find_first_not_of(" \t");
   return first == std::string::npos ? "" : text.substr(first, text.find_last_not_of(" \t") - first + 1);
@@ -144,9 +113,6 @@ std::string repr(double value) {
 
 Arguments parse(int argc, char** argv) {
   Arguments a;
-  std::optional<double> tolerance;
-  std::optional<std::int64_t> window;
-  std::optional<std::string> plans;
   for (int i = 1; i < argc; ++i) {
     std::string flag = argv[i];
     if (flag.empty() || flag[0] != '-') {
@@ -168,8 +134,6 @@ Arguments parse(int argc, char** argv) {
     };
     const auto is_switch = [&](const char* name) { return flag == name && !has_attached; };
     if (flag == "-n") a.n = count(flag, value());
-    else if (flag == "--engine") a.model.engine = value();
-    else if (flag == "--engine-library") a.model.engine_library = value();
     else if (flag == "--ort-library") a.model.ort_library = value();
     else if (flag == "--threads") a.model.threads = static_cast<int>(whole(flag, value(), 1, 4096));
     else if (flag == "--labels") a.labels = value();
@@ -180,10 +144,6 @@ Arguments parse(int argc, char** argv) {
     else if (flag == "--attention-temperature") a.options.attention_temperature = real(flag, value());
     else if (is_switch("--anneal-guidance")) a.options.anneal_guidance = true;
     else if (flag == "--seed") a.seed = whole(flag, value(), 0, UINT64_MAX);
-    else if (flag == "--decode") a.decode = value();
-    else if (flag == "--tolerance") tolerance = real(flag, value());
-    else if (flag == "--window") window = count(flag, value());
-    else if (flag == "--plans") plans = value();
     else if (is_switch("--no-denoise")) a.options.denoise = false;
     else if (flag == "-o" || flag == "--output") a.output = value();
     else if (is_switch("--overwrite")) a.overwrite = true;
@@ -192,7 +152,6 @@ Arguments parse(int argc, char** argv) {
   }
   if (a.bundle.empty()) throw refused("missing argument 'BUNDLE'");
   check_guidance(a.options);
-  take_decode(a, tolerance, window, plans);
   return a;
 }
 

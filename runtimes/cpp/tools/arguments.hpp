@@ -9,7 +9,7 @@
 namespace tool {
 
 struct Arguments {
-  std::string bundle, output = "samples.png", decode = "sequential";
+  std::string bundle, output = "samples.png";
   std::optional<std::string> labels;
   std::optional<std::uint64_t> seed;
   std::optional<std::int64_t> n;

@@ -119,9 +119,12 @@ Sheet blank(std::int64_t height, std::int64_t width, std::int64_t channels) {
 }
 
 void save_array(const std::string& path, const std::vector<float>& images, std::int64_t n, const tarflow_config& c) {
-  std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (" + std::to_string(n) + ", " +
-                       std::to_string(c.image_channels) + ", " + std::to_string(c.image_size) + ", " +
-                       std::to_string(c.image_size) + "), }";
+  std::string shape = std::to_string(n);
+  const bool is_tokens = c.data == TARFLOW_DATA_TOKENS;
+  for (const std::int64_t axis : is_tokens ? std::vector<std::int64_t>{c.patches, c.patch_values}
+                                           : std::vector<std::int64_t>{c.image_channels, c.image_size, c.image_size})
+    shape += ", " + std::to_string(axis);
+  std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (" + shape + "), }";
   header.resize((10 + header.size() + 1 + 63) / 64 * 64 - 10 - 1, ' ');
   header += '\n';
   const char start[] = {'\x93', 'N', 'U', 'M', 'P', 'Y', 1, 0, static_cast<char>(header.size() & 255),
@@ -168,8 +171,12 @@ Output check_output(const std::string& path, bool overwrite) {
   return {path, is_folder ? Kind::folder : ends_with(path, ".png") ? Kind::grid : Kind::array, overwrite};
 }
 
-void check_pictures(const Output& output, std::int64_t channels, const std::vector<std::string>& names) {
+void check_pictures(const Output& output, const tarflow_config& config, const std::vector<std::string>& names) {
   if (output.kind == Kind::array) return;
+  if (config.data == TARFLOW_DATA_TOKENS)
+    throw refused("-o " + output.path + ": the model draws tokens, which are no pictures",
+                  "write them as an array: -o tokens.npy");
+  const std::int64_t channels = config.image_channels;
   if (channels != 1 && channels != 3)
     throw refused("-o " + output.path + ": PNG files have 1 or 3 channels, the model has " + std::to_string(channels),
                   "write the images as an array: -o images.npy");

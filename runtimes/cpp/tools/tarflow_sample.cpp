@@ -82,13 +82,9 @@ const char* words(bool value) { return value ? "true" : "false"; }
 
 /// How the images were made, as tarflow-infer writes it into PNG files.
 tool::Text metadata(const Arguments& a, const tarflow::Model& model) {
-  std::string decode = a.decode;
-  if (!a.options.plan.empty())
-    decode = "Parallel(window=" + std::to_string(a.options.plan[0].window) + ", tolerance=" +
-             tool::repr(a.options.plan[0].tolerance) + ", init='noise')";
   return {{"tarflow:digest", model.config().digest},
           {"tarflow:engine", model.engine().name},
-          {"tarflow:weights", model.engine().weights},
+          {"tarflow:precision", model.engine().precision},
           {"tarflow:seed", std::to_string(a.options.seed)},
           {"tarflow:first_index", std::to_string(a.options.first_index)},
           {"tarflow:guidance", tool::repr(a.options.guidance)},
@@ -96,26 +92,7 @@ tool::Text metadata(const Arguments& a, const tarflow::Model& model) {
           {"tarflow:attention_temperature", tool::repr(a.options.attention_temperature)},
           {"tarflow:anneal_guidance", words(a.options.anneal_guidance)},
           {"tarflow:denoise", words(a.options.denoise)},
-          {"tarflow:decode", decode}};
-}
-
-Json decode_json(const std::string& asked, const tarflow::Report& report) {
-  Json blocks = Json::array();
-  for (const tarflow::BlockReport& block : report.blocks) {
-    Json strategy = {{"decode", block.strategy.parallel ? "parallel" : "sequential"}};
-    if (block.strategy.parallel) {
-      strategy["window"] = block.strategy.window;
-      strategy["tolerance"] = block.strategy.tolerance;
-      strategy["init"] = block.strategy.from_zeros ? "zeros" : "noise";
-    }
-    blocks.push_back({{"block", block.block},
-                      {"strategy", strategy},
-                      {"calls", block.calls},
-                      {"committed", block.committed},
-                      {"residual", block.residual},
-                      {"sequential_images", block.sequential_images}});
-  }
-  return {{"asked", asked}, {"blocks", blocks}, {"non_finite", report.non_finite}};
+          {"tarflow:decode", "sequential"}};
 }
 
 int run(int argc, char** argv) {
@@ -144,7 +121,7 @@ int run(int argc, char** argv) {
     std::snprintf(name, sizeof name, "%06llu.png", number);
     files.emplace_back(name);
   }
-  tool::check_pictures(target, model.config().image_channels, files);
+  tool::check_pictures(target, model.config(), files);
 
   Pace pace;
   a.options.on_step = [&](const tarflow_step& step) {
@@ -172,7 +149,7 @@ int run(int argc, char** argv) {
     const Json document = {
         {"bundle", a.bundle},
         {"engine", model.engine().name},
-        {"weights", model.engine().weights},
+        {"precision", model.engine().precision},
         {"digest", model.config().digest},
         {"seed", a.options.seed},
         {"count", n},
@@ -183,7 +160,7 @@ int run(int argc, char** argv) {
         {"anneal_guidance", a.options.anneal_guidance},
         {"denoise", a.options.denoise},
         {"batch_size", a.options.batch_size != 0 ? Json(a.options.batch_size) : Json()},
-        {"decode", decode_json(a.decode, sampler.report())},
+        {"non_finite", sampler.report().non_finite},
         {"labels", words_of},
         {"files", written},
         {"steps", pace.steps()},

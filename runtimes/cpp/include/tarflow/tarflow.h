@@ -1,4 +1,20 @@
-/* libtarflow: pictures from a TarFlow bundle, in C.
+/* libtarflow: images from a TarFlow bundle, in C.
+ *
+ *   tarflow_model *model = NULL;
+ *   tarflow_sampler *sampler = NULL;
+ *   tarflow_config config;
+ *   tarflow_sample_options options;
+ *   int64_t labels[2] = {3, 7};
+ *   tarflow_config_init(&config);
+ *   tarflow_sample_options_init(&options);
+ *   options.guidance = 1.5;
+ *   if (tarflow_model_open("mnist.tarflow", NULL, &model) || tarflow_model_config(model, &config) ||
+ *       tarflow_sampler_create(model, &sampler)) return fail(tarflow_last_message(), tarflow_last_hint());
+ *   size_t length = 2 * config.patches * config.patch_values;
+ *   float *images = malloc(length * sizeof *images);
+ *   if (tarflow_sampler_sample(sampler, 2, labels, &options, images, length)) return fail(...);
+ *   tarflow_sampler_free(sampler);
+ *   tarflow_model_free(model);
  *
  * Rules that hold for every function:
  * - Nothing here exits, throws or writes to stdout or stderr. A function that can fail returns a `tarflow_status`; on
@@ -15,8 +31,9 @@
  * - Callbacks must not throw, and must not call into the object that calls them.
  *
  * Axes: n images, C channels, N patches, D values per patch. Images are float32 [n, C, height, width] in [-1, 1], and
- * not clipped; latents are float32 [n, N, D]. Labels are int64 [n]: 0 .. classes-1, or -1 for the null class; NULL is
- * -1 for every image, and the only choice for a model without classes.
+ * not clipped; those of a model of tokens are float32 [n, N, D], of any range. Latents are float32 [n, N, D]. Labels are
+ * int64 [n]: 0 .. classes-1, or -1 for the null class; NULL is -1 for every image, and the only choice for a model
+ * without classes.
  *
  * Functions that return no status cannot fail. TARFLOW_ERROR_MEMORY and TARFLOW_ERROR_INTERNAL may come from any other.
  */
@@ -44,20 +61,20 @@
 extern "C" {
 #endif
 
-#define TARFLOW_ABI_VERSION 1
+#define TARFLOW_ABI_VERSION 2
 
 typedef int32_t tarflow_status;
 enum {
   TARFLOW_OK = 0,
   TARFLOW_ERROR_INPUT = 1,     /* an argument is out of range or contradicts another */
-  TARFLOW_ERROR_BUNDLE = 2,    /* the bundle is missing, damaged, unsafe or too new */
-  TARFLOW_ERROR_ENGINE = 3,    /* the engine is unknown or not there, ONNX Runtime is missing or too old, or failed */
+  TARFLOW_ERROR_BUNDLE = 2,    /* the bundle is missing, damaged, unsafe, or of a version or precision not for here */
+  TARFLOW_ERROR_ENGINE = 3,    /* ONNX Runtime is missing, too old, or failed; a graph gave what it should not */
   TARFLOW_ERROR_CANCELLED = 4, /* the progress callback or tarflow_sampler_cancel() asked to stop */
   TARFLOW_ERROR_MEMORY = 5,    /* no memory */
   TARFLOW_ERROR_INTERNAL = 6   /* a fault of this library, or of a callback that threw */
 };
 
-/* An opened bundle on an engine. */
+/* An opened bundle. */
 typedef struct tarflow_model tarflow_model;
 /* What draws and scores images with a model. */
 typedef struct tarflow_sampler tarflow_sampler;
@@ -86,42 +103,46 @@ TARFLOW_API tarflow_status tarflow_noise(uint64_t seed, uint64_t first_index, in
 typedef int32_t tarflow_log_level;
 enum { TARFLOW_LOG_INFO = 1, TARFLOW_LOG_WARNING = 2, TARFLOW_LOG_ERROR = 3 };
 
-/* Hears what a model and its samplers have to say, one line of text at a time, valid during the call. It is called from
- * the threads that use the model and from their helpers, several at once: it must be thread-safe. */
+/* Is called with each message of a model and its samplers, one line of text, valid during the call; by the threads that
+ * use the model and by their helpers, several at once: it must be thread-safe. */
 typedef void (*tarflow_on_log)(tarflow_log_level level, const char *text, void *user_data);
 
 typedef struct tarflow_model_options {
   size_t struct_size;
-  const char *engine;         /* "ort-cpu" (also NULL), "ort-cuda", "ort-tensorrt" or "ort-tensorrt-rtx" */
-  const char *engine_library; /* path of the plugin library of "ort-tensorrt-rtx"; NULL for the others */
-  const char *ort_library;    /* path of ONNX Runtime's library; NULL searches, see docs/CPP.md */
-  tarflow_on_log on_log;      /* or NULL: nothing is said */
-  void *log_user_data;        /* handed to on_log; must live as long as the model and its samplers */
-  int32_t threads;            /* processors to use; 0 is all that this process may use */
-  int32_t skip_digests;       /* nonzero: do not compare the SHA-256 of the files (sizes and paths always are) */
+  const char *ort_library; /* path of ONNX Runtime's library; NULL searches, see docs/CPP.md */
+  tarflow_on_log on_log;   /* or NULL: messages are dropped */
+  void *log_user_data;     /* handed to on_log; must live as long as the model and its samplers */
+  int32_t threads;         /* processors to use; 0 is all that this process may use */
+  int32_t skip_digests;    /* nonzero: do not compare the SHA-256 of the files (sizes and paths always are) */
 } tarflow_model_options;
 
 /* Fill the first `size` bytes of the struct with defaults. Call tarflow_model_options_init() instead. */
 TARFLOW_API void tarflow_model_options_defaults(tarflow_model_options *options, size_t size);
 
-/* Open and check the bundle directory at `path` on an engine; `options` may be NULL. *model is the caller's, to be
- * freed with tarflow_model_free(); NULL on failure. Any thread.
- * TARFLOW_ERROR_BUNDLE: it is missing, damaged, unsafe or too new. TARFLOW_ERROR_ENGINE: the engine asked for is
- * unknown or cannot run here; no other takes its place. The process keeps the first ONNX Runtime that it loads: asking
- * for another file later is TARFLOW_ERROR_ENGINE. */
+/* Open and check the bundle directory at `path`; `options` may be NULL. *model is the caller's, to be freed with
+ * tarflow_model_free(); NULL on failure. Any thread.
+ * TARFLOW_ERROR_BUNDLE: it is missing, damaged, unsafe, of another version, or bfloat16. TARFLOW_ERROR_ENGINE: ONNX
+ * Runtime cannot be loaded. The process keeps the first ONNX Runtime that it loads: asking for another file later is
+ * TARFLOW_ERROR_ENGINE. */
 TARFLOW_API tarflow_status tarflow_model_open(const char *path, const tarflow_model_options *options,
                                               tarflow_model **model);
 
 /* Free a model, or NULL. Samplers of it stay usable: what they share is freed with the last of them. */
 TARFLOW_API void tarflow_model_free(tarflow_model *model);
 
+typedef int32_t tarflow_data;
+enum { TARFLOW_DATA_IMAGE = 0, TARFLOW_DATA_TOKENS = 1 };
+
 typedef struct tarflow_config {
   size_t struct_size;
-  int64_t image_size, image_channels, patch_size, width, blocks, layers, head_dim, classes;
-  int64_t patches;      /* N */
-  int64_t patch_values; /* D */
-  double noise_std;     /* of the training noise, 0 when unknown */
-  char digest[65];      /* SHA-256 of the manifest, which identifies the bundle */
+  tarflow_data data;                              /* what the model draws */
+  int32_t nvp;                                    /* nonzero: the affine map scales, z exp(a) + b; else it adds b alone */
+  int64_t image_size, image_channels, patch_size; /* 0 for tokens */
+  int64_t patches;                                /* N */
+  int64_t patch_values;                           /* D */
+  int64_t width, blocks, layers, head_dim, classes;
+  double noise_std; /* of the training noise, 0 when unknown */
+  char digest[65];  /* SHA-256 of the manifest, which identifies the bundle */
 } tarflow_config;
 
 /* Fill *config, whose struct_size must be set (tarflow_config_init). Any thread. TARFLOW_ERROR_INPUT on its size. */
@@ -132,12 +153,10 @@ TARFLOW_API tarflow_status tarflow_model_label(const tarflow_model *model, int64
 
 typedef struct tarflow_engine {
   size_t struct_size;
-  const char *name;        /* as in the options */
+  const char *name;        /* "ort-cpu" */
   const char *ort_version; /* of ONNX Runtime */
-  const char *weights;     /* "float32" or "float16": the dtype of the linear layers */
-  const char *device;      /* the processor and how many of it; what tuned plans are kept for */
+  const char *precision;   /* of the bundle: "float32", "float16" or "int8" */
   int64_t threads;
-  int64_t portable_graphs; /* step graphs that run as the bundle has them because a faster form did not fit; so far */
 } tarflow_engine;
 
 /* What runs the model; the strings live as long as it. Any thread. TARFLOW_ERROR_INPUT on the struct's size. */
@@ -159,26 +178,11 @@ typedef struct tarflow_step {
   int64_t total;
 } tarflow_step;
 
-/* Called in the sampling thread as steps finish, which may be several at a time. Return 0 to go on, anything else to
+/* Is called in the sampling thread as steps finish, which may be several at a time. Return 0 to go on, anything else to
  * cancel. */
 typedef int (*tarflow_on_step)(const tarflow_step *step, void *user_data);
 
 enum { TARFLOW_GUIDE_A = 1, TARFLOW_GUIDE_B = 2, TARFLOW_GUIDE_AB = 3 };
-
-/* How blocks are inverted: one patch after the other; by the strategies given; by what `tarflow tune` found fastest on
- * this machine for this batch, sequential where nothing was measured (the log says so). docs/DECODING.md. */
-enum { TARFLOW_DECODE_SEQUENTIAL = 0, TARFLOW_DECODE_PLAN = 1, TARFLOW_DECODE_AUTO = 2 };
-
-/* How one block is inverted. It stands in arrays and has no struct_size: it does not grow within this ABI version. */
-typedef struct tarflow_strategy {
-  int32_t parallel;   /* 0: one patch after the other; else fixed-point iteration on a sliding window */
-  int32_t from_zeros; /* nonzero: patches start as zeros instead of as the block's noise */
-  int64_t window;     /* patches per evaluation; 0 is the whole block */
-  double tolerance;   /* >= 0: what counts as settled, maximum norm over a patch's values */
-} tarflow_strategy;
-
-/* Parallel, the whole block, tolerance 1e-5, from the noise. */
-TARFLOW_API void tarflow_strategy_init(tarflow_strategy *strategy);
 
 typedef struct tarflow_sample_options {
   size_t struct_size;
@@ -190,11 +194,6 @@ typedef struct tarflow_sample_options {
   int32_t guide;                /* TARFLOW_GUIDE_* */
   int32_t anneal_guidance;      /* nonzero: the weight grows from patch to patch */
   int32_t denoise;              /* nonzero (the default): remove the training noise. 0 decodes latents given as noise */
-  int32_t decode;               /* TARFLOW_DECODE_* */
-  const tarflow_strategy *strategies; /* of TARFLOW_DECODE_PLAN: one for all blocks, or one for each, that of block k */
-  int64_t strategies_length;          /* at place k; 1 or the number of blocks */
-  const char *plans_file;       /* of TARFLOW_DECODE_AUTO; NULL is NAME.plans.json beside the bundle */
-  double auto_tolerance;        /* of TARFLOW_DECODE_AUTO: in place of the plans' own; negative (default) keeps them */
   int64_t batch_size;           /* images that run together; 0 is 64 */
   tarflow_on_step on_step;      /* or NULL */
   void *user_data;              /* handed to on_step */
@@ -203,7 +202,7 @@ typedef struct tarflow_sample_options {
 /* Fill the first `size` bytes of the struct with defaults. Call tarflow_sample_options_init() instead. */
 TARFLOW_API void tarflow_sample_options_defaults(tarflow_sample_options *options, size_t size);
 
-/* Draw n images into `images` [n, C, height, width], `images_length` floats; `options` may be NULL. Image i is a
+/* Draw n images into `images`, [n, C, height, width] or [n, N, D], `images_length` floats; `options` may be NULL. Image i is a
  * function of the seed and first_index + i alone, in whatever batch it is drawn.
  * TARFLOW_ERROR_INPUT: arguments out of range or that contradict each other. TARFLOW_ERROR_ENGINE: ONNX Runtime failed.
  * TARFLOW_ERROR_CANCELLED: on_step or tarflow_sampler_cancel(); the sampler is as usable as before. Images that hold
@@ -215,29 +214,13 @@ TARFLOW_API tarflow_status tarflow_sampler_sample(tarflow_sampler *sampler, int6
 /* How the last tarflow_sampler_sample() went; pointers are valid until the sampler's next call. */
 typedef struct tarflow_report {
   size_t struct_size;
-  int64_t images;
-  int64_t blocks;            /* block reports to ask for; 0 before the first call and after one that failed */
-  int64_t non_finite_count;  /* images that overflowed */
+  int64_t images;            /* that were drawn; 0 before the first call and after one that failed */
+  int64_t non_finite_count;  /* images that hold values which are not finite: the model overflowed */
   const int64_t *non_finite; /* their numbers, [non_finite_count] */
 } tarflow_report;
 
-typedef struct tarflow_block_report {
-  size_t struct_size;
-  int64_t block;
-  tarflow_strategy strategy;
-  double residual;                  /* largest |x_{i+1} - (z_{i+1} exp(a_i) + b_i)|, 0 when sequential */
-  const int64_t *calls;             /* [images]: evaluations of the block for each image, N-1 when sequential */
-  const int64_t *committed;         /* image after image, calls[i] numbers: patches that each evaluation settled */
-  int64_t committed_count;          /* 0 when sequential */
-  const int64_t *sequential_images; /* those that went on sequentially: a value was not finite */
-  int64_t sequential_count;
-} tarflow_block_report;
-
-/* Fill the structs, whose struct_size must be set (tarflow_report_init, tarflow_block_report_init). `turn` 0 is the
- * block that ran first. TARFLOW_ERROR_INPUT on a size or a turn out of range. */
+/* Fill *report, whose struct_size must be set (tarflow_report_init). TARFLOW_ERROR_INPUT on its size. */
 TARFLOW_API tarflow_status tarflow_sampler_report(const tarflow_sampler *sampler, tarflow_report *report);
-TARFLOW_API tarflow_status tarflow_sampler_block_report(const tarflow_sampler *sampler, int64_t turn,
-                                                        tarflow_block_report *report);
 
 /* images -> latents z [n, N, D] and log|det dz/dx| [n], nats; either output may be NULL. Statuses as of sample. */
 TARFLOW_API tarflow_status tarflow_sampler_encode(tarflow_sampler *sampler, int64_t n, const float *images,
@@ -273,8 +256,6 @@ TARFLOW_INLINE void tarflow_config_init(tarflow_config *config) { config->struct
 TARFLOW_INLINE void tarflow_engine_init(tarflow_engine *engine) { engine->struct_size = sizeof *engine; }
 
 TARFLOW_INLINE void tarflow_report_init(tarflow_report *report) { report->struct_size = sizeof *report; }
-
-TARFLOW_INLINE void tarflow_block_report_init(tarflow_block_report *report) { report->struct_size = sizeof *report; }
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,20 @@
-// libtarflow for C++17: move-only objects over tarflow.h. Failures are thrown as tarflow::Error, with code and hint.
+// libtarflow for C++17: move-only objects over tarflow.h.
+//
+//   #include <tarflow/tarflow.hpp>
+//
+//   try {
+//     const tarflow::Model model("mnist.tarflow");
+//     tarflow::Sampler sampler(model);
+//     tarflow::SampleOptions options;
+//     options.guidance = 1.5;
+//     options.on_step = [](const tarflow_step& step) { return step.step < 1000; };  // false cancels
+//     const std::vector<float> images = sampler.sample(2, {3, 7}, options);         // [2, C, height, width]
+//     const std::vector<double> nats = sampler.log_prob(images, {3, 7});
+//   } catch (const tarflow::Error& error) {
+//     std::fprintf(stderr, "error: %s\nhint: %s\n", error.what(), error.hint().c_str());
+//   }
+//
+// Every failure is thrown as tarflow::Error, with a code and a hint. Axes, threads and units are those of tarflow.h.
 #ifndef TARFLOW_TARFLOW_HPP
 #define TARFLOW_TARFLOW_HPP
 
@@ -32,18 +48,16 @@ inline void check(tarflow_status status) {
   if (status != TARFLOW_OK) throw Error(status, tarflow_last_message(), tarflow_last_hint());
 }
 
-/// Hears what a model and its samplers have to say, from several threads at once; what it throws is dropped.
+/// Is called with each message of a model and its samplers, from several threads at once; what it throws is dropped.
 using OnLog = std::function<void(tarflow_log_level level, const char* text)>;
 
-/// An opened bundle on an engine. Constant: several threads may share it.
+/// An opened bundle. Constant: several threads may share it.
 class Model {
  public:
   struct Options {
-    std::string engine = "ort-cpu";  // the others: docs/CPP.md
-    std::string engine_library;      // of a plugin
-    std::string ort_library;         // empty: searched, see docs/CPP.md
-    OnLog on_log;                    // empty: nothing is said
-    int threads = 0;                 // processors to use; 0 is all that this process may use
+    std::string ort_library;  // empty: searched, see docs/CPP.md
+    OnLog on_log;             // empty: messages are dropped
+    int threads = 0;          // processors to use; 0 is all that this process may use
     bool verify_digests = true;
   };
 
@@ -52,8 +66,6 @@ class Model {
     tarflow_model_options chosen;
     tarflow_model_options_init(&chosen);
     if (options.on_log) log_ = std::make_shared<const OnLog>(options.on_log);
-    chosen.engine = options.engine.c_str();
-    chosen.engine_library = options.engine_library.empty() ? nullptr : options.engine_library.c_str();
     chosen.ort_library = options.ort_library.empty() ? nullptr : options.ort_library.c_str();
     chosen.on_log = log_ ? &Model::log : nullptr;
     chosen.log_user_data = const_cast<OnLog*>(log_.get());
@@ -67,13 +79,13 @@ class Model {
   }
   Model(Model&&) noexcept = default;
   Model& operator=(Model&& other) noexcept {
-    handle_ = std::move(other.handle_);  // first, for it may speak while it is freed
+    handle_ = std::move(other.handle_);  // first, for it may log while it is freed
     log_ = std::move(other.log_);
     config_ = other.config_;
     return *this;
   }
   const tarflow_config& config() const noexcept { return config_; }
-  /// Values of one image: C * height * width.
+  /// Values of one image: C * height * width, which is N * D.
   std::size_t dims() const noexcept { return static_cast<std::size_t>(config_.patches * config_.patch_values); }
   std::string label(std::int64_t number) const {
     const char* name = nullptr;
@@ -105,22 +117,6 @@ class Model {
   tarflow_config config_{};
 };
 
-/// How one block is inverted.
-struct Strategy {
-  bool parallel = true;
-  std::int64_t window = 0;    // patches per evaluation; 0 is the whole block
-  double tolerance = 1e-5;    // what counts as settled
-  bool from_zeros = false;    // patches start as zeros instead of as the block's noise
-
-  static Strategy sequential() { return {false, 0, 1e-5, false}; }
-};
-
-/// Take what `tarflow tune` found fastest on this machine; sequential where nothing was measured.
-struct TunedPlans {
-  std::string file;                 // empty: NAME.plans.json beside the bundle
-  std::optional<double> tolerance;  // in place of the plans' own
-};
-
 struct SampleOptions {
   std::uint64_t seed = 0;
   std::uint64_t first_index = 0;
@@ -130,25 +126,13 @@ struct SampleOptions {
   int guide = TARFLOW_GUIDE_AB;
   bool anneal_guidance = false;
   bool denoise = true;
-  std::vector<Strategy> plan;       // empty: sequential; else one strategy for all blocks, or one for each
-  std::optional<TunedPlans> tuned;  // in place of a plan
   std::int64_t batch_size = 0;
   std::function<bool(const tarflow_step&)> on_step;  // false cancels; what it throws comes out of sample()
 };
 
-/// How one block was inverted; the fields are those of tarflow_block_report.
-struct BlockReport {
-  std::int64_t block = 0;
-  Strategy strategy;
-  double residual = 0.0;
-  std::vector<std::int64_t> calls;                   // of each image
-  std::vector<std::vector<std::int64_t>> committed;  // of each image; empty when sequential
-  std::vector<std::int64_t> sequential_images;
-};
-
-/// How the last sample went: the blocks in the order in which they ran, and the images that overflowed.
+/// How the last sample went; the fields are those of tarflow_report.
 struct Report {
-  std::vector<BlockReport> blocks;
+  std::int64_t images = 0;
   std::vector<std::int64_t> non_finite;
 };
 
@@ -175,7 +159,7 @@ class Sampler {
     return *this;
   }
 
-  /// Images [n, C, height, width] in about [-1, 1].
+  /// Images [n, C, height, width] in about [-1, 1], or tokens [n, N, D].
   std::vector<float> sample(std::int64_t n, const std::vector<std::int64_t>& labels = {},
                             const SampleOptions& options = {}) {
     if (n < 1) throw Error(TARFLOW_ERROR_INPUT, "n must be at least 1", "");
@@ -194,22 +178,6 @@ class Sampler {
     chosen.guide = options.guide;
     chosen.anneal_guidance = options.anneal_guidance ? 1 : 0;
     chosen.denoise = options.denoise ? 1 : 0;
-    std::vector<tarflow_strategy> strategies;
-    for (const Strategy& one : options.plan)
-      strategies.push_back({one.parallel ? 1 : 0, one.from_zeros ? 1 : 0, one.window, one.tolerance});
-    if (!strategies.empty()) {
-      if (options.tuned) throw Error(TARFLOW_ERROR_INPUT, "both plan and tuned were given", "leave one of them out");
-      chosen.decode = TARFLOW_DECODE_PLAN;
-      chosen.strategies = strategies.data();
-      chosen.strategies_length = static_cast<std::int64_t>(strategies.size());
-    }
-    if (options.tuned) {
-      chosen.decode = TARFLOW_DECODE_AUTO;
-      chosen.plans_file = options.tuned->file.empty() ? nullptr : options.tuned->file.c_str();
-      chosen.auto_tolerance = options.tuned->tolerance.value_or(-1.0);
-      if (options.tuned->tolerance && !(*options.tuned->tolerance >= 0.0))
-        throw Error(TARFLOW_ERROR_INPUT, "tolerance must be at least 0", "");
-    }
     chosen.batch_size = options.batch_size;
     chosen.on_step = options.on_step ? &Sampler::call : nullptr;
     chosen.user_data = &watch;
@@ -229,27 +197,7 @@ class Sampler {
     tarflow_report whole;
     tarflow_report_init(&whole);
     check(tarflow_sampler_report(handle_.get(), &whole));
-    Report report;
-    report.non_finite.assign(whole.non_finite, whole.non_finite + whole.non_finite_count);
-    for (std::int64_t turn = 0; turn < whole.blocks; ++turn) {
-      tarflow_block_report block;
-      tarflow_block_report_init(&block);
-      check(tarflow_sampler_block_report(handle_.get(), turn, &block));
-      BlockReport made;
-      made.block = block.block;
-      made.strategy = {block.strategy.parallel != 0, block.strategy.window, block.strategy.tolerance,
-                       block.strategy.from_zeros != 0};
-      made.residual = block.residual;
-      made.calls.assign(block.calls, block.calls + whole.images);
-      const std::int64_t* next = block.committed;
-      for (std::int64_t image = 0; image < whole.images && block.committed_count != 0; ++image) {
-        made.committed.emplace_back(next, next + block.calls[image]);
-        next += block.calls[image];
-      }
-      made.sequential_images.assign(block.sequential_images, block.sequential_images + block.sequential_count);
-      report.blocks.push_back(std::move(made));
-    }
-    return report;
+    return {whole.images, {whole.non_finite, whole.non_finite + whole.non_finite_count}};
   }
 
   Encoded encode(const std::vector<float>& images, const std::vector<std::int64_t>& labels = {}) {

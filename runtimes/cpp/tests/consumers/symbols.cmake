@@ -6,7 +6,7 @@ foreach(line ${lines})
   string(REGEX REPLACE "^[0-9a-f]* . ([^@]*).*$" "\\1" name "${line}")
   list(APPEND exported ${name})
 endforeach()
-list(REMOVE_ITEM exported TARFLOW_1) # the version itself
+list(REMOVE_ITEM exported TARFLOW_2) # the version itself
 file(READ ${HEADER} text)
 string(REGEX MATCHALL "TARFLOW_API [a-z0-9_ *]*tarflow_[a-z0-9_]+\\(" lines "${text}")
 foreach(line ${lines})

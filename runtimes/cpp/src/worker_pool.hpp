@@ -1,4 +1,4 @@
-// Crew: the parts of a batch side by side in threads, with progress and cancellation in the caller's thread.
+// WorkerPool: the parts of a batch side by side in threads, with progress and cancellation in the caller's thread.
 #pragma once
 
 #include <atomic>
@@ -34,12 +34,12 @@ class Call {
   std::atomic<int> state_{kIdle};
 };
 
-/// Runs the parts of a batch in threads; the caller's thread works too, and alone calls `on_step`.
-class Crew {
+/// Runs the parts of one batch, once, in threads; the caller's thread works too, and alone calls `on_step`.
+class WorkerPool {
  public:
   using OnStep = std::function<void(std::int64_t steps)>;
 
-  Crew(std::int64_t parts, OnStep on_step, const Call* call = nullptr)
+  WorkerPool(std::int64_t parts, OnStep on_step, const Call* call = nullptr)
       : done_(static_cast<std::size_t>(parts)), on_step_(std::move(on_step)), call_(call),
         caller_(std::this_thread::get_id()) {}
 
@@ -48,11 +48,11 @@ class Crew {
   /// Say how many steps of a part are done.
   void report(std::int64_t part, std::int64_t steps);
   /// Run every part; the first error stops the others, and is thrown when all threads have ended.
-  void work(const std::function<void(std::int64_t part)>& run, std::int64_t workers);
+  void run(const std::function<void(std::int64_t part)>& work, std::int64_t threads);
 
  private:
-  void take_parts(const std::function<void(std::int64_t)>& run);
-  void tell();
+  void take_parts(const std::function<void(std::int64_t)>& work);
+  void notify();
 
   std::vector<std::atomic<std::int64_t>> done_;
   OnStep on_step_;
@@ -60,8 +60,8 @@ class Crew {
   std::thread::id caller_;
   std::atomic<bool> stop_{false};
   std::atomic<std::int64_t> next_{0};
-  std::int64_t told_ = 0;
-  std::mutex mutex_;  // of the error
+  std::int64_t notified_ = 0;  // steps that `on_step` was last called with
+  std::mutex mutex_;           // of the error
   std::exception_ptr error_;
 };
 
