@@ -35,6 +35,9 @@ def export(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or float16: of linear layers and caches.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="The data are tokens [N, D], not images cut into patches.")
+    ] = False,
     image_channels: Annotated[int | None, typer.Option(help="Where the checkpoint does not say.")] = None,
     patch_size: Annotated[int | None, typer.Option(help="Where the checkpoint does not say.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Where the checkpoint does not say. [default: 64]")] = None,
@@ -67,6 +70,7 @@ def export(
     options: dict[str, Any] = {
         "dtype": dtype,
         "overwrite": overwrite,
+        "tokens": tokens,
         "image_channels": image_channels,
         "patch_size": patch_size,
         "head_dim": head_dim,

@@ -10,28 +10,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tarflow_export._errors import ExportError
 from tarflow_export._plan import Plan, plan_export
-from tarflow_export._reference import Extent, compute_reference, extent_of
+from tarflow_export._reference import compute_reference
+from tarflow_export._source import bundle_config, weights_of
 from tarflow_export._target import SUFFIX, Target
-from tarflow_export._weights import Dtype, is_linear
-from tarflow_export._write import (
-    REFERENCE_FILE,
-    FileRecord,
-    Source,
-    parameter_count,
-    record_of,
-    write_blocks,
-    write_manifest,
-)
-from tarflow_runtimes._bundle import open_bundle
-from tarflow_runtimes._parity import Record, require_passed
+from tarflow_export._verify import Verified, extent_of, verify_written
+from tarflow_export._weights import is_linear
+from tarflow_export._write import REFERENCE_FILE, Contents, FileRecord, record_of, write_files, write_manifest
+from tarflow_runtimes._bundle import ModelConfig, Precision, open_bundle
+from tarflow_runtimes._parity import require_passed
 from tarflow_sdk._checkpoint import load_checkpoint
 from tarflow_sdk._model import TarFlow
 
-DTYPES: tuple[Dtype, ...] = ("float32", "float16")
+DTYPES: tuple[Precision, ...] = ("float32", "float16")
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage's name, how much of it is done, and its total."""
@@ -41,38 +36,16 @@ SKIPPED: dict[str, Any] = {"status": "skipped", "extent": None, "floors": {}, "r
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """Stage `load`: the model, where it came from, and what its checkpoint left open."""
+    """Stage `load`: the model, what the bundle will hold of it, and what its checkpoint left open."""
 
     model: TarFlow
-    source: Source
+    contents: Contents
     assumptions: tuple[str, ...]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
-    """Stage `write`: the files that are in the folder, manifest aside."""
-
-    files: dict[str, FileRecord]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Verified:
-    """Stage `verify`: every comparison with PyTorch, and PyTorch's own float32 floors."""
-
-    engine: str
-    extent: Extent
-    floors: dict[str, float]
-    records: tuple[Record, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The manifest's `verification`."""
-        return {
-            "status": "passed" if all(record.passed for record in self.records) else "failed",
-            "engine": self.engine,
-            "extent": self.extent.to_json(),
-            "floors": self.floors,
-            "records": [record.to_json() for record in self.records],
-        }
+    @property
+    def config(self) -> ModelConfig:
+        """The bundle's."""
+        return bundle_config(self.model.config)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,9 +86,10 @@ def export_bundle(
     model_or_path: TarFlow | str | Path,
     output: str | Path | None = None,
     *,
-    dtype: Dtype = "float32",
+    dtype: Precision = "float32",
     verify: bool = True,
     overwrite: bool = False,
+    tokens: bool = False,
     image_channels: int | None = None,
     patch_size: int | None = None,
     head_dim: int | None = None,
@@ -127,7 +101,7 @@ def export_bundle(
     """Export a model, or the checkpoint at a path, as a bundle, and compare the bundle with PyTorch.
 
     `output` is `STEM.tarflow` in the current directory unless given. `dtype` is that of linear weights, their
-    activations and the attention caches. `image_channels` to `labels` say what a checkpoint does not, as in
+    activations and the attention caches. `tokens` to `labels` say what a checkpoint does not, as in
     `load_checkpoint`; a model in memory has them in its configuration. The bundle appears under its name complete
     and verified, or not at all; `overwrite` lets it take the place of another bundle, and of nothing else.
     `on_verified` sees the comparisons whether they passed or not.
@@ -147,7 +121,7 @@ def export_bundle(
     """
     stages = _Stages(on_progress)
     given = {
-        "image_channels": image_channels, "patch_size": patch_size, "head_dim": head_dim,
+        "tokens": tokens or None, "image_channels": image_channels, "patch_size": patch_size, "head_dim": head_dim,
         "noise_std": noise_std, "labels": labels,
     }  # fmt: skip
     with stages("check"):
@@ -155,14 +129,15 @@ def export_bundle(
     with stages("load"):
         loaded = load(model_or_path, dtype=dtype, **given)
     with stages("plan"):
-        plan = plan_export(loaded.model.config, dtype)
+        plan = plan_export(loaded.config, dtype)
     with target.growing() as folder:
         with stages("write"):
-            written = _write(folder, plan, loaded, stages)
+            files = write_files(folder, plan, loaded.contents, lambda k: stages.progress(k + 1, plan.config.blocks))
+            write_manifest(folder, plan, loaded.contents, files=files, verification=SKIPPED)
         verified = None
         if verify:
             with stages("verify"):
-                verified = _verify(folder, plan, loaded, written, stages)
+                verified = _verify(folder, plan, loaded, files, stages)
                 if on_verified is not None:
                     on_verified(verified)
                 require_passed(verified.records)
@@ -171,7 +146,7 @@ def export_bundle(
     return ExportReport(
         path=target.path,
         digest=bundle.digest,
-        nbytes=sum(record.size for record in written.files.values()),
+        nbytes=sum(record.size for record in files.values()),
         parameters=bundle.manifest["checkpoint"]["parameters"],
         assumptions=loaded.assumptions,
         verified=verified,
@@ -183,7 +158,7 @@ def plan_of(
     model_or_path: TarFlow | str | Path,
     output: str | Path | None = None,
     *,
-    dtype: Dtype = "float32",
+    dtype: Precision = "float32",
     verify: bool = True,
     overwrite: bool = False,
     **given: Any,
@@ -193,9 +168,9 @@ def plan_of(
 
     target = check(model_or_path, output, dtype=dtype, verify=verify, overwrite=overwrite)
     loaded = load(model_or_path, dtype=dtype, **given)
-    plan = plan_export(loaded.model.config, dtype)
-    extent = extent_of(plan.config, plan.layout) if verify else None
-    facts = plan_facts(plan, extent, parameter_count(loaded.model))
+    plan = plan_export(loaded.config, dtype)
+    extent = extent_of(plan.config) if verify else None
+    facts = plan_facts(plan, extent, loaded.contents.checkpoint["parameters"])
     return {"path": str(target.path), "assumptions": list(loaded.assumptions), **facts}
 
 
@@ -214,29 +189,33 @@ def check(
     return Target(output, overwrite=overwrite)
 
 
-def load(model_or_path: TarFlow | str | Path, *, dtype: Dtype, **given: Any) -> Loaded:
+def load(model_or_path: TarFlow | str | Path, *, dtype: Precision, **given: Any) -> Loaded:
     """Stage `load`: read the checkpoint, and refuse weights that are not finite in `dtype`, naming the tensor."""
     if isinstance(model_or_path, TarFlow):
         if unfit := [name for name, value in given.items() if value is not None]:
             raise ExportError(
                 f"{', '.join(unfit)} given together with a model in memory", hint="set them in the model's FlowConfig"
             )
-        loaded = Loaded(model=model_or_path, source=Source(), assumptions=())
+        model, source = model_or_path, {"file": None, "sha256": None}
     else:
         path = Path(model_or_path)
-        model = load_checkpoint(path, **given)
+        model = load_checkpoint(path, **{name: value for name, value in given.items() if value is not None})
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        source = Source(file=path.name, sha256=digest)
-        loaded = Loaded(model=model, source=source, assumptions=tuple(model.assumptions))
-    for name, tensor in loaded.model.state_dict().items():
+            source = {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    for name, tensor in model.state_dict().items():
         array = tensor.detach().cpu().float().numpy()
         largest = float(max(-array.min(), array.max()))  # NaN where there is one
         if not math.isfinite(largest):
             raise ExportError(f"{name} holds values that are NaN or infinite", hint="the training run went wrong")
         if dtype == "float16" and is_linear(name) and largest > torch.finfo(torch.float16).max:
             raise ExportError(f"{name} holds {largest:.3g}, beyond float16's 65504", hint="export with --dtype float32")
-    return loaded
+    prior = model.var.detach().cpu().float().numpy()
+    contents = Contents(
+        weight=weights_of(model),
+        prior=prior if bool(np.any(prior != 1.0)) else None,
+        checkpoint={**source, "parameters": sum(parameter.numel() for parameter in model.parameters())},
+    )
+    return Loaded(model=model, contents=contents, assumptions=tuple(model.assumptions))
 
 
 def _require_engine() -> None:
@@ -250,34 +229,19 @@ def _require_engine() -> None:
         ) from error
 
 
-def _write(folder: Path, plan: Plan, loaded: Loaded, stages: _Stages) -> Written:
-    """Stage `write`: a complete bundle that says it is not verified."""
-    blocks = plan.config.blocks
-    files = write_blocks(folder, plan, loaded.model, lambda k: stages.progress(k + 1, blocks))
-    write_manifest(folder, plan, loaded.model, source=loaded.source, files=files, verification=SKIPPED)
-    return Written(files=files)
-
-
-def _verify(folder: Path, plan: Plan, loaded: Loaded, written: Written, stages: _Stages) -> Verified:
-    """Stage `verify`: PyTorch's outputs into the bundle, then the bundle's graphs against them."""
-    from tarflow_export._portable import PortableEngine  # noqa: PLC0415  (imports onnxruntime)
-    from tarflow_runtimes._verify import verify_subject  # noqa: PLC0415
-
-    extent = extent_of(plan.config, plan.layout)
-    blocks = plan.config.blocks
+def _verify(folder: Path, plan: Plan, loaded: Loaded, files: dict[str, FileRecord], stages: _Stages) -> Verified:
+    """Stage `verify`: PyTorch's outputs into the bundle, then every graph against them."""
+    extent, blocks = extent_of(plan.config), plan.config.blocks
     measured = compute_reference(loaded.model, extent, lambda k: stages.progress(k + 1, 2 * blocks))
     measured.reference.save(folder / REFERENCE_FILE)
-    written.files[REFERENCE_FILE] = record_of(folder / REFERENCE_FILE)
+    files[REFERENCE_FILE] = record_of(folder / REFERENCE_FILE)
 
     def manifest(verification: dict[str, Any]) -> None:
-        write_manifest(folder, plan, loaded.model, source=loaded.source, files=written.files, verification=verification)
+        write_manifest(folder, plan, loaded.contents, files=files, verification=verification)
 
-    # The engine reads the bundle as anybody would: from its manifest, digests checked.
+    # The engines read the bundle as anybody would: from its manifest, digests checked.
     manifest({**SKIPPED, "floors": measured.floors})
-    bundle = open_bundle(folder)
-    with PortableEngine(bundle, threads=extent.threads) as engine:
-        records = verify_subject(bundle, engine, on_block=lambda k: stages.progress(blocks + k + 1, 2 * blocks))
-        verified = Verified(engine=engine.name, extent=extent, floors=measured.floors, records=records)
+    verified = verify_written(folder, extent, measured.floors, lambda k: stages.progress(blocks + k + 1, 2 * blocks))
     manifest(verified.to_json())
     return verified
 

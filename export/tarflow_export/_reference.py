@@ -1,4 +1,4 @@
-"""`Extent` and the PyTorch side of the verification: inputs, float32 outputs, and how far float32 is from float64.
+"""The PyTorch side of the verification: inputs, float32 outputs, and how far float32 is from float64.
 
 The images are samples of the model itself where they can be had, and smooth random ones elsewhere: far from what it
 was trained on, a model amplifies rounding beyond all comparison. Everything else follows from them. Blocks are taken
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,78 +19,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tarflow_export._errors import ExportError
-from tarflow_export._weights import WeightLayout
+from tarflow_export._source import bundle_config
+from tarflow_export._verify import Extent
+from tarflow_runtimes._bundle import ModelConfig
+from tarflow_runtimes._density import PIXEL_SCALE_BITS
 from tarflow_runtimes._noise import standard_normal
 from tarflow_runtimes._verify import Reference, unit_of
-from tarflow_sdk._config import FlowConfig
 from tarflow_sdk._inverse import Guidance, inverse_block
-from tarflow_sdk._likelihood import PIXEL_SCALE_BITS
 from tarflow_sdk._model import NULL_LABEL, FlowBlock, TarFlow
 
 SEED = 0
 
-GUIDANCE = Guidance(weight=1.5, guide="ab", attention_temperature=0.7, anneal=True)
+TEMPERED = Guidance(weight=1.5, guide="ab", attention_temperature=0.7, anneal=True)
 """Everything that guidance can do, at usual strength."""
 
-STEP_BUDGET = 4 * 10**9
-"""Weights read by the sequential steps of one pass over all blocks, which is what bounds their time."""
-
-PASS_BUDGET = 10**10
-"""Multiply-adds of one pass of one image through all blocks beyond which one image has to do."""
-
-MIN_STEPS = 8
+KINDS: Mapping[str, Guidance | None] = {
+    "unguided": None,
+    "guided": dataclasses.replace(TEMPERED, attention_temperature=1.0),
+    "tempered": TEMPERED,
+}
+"""The inverses that are compared: one for each form of the graphs."""
 
 FLOOR_COPIES = 4
 """Copies of each image, one unit in the last place apart, that the floors of inverses are the worst of: rounding is
 amplified from patch to patch, and one run of three images shows too little of how far."""
-
-FLOOR_BLOCKS = 2
-"""Blocks that float32 is measured against float64 on, where one image has to do: one of each order."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Extent:
-    """How much is verified.
-
-    `images` (B), `steps` of each block's inverse (P), `floor_blocks`: how many blocks the float32 floors are measured
-    on, `end_to_end`: whether whole samples are drawn.
-    """
-
-    images: int
-    steps: int
-    floor_blocks: int
-    end_to_end: bool
-
-    @property
-    def threads(self) -> int | None:
-        """1 where operators are so small that waiting for other threads costs more; None is the library's choice."""
-        return 1 if self.images > 1 else None
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields and the rule that gave them."""
-        rule = (
-            f"images: 3, or 1 where a pass through the model takes more than {PASS_BUDGET:.0e} multiply-adds; "
-            f"floor_blocks: all, or {FLOOR_BLOCKS} where images is 1; "
-            f"steps: as many as read {STEP_BUDGET:.0e} weights over all blocks, at least {MIN_STEPS}, at most N - 1; "
-            "end_to_end: where all N - 1 steps are taken"
-        )
-        return {**dataclasses.asdict(self), "rule": rule}
-
-
-def extent_of(config: FlowConfig, layout: WeightLayout) -> Extent:
-    """The extent that a model's size allows: minutes for the largest, everything for small ones."""
-    block_weights = sum(math.prod(entry.shape) for name, entry in layout.entries.items() if not name.endswith("_embed"))
-    attention = 2 * config.patches**2 * config.width * config.layers
-    one_pass = config.blocks * (config.patches * block_weights + attention)
-    affordable = max(MIN_STEPS, STEP_BUDGET // (config.blocks * block_weights))
-    steps = min(config.patches - 1, affordable)
-    is_large = one_pass > PASS_BUDGET
-    return Extent(
-        images=1 if is_large else 3,
-        steps=steps,
-        floor_blocks=min(FLOOR_BLOCKS, config.blocks) if is_large else config.blocks,
-        end_to_end=steps == config.patches - 1,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,12 +70,11 @@ def compute_reference(model: TarFlow, extent: Extent, on_block: Callable[[int], 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Blocks:
-    """Outputs of all blocks: trajectory [K+1, B, N, D], log_det [K, B], inverses [K, B, P+1, D]."""
+    """Outputs of all blocks: trajectory [K+1, B, N, D], log_det [K, B], inverses by kind [K, B, P+1, D]."""
 
     trajectory: Tensor
     log_det: Tensor
-    unguided: Tensor
-    guided: Tensor
+    inverses: Mapping[str, Tensor]
 
 
 class _Computation:
@@ -131,7 +82,7 @@ class _Computation:
 
     def __init__(self, model: TarFlow, extent: Extent) -> None:
         self.model = model
-        self.config = model.config
+        self.config = bundle_config(model.config)
         self.extent = extent
         self.labels = _labels(self.config, extent.images)
         self.copies = FLOOR_COPIES if extent.images > 1 else 1
@@ -144,7 +95,7 @@ class _Computation:
         if self.extent.end_to_end:
             noise = torch.from_numpy(standard_normal(SEED, 0, self.extent.images, config.patches, config.patch_values))
             sample = self._sample(noise)
-        x = self.model.patchify(_smooth_images(config, self.extent.images)) if sample is None else sample
+        x = _smooth_data(self.model, self.extent.images) if sample is None else sample
         blocks = self._blocks(x, on_block)
         u = blocks.trajectory[-1] / self.deviation
         log_prob = self._log_prob(u, blocks.log_det.sum(dim=0))
@@ -157,12 +108,13 @@ class _Computation:
             "trajectory": blocks.trajectory,
             "log_det": blocks.log_det,
             "cotangent": cotangent,
-            "unguided": blocks.unguided,
-            "guided": blocks.guided,
+            **blocks.inverses,
             "guidance": self._guidance(),
-            "inverse_temperature": torch.tensor([1.0, 1.0 / GUIDANCE.attention_temperature]),
+            "inverse_temperature": torch.tensor([1.0, 1.0 / TEMPERED.attention_temperature]),
             "log_prob": log_prob,
-            "bits_per_dim": PIXEL_SCALE_BITS - log_prob / (config.dims * math.log(2)),
+            "bits_per_dim": PIXEL_SCALE_BITS - log_prob / (config.dims * math.log(2))
+            if config.data == "image"
+            else None,
             "noise": noise,
             "sample": sample,
             "denoised": None if sigma is None else x + sigma**2 * cotangent[0],
@@ -181,8 +133,7 @@ class _Computation:
     def _blocks(self, x: Tensor, on_block: Callable[[int], None]) -> _Blocks:
         """Each block forward, and the first steps of its inverse back."""
         trajectory, log_dets = [x], []
-        unguided: list[Tensor] = []
-        guided: list[Tensor] = []
+        inverses: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
         for k, block in enumerate(self.model.flow_blocks):
             x = trajectory[-1]
             z, log_det = block(x, self.labels)
@@ -193,19 +144,20 @@ class _Computation:
                 exact_z, exact_log_det = double(x.double(), self.labels)
                 self._add_floor(f"block {k} forward", z, exact_z)
                 self._add_floor(f"block {k} log_det", log_det, exact_log_det, unit=unit_of(self.config.dims))
-            for name, guidance, found in (("unguided", None, unguided), ("guided", GUIDANCE, guided)):
+            for kind, guidance in KINDS.items():
                 copies = self._inverse(block, self._perturbed(z), guidance)
-                found.append(copies[: len(z)])
+                inverses[kind].append(copies[: len(z)])
                 if double is not None:
                     exact = self._inverse(double, z.double(), guidance)
-                    self._add_floor(f"block {k} {name} inverse", copies, exact)
-            self._add_floor(f"block {k} window", unguided[-1], self._first(block, x))
+                    self._add_floor(f"block {k} {kind} inverse", copies, exact)
+                    # A window yields again what a sequential run yielded: at most its error.
+                    self.floors[f"block {k} {kind} window"] = self.floors[f"block {k} {kind} inverse"]
+            self._add_floor(f"block {k} window", inverses["unguided"][-1], self._first(block, x))
             on_block(k)
         return _Blocks(
             trajectory=torch.stack(trajectory),
             log_det=torch.stack(log_dets),
-            unguided=torch.stack(unguided),
-            guided=torch.stack(guided),
+            inverses={kind: torch.stack(found) for kind, found in inverses.items()},
         )
 
     def _cotangents(self, trajectory: Tensor, last: Tensor) -> Tensor:
@@ -243,7 +195,7 @@ class _Computation:
 
     def _guidance(self) -> Tensor:
         """[2, N]: annealed as over the P+1 patches that are inverted; later columns are not used."""
-        weights = GUIDANCE.weights(self.extent.steps + 1)
+        weights = TEMPERED.weights(self.extent.steps + 1)
         return F.pad(weights, (0, self.config.patches - weights.shape[1]))
 
     def _log_prob(self, u: Tensor, log_det: Tensor) -> Tensor:
@@ -268,8 +220,8 @@ class _Computation:
 
     def _sample(self, noise: Tensor) -> Tensor:
         """A guided sample of the whole model."""
-        copies = self._decode(self._perturbed(noise), GUIDANCE)
-        self._add_floor("whole model guided sample", copies, self._decode(noise.double(), GUIDANCE))
+        copies = self._decode(self._perturbed(noise), TEMPERED)
+        self._add_floor("whole model guided sample", copies, self._decode(noise.double(), TEMPERED))
         return copies[: len(noise)]
 
     def _add_floor(self, name: str, single: Tensor, exact: Tensor, *, unit: float | None = None) -> None:
@@ -281,16 +233,21 @@ class _Computation:
         self.floors[name] = float(error.max())
 
 
-def _smooth_images(config: FlowConfig, images: int) -> Tensor:
-    """[B, C, size, size]: 4x4 random colours, interpolated, with the noise of training (0.1 where it is unknown)."""
-    generator = torch.Generator().manual_seed(SEED)
+def _smooth_data(model: TarFlow, images: int) -> Tensor:
+    """Patches [B, N, D] with the noise of training (0.1 where it is unknown).
+
+    They are those of 4x4 random colours, interpolated; tokens are standard normal ones.
+    """
+    config, generator = bundle_config(model.config), torch.Generator().manual_seed(SEED)
+    if config.image_size is None or config.image_channels is None:
+        return torch.randn(images, config.patches, config.patch_values, generator=generator)
     colours = torch.randn(images, config.image_channels, 4, 4, generator=generator) * 0.5
     size = (config.image_size, config.image_size)
     smooth = F.interpolate(colours, size=size, mode="bilinear", align_corners=True).clamp(-1.0, 1.0)
-    return smooth + (config.noise_std or 0.1) * torch.randn(smooth.shape, generator=generator)
+    return model.patchify(smooth + (config.noise_std or 0.1) * torch.randn(smooth.shape, generator=generator))
 
 
-def _labels(config: FlowConfig, images: int) -> Tensor | None:
+def _labels(config: ModelConfig, images: int) -> Tensor | None:
     """The last class, the null class, the first class: null labels mixed with others where there is room."""
     if not config.classes:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from tarflow_export._plan import Plan
-from tarflow_export._reference import Extent
+from tarflow_export._verify import Extent
 from tarflow_runtimes._parity import Record
 
 MEASURES = {"max_abs": "max", "max_scaled": "scaled", "relative": "rel"}
@@ -32,7 +33,7 @@ def parity_table(records: Sequence[Record], floors: Mapping[str, float]) -> Tabl
     for record in records:
         bound = f"{MEASURES[record.measure]} {_number(record.value)} <= {record.tolerance:.1e}"
         table.add_row(
-            record.name,
+            record.name if record.graph is None else f"{record.name}, {record.graph}",
             _number(record.max_abs),
             _number(record.relative),
             bound if not record.non_finite else f"{record.non_finite} values not finite",
@@ -47,12 +48,12 @@ def plan_facts(plan: Plan, extent: Extent | None, parameters: int) -> dict[str, 
     """The plan as data: graphs, bytes, memory, and what would be verified (None: nothing)."""
     files = plan.files
     return {
-        "model": plan.config.to_json(),
+        "model": dataclasses.asdict(plan.config),
         "parameters": parameters,
-        "dtype": plan.layout.dtype,
+        "precision": plan.layout.precision,
         "graphs": {
-            kind: {"nodes": graph.nodes, "bytes": len(graph.serialized["identity"]), "files": plan.config.blocks}
-            for kind, graph in plan.graphs.items()
+            f"{graph.provider}/{graph.kind}": {"nodes": graph.nodes, "bytes": len(graph.serialized)}
+            for graph in plan.graphs
         },
         "files": files,
         "bytes": sum(files.values()),
@@ -80,19 +81,22 @@ def plan_lines(facts: Mapping[str, Any]) -> list[str]:
     """The same for a person."""
     model, extent = facts["model"], facts["verification"]
     weights = sum(size for name, size in facts["files"].items() if name.endswith(".bin"))
+    data = f"{model['tokens']} tokens of {model['token_values']}"
+    if model["tokens"] is None:
+        side = model["image_size"]
+        data = f"{model['image_channels']}x{side}x{side} images in patches of {model['patch_size']}"
     about = (
         f"model         {model['blocks']} blocks of {model['layers']} layers, width {model['width']}, "
-        f"{model['image_channels']}x{model['image_size']}x{model['image_size']} images in patches of "
-        f"{model['patch_size']}, {model['classes']} classes, {facts['parameters']:,} parameters"
+        f"{data}, {model['classes']} classes, {facts['parameters']:,} parameters"
     )
     graphs = [
-        f"{kind:<12}  {graph['files']} graphs of {graph['nodes']} nodes, {size(graph['bytes'])} each"
+        f"{'graph':<12}  {kind}, {graph['nodes']} nodes, {size(graph['bytes'])}"
         for kind, graph in facts["graphs"].items()
     ]
     lines = [
         about,
         *graphs,
-        f"weights       {size(weights)} in {model['blocks']} files, {facts['dtype']}",
+        f"weights       {size(weights)} in {model['blocks']} files, {facts['precision']}",
         f"bundle        {size(facts['bytes'])}, verification's reference aside",
         f"peak memory   about {size(facts['peak_memory_bytes'])}",
     ]

@@ -135,8 +135,10 @@ def is_linear(name: str) -> bool:
 
 
 def _is_rounded(name: str) -> bool:
-    """Whether int8 rounds the tensor: the weights of the layers. The projections into and out of a flow block are a
-    hundredth of the weights, and a rounding of (a, b) goes straight into the patch.
+    """Whether int8 rounds the tensor: the weights of the layers.
+
+    The projections into and out of a flow block are a hundredth of the weights, and a rounding of (a, b) goes straight
+    into the patch.
     """
     return name.startswith("attn_blocks.") and name.endswith(".weight") and ".norm." not in name
 

@@ -1,4 +1,4 @@
-"""Write the files of a bundle into a folder: graphs, blocks one by one, prior, manifest. The format is docs/BUNDLE.md."""
+"""Write the files of a bundle into a folder: graphs, blocks one by one, prior, manifest (docs/BUNDLE.md)."""
 
 from __future__ import annotations
 

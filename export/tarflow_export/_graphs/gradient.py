@@ -3,8 +3,8 @@
 Written by hand: it runs the block's forward pass, keeps what the way back needs, and walks back.
 With s = exp(-a), z = (x - b) s:  g_x = g_z s,  g_b = -g_z s,  g_a = -g_z z - 1 (the -1 is log|det|'s share).
 
-`vjp_forward` and `vjp_backward` are its two halves, for whom z was not known before: the forward pass is then run once
-instead of twice, two thirds of the arithmetic. What is kept passes from the outputs of the one to the inputs of the other.
+`vjp_forward` and `vjp_backward` are its two halves. Where z was not known before, the forward pass is then run once
+instead of twice: two thirds of the arithmetic. What is kept passes from the outputs of one to the inputs of the other.
 
 Layer norm is spelled out, because its backward pass needs the mean and the deviation, which TensorRT's native
 LayerNormalization does not give. Every weight is used in one orientation: x W^T forward, g W back.
@@ -76,8 +76,9 @@ class _Layer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Saved:
-    """All that the way back needs; `difference` = x - b and `scale` = exp(-a), [B, N, D] in block order; without nvp
-    the affine map needs neither.
+    """All that the way back needs.
+
+    `difference` = x - b and `scale` = exp(-a), [B, N, D] in block order; without nvp the affine map needs neither.
     """
 
     layers: tuple[_Layer, ...]

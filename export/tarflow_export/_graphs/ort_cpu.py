@@ -6,7 +6,7 @@
 
 Everything but the patch itself is looked up by the caller: rows of the embeddings, noise and guidance of this step.
 GroupQueryAttention writes the new keys and values in place and reads the `total` written entries of the caches instead
-of N masked ones. The temperature is a factor on q: the columns of `query_factor` [R, 3W] are 1/tau for q and 1 for k, v.
+of N masked ones. The temperature is a factor on q: `query_factor` [R, 3W] is 1/tau in the columns of q, 1 in others.
 
 `step` takes one patch of each image, all at one position. `window` takes S patches of one image; GroupQueryAttention
 takes one row at a time there, so that each branch has its own, with caches `key_l`, `value_l` for the first and

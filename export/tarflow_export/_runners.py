@@ -1,0 +1,145 @@
+"""What the verification runs graphs with, as simply as can be: `PortableRunner` and `DecodeLoopRunner`, on the CPU.
+
+They keep one session at a time, so that their memory is that of one block. Each is a `_verify.Subject`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from tarflow_runtimes._bundle import PORTABLE, Bundle
+from tarflow_runtimes._engine import Conditions, Cotangent, Floats, Integers, OnTurn, Turn
+from tarflow_runtimes._plan import BlockReport, Parallel
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+class _Runner:
+    """Graphs of one provider through ONNX Runtime; `threads` of each operator is its own choice unless given."""
+
+    def __init__(self, bundle: Bundle, provider: str, threads: int | None) -> None:
+        self.name, self.provider, self.precision = f"{provider} on the CPU", provider, bundle.precision
+        self.bundle, self.config = bundle, bundle.config
+        self._threads = threads
+        self._open: tuple[tuple[str, int], onnxruntime.InferenceSession] | None = None
+
+    def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
+        """Patches [B, N, D], labels [B] -> z [B, N, D], log|det| [B]."""
+        results = self.run("forward", block, {"patches": patches}, labels)
+        return results["z"], results["log_det"]
+
+    def vjp(
+        self, blocks: Collection[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
+    ) -> tuple[Floats, Floats]:
+        """Of one block: z is not computed, and the cotangent does not ask for it."""
+        (block,) = blocks
+        given: Arrays = {"patches": patches, "cotangent": cotangent(patches, slice(0, len(patches)))}
+        return patches, self.run("gradient", block, given, labels)["gradient"]
+
+    def run(self, kind: str, block: int, feeds: Arrays, labels: Integers | None) -> Arrays:
+        """The outputs by name, copied: as they are, they keep all memory of their session alive."""
+        session = self._session(kind, block)
+        names = [output.name for output in session.get_outputs()]
+        given = feeds if labels is None else {**feeds, "labels": labels}
+        results = session.run(names, {name: np.ascontiguousarray(array) for name, array in given.items()})
+        return {name: result.copy() for name, result in zip(names, results, strict=True)}
+
+    def ordered(self, block: int, patches: Floats) -> Floats:
+        """The order of the data to that of a block, or back."""
+        return patches[:, ::-1] if self.bundle.blocks[block].is_reversed else patches
+
+    def caches(self, rows: int) -> Arrays:
+        """Caches filled with ones: what a cache held before must not matter."""
+        config = self.config
+        shape = (rows, config.heads, config.patches, config.head_dim)
+        names = [f"{kind}_{layer}" for layer in range(config.layers) for kind in ("key", "value")]
+        return {name: np.ones(shape, self.bundle.cache_dtype) for name in names}
+
+    def _session(self, kind: str, block: int) -> onnxruntime.InferenceSession:
+        key = (kind, block)
+        if self._open is None or self._open[0] != key:
+            self._open = None  # frees the last one before the next one is loaded
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3  # without bound caches it warns at every step that they are copied
+            options.intra_op_num_threads = self._threads or 0
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # slow beside other work
+            folder = self.bundle.blocks[block].weights.parent
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            model = self.bundle.read(self.bundle.graph(self.provider, kind, block))
+            session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._open = (key, session)
+        return self._open[1]
+
+
+class PortableRunner(_Runner):
+    """The portable graphs."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        super().__init__(bundle, PORTABLE, threads)
+
+    def invert(
+        self, turns: Collection[Turn], noise: Floats, conditions: Conditions, _: OnTurn | None = None
+    ) -> tuple[Floats, tuple[BlockReport, ...]]:
+        """One turn: x_0 = z_0, x_{i+1} = z_{i+1} * exp(a_i) + b_i for its first steps, or one window of its start."""
+        (turn,) = turns
+        fixed: Arrays = {
+            "noise": noise,
+            "guidance": conditions.guidance,
+            "inverse_temperature": conditions.inverse_temperature,
+        }
+        state = self.caches(conditions.branches * len(noise))
+        x = self.ordered(turn.block, noise if turn.start is None else turn.start).copy()
+        stride = turn.strategy.window if isinstance(turn.strategy, Parallel) else 1
+        for i in range(turn.steps or self.config.patches - 1):
+            position = np.full(len(noise), i, np.int64)
+            feeds: Arrays = {"patches": x[:, i : i + stride], "position": position, **fixed, **state}
+            results = self.run("step", turn.block, feeds, conditions.labels)
+            x[:, i + 1 : i + 1 + stride] = results.pop("next")
+            state = _next(results)
+        return np.ascontiguousarray(self.ordered(turn.block, x)), ()
+
+
+class DecodeLoopRunner(_Runner):
+    """The decode-loop graphs of a provider, launched as a device launches them: outputs are the next inputs."""
+
+    def __init__(self, bundle: Bundle, provider: str, *, threads: int | None = None) -> None:
+        super().__init__(bundle, provider, threads)
+
+    def invert(
+        self, turns: Collection[Turn], noise: Floats, conditions: Conditions, _: OnTurn | None = None
+    ) -> tuple[Floats, tuple[BlockReport, ...]]:
+        """One turn, for its first steps or evaluations."""
+        (turn,) = turns
+        batch, patches = len(noise), self.config.patches
+        size = turn.strategy.window if isinstance(turn.strategy, Parallel) else 1
+        start = noise if turn.start is None else turn.start
+        fixed: Arrays = {
+            "noise": noise,
+            "guidance": conditions.guidance,
+            "inverse_temperature": conditions.inverse_temperature,
+            "reach": np.arange(patches),
+            "tolerance": np.zeros(1, np.float32),
+        }
+        state: Arrays = {
+            "window": self.ordered(turn.block, start)[:, : size + 1],
+            "position": np.zeros(batch, np.int64),
+            "residual": np.zeros(batch, np.float32),
+            "calls": np.zeros(batch, np.int64),
+            "finished": start[:, None],
+            **self.caches(conditions.branches * batch),
+        }
+        kind = "window" if isinstance(turn.strategy, Parallel) else "step"
+        names = {value.name for value in self._session(kind, turn.block).get_inputs()}
+        fixed = {name: array for name, array in fixed.items() if name in names}
+        for _launch in range(turn.steps or patches - 1):
+            state = _next(self.run(kind, turn.block, {**fixed, **state}, conditions.labels))
+        return state["finished"][:, 0], ()
+
+
+def _next(results: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
+    """Outputs as the inputs that they are next time."""
+    return {name.removeprefix("next_"): array for name, array in results.items()}

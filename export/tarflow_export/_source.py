@@ -1,0 +1,33 @@
+"""What a bundle takes from a PyTorch model: its configuration and its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from tarflow_export._weights import Floats
+from tarflow_runtimes._bundle import ModelConfig
+from tarflow_sdk._config import FlowConfig
+from tarflow_sdk._model import TarFlow
+
+
+def bundle_config(config: FlowConfig) -> ModelConfig:
+    """What a bundle says of a model's configuration: the same fields."""
+    return ModelConfig(**{field.name: getattr(config, field.name, None) for field in dataclasses.fields(ModelConfig)})
+
+
+def weights_of(model: TarFlow) -> Callable[[int, str], Floats]:
+    """The float32 tensors of a model by block and name; `class_embed` gains a last row, the null class."""
+    states = [block.state_dict() for block in model.flow_blocks]
+
+    def weight(block: int, name: str) -> Floats:
+        tensor = states[block][name].detach().to("cpu").float()
+        if name == "class_embed":
+            rows = tensor[:, 0]
+            tensor = torch.cat([rows, rows.mean(dim=0, keepdim=True)])
+        array: Floats = tensor.contiguous().numpy()
+        return array
+
+    return weight
