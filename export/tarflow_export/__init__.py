@@ -1,12 +1,13 @@
-"""From a TarFlow checkpoint to a verified bundle of ONNX graphs: `export_bundle`, and the `ExportReport` it returns.
+"""Verified bundles of ONNX graphs: `export_bundle` makes one of a checkpoint, `convert_bundle` changes its precision.
 
 The bundle is specified in docs/BUNDLE.md; `tarflow_runtimes` runs it without PyTorch.
 
 >>> import tempfile
+>>> from tarflow_export import export_bundle
 >>> from tarflow_sdk.testing import random_model, tiny_config
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     report = export_bundle(random_model(tiny_config()), f"{folder}/tiny.tarflow")
->>> report.verified.to_json()["status"]
+>>> report.verification["status"]
 'passed'
 """
 
@@ -14,13 +15,20 @@ import importlib as _importlib
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
+    from tarflow_export._convert import convert_bundle
     from tarflow_export._errors import ExportError
-    from tarflow_export._export import ExportReport, export_bundle
+    from tarflow_export._export import export_bundle
+    from tarflow_export._report import ExportReport
 
-__all__ = ["ExportError", "ExportReport", "export_bundle"]
+__all__ = ["ExportError", "ExportReport", "convert_bundle", "export_bundle"]
 
 # Names are imported on first use: `tarflow-export --help` answers without loading PyTorch.
-_HOMES = {"_errors": ("ExportError",), "_export": ("ExportReport", "export_bundle")}
+_HOMES = {
+    "_convert": ("convert_bundle",),
+    "_errors": ("ExportError",),
+    "_export": ("export_bundle",),
+    "_report": ("ExportReport",),
+}
 
 
 def __getattr__(name: str) -> object:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ import torch
 from tarflow_export._errors import ExportError
 from tarflow_export._plan import Plan, plan_export
 from tarflow_export._reference import compute_reference
+from tarflow_export._report import ExportReport, OnProgress, Stages
 from tarflow_export._source import bundle_config, weights_of
 from tarflow_export._target import SUFFIX, Target
-from tarflow_export._verify import Verified, extent_of, verify_written
+from tarflow_export._verify import SKIPPED, Verified, extent_of, verify_written
 from tarflow_export._weights import is_linear
 from tarflow_export._write import REFERENCE_FILE, Contents, FileRecord, record_of, write_files, write_manifest
 from tarflow_runtimes._bundle import ModelConfig, Precision, open_bundle
@@ -27,11 +27,6 @@ from tarflow_sdk._checkpoint import load_checkpoint
 from tarflow_sdk._model import TarFlow
 
 DTYPES: tuple[Precision, ...] = ("float32", "float16")
-
-OnProgress = Callable[[str, int, int], None]
-"""Called with the stage's name, how much of it is done, and its total."""
-
-SKIPPED: dict[str, Any] = {"status": "skipped", "extent": None, "floors": {}, "records": []}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,35 +41,6 @@ class Loaded:
     def config(self) -> ModelConfig:
         """The bundle's."""
         return bundle_config(self.model.config)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ExportReport:
-    """What an export wrote.
-
-    `seconds` is the time of each stage; `nbytes` the size of all files; `verified` is None when it was skipped;
-    `assumptions` is what the checkpoint did not say, in words.
-    """
-
-    path: Path
-    digest: str
-    nbytes: int
-    parameters: int
-    assumptions: tuple[str, ...]
-    verified: Verified | None
-    seconds: dict[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields, JSON values only."""
-        return {
-            "bundle": str(self.path),
-            "digest": self.digest,
-            "bytes": self.nbytes,
-            "parameters": self.parameters,
-            "assumptions": list(self.assumptions),
-            "verification": SKIPPED if self.verified is None else self.verified.to_json(),
-            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
-        }
 
 
 def default_output(checkpoint: str | Path) -> Path:
@@ -116,10 +82,10 @@ def export_bundle(
     >>> from tarflow_sdk.testing import random_model, tiny_config
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     report = export_bundle(random_model(tiny_config()), f"{folder}/tiny.tarflow")
-    >>> all(record.passed for record in report.verified.records)
-    True
+    >>> report.verification["status"]
+    'passed'
     """
-    stages = _Stages(on_progress)
+    stages = Stages(on_progress)
     given = {
         "tokens": tokens or None, "image_channels": image_channels, "patch_size": patch_size, "head_dim": head_dim,
         "noise_std": noise_std, "labels": labels,
@@ -134,7 +100,6 @@ def export_bundle(
         with stages("write"):
             files = write_files(folder, plan, loaded.contents, lambda k: stages.progress(k + 1, plan.config.blocks))
             write_manifest(folder, plan, loaded.contents, files=files, verification=SKIPPED)
-        verified = None
         if verify:
             with stages("verify"):
                 verified = _verify(folder, plan, loaded, files, stages)
@@ -149,7 +114,7 @@ def export_bundle(
         nbytes=sum(record.size for record in files.values()),
         parameters=bundle.manifest["checkpoint"]["parameters"],
         assumptions=loaded.assumptions,
-        verified=verified,
+        verification=bundle.manifest["verification"],
         seconds=stages.seconds,
     )
 
@@ -191,12 +156,13 @@ def check(
 
 def load(model_or_path: TarFlow | str | Path, *, dtype: Precision, **given: Any) -> Loaded:
     """Stage `load`: read the checkpoint, and refuse weights that are not finite in `dtype`, naming the tensor."""
+    source: dict[str, str | None] = {"file": None, "sha256": None}
     if isinstance(model_or_path, TarFlow):
         if unfit := [name for name, value in given.items() if value is not None]:
             raise ExportError(
                 f"{', '.join(unfit)} given together with a model in memory", hint="set them in the model's FlowConfig"
             )
-        model, source = model_or_path, {"file": None, "sha256": None}
+        model = model_or_path
     else:
         path = Path(model_or_path)
         model = load_checkpoint(path, **{name: value for name, value in given.items() if value is not None})
@@ -229,7 +195,7 @@ def _require_engine() -> None:
         ) from error
 
 
-def _verify(folder: Path, plan: Plan, loaded: Loaded, files: dict[str, FileRecord], stages: _Stages) -> Verified:
+def _verify(folder: Path, plan: Plan, loaded: Loaded, files: dict[str, FileRecord], stages: Stages) -> Verified:
     """Stage `verify`: PyTorch's outputs into the bundle, then every graph against them."""
     extent, blocks = extent_of(plan.config), plan.config.blocks
     measured = compute_reference(loaded.model, extent, lambda k: stages.progress(k + 1, 2 * blocks))
@@ -244,28 +210,3 @@ def _verify(folder: Path, plan: Plan, loaded: Loaded, files: dict[str, FileRecor
     verified = verify_written(folder, extent, measured.floors, lambda k: stages.progress(blocks + k + 1, 2 * blocks))
     manifest(verified.to_json())
     return verified
-
-
-class _Stages:
-    """Names the stage that runs, for the callback, and times it."""
-
-    def __init__(self, on_progress: OnProgress | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._on_progress = on_progress
-        self._stage = ""
-        self._start = 0.0
-
-    def __call__(self, stage: str) -> _Stages:
-        self._stage = stage
-        return self
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-        self.progress(0, 1)
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds[self._stage] = time.perf_counter() - self._start
-
-    def progress(self, done: int, total: int) -> None:
-        if self._on_progress is not None:
-            self._on_progress(self._stage, done, total)

@@ -1,10 +1,12 @@
-"""What a person sees of an export: the plan before, the comparisons after."""
+"""What is known of an export: the plan before, its stages, the comparisons after; as data and for a person."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -14,8 +16,66 @@ from tarflow_export._plan import Plan
 from tarflow_export._verify import Extent
 from tarflow_runtimes._parity import Record
 
+OnProgress = Callable[[str, int, int], None]
+"""Called with the stage's name, how much of it is done, and its total."""
+
 MEASURES = {"max_abs": "max", "max_scaled": "scaled", "relative": "rel"}
 """How the table calls the measure that a tolerance bounds."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExportReport:
+    """What an export wrote.
+
+    `seconds` is the time of each stage; `nbytes` the size of all files; `verification` the manifest's; `assumptions` is
+    what the checkpoint did not say, in words.
+    """
+
+    path: Path
+    digest: str
+    nbytes: int
+    parameters: int
+    assumptions: tuple[str, ...]
+    verification: Mapping[str, Any]
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, JSON values only."""
+        return {
+            "bundle": str(self.path),
+            "digest": self.digest,
+            "bytes": self.nbytes,
+            "parameters": self.parameters,
+            "assumptions": list(self.assumptions),
+            "verification": dict(self.verification),
+            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+        }
+
+
+class Stages:
+    """Names the stage that runs, for the callback, and times it: `with stages("write"): ...`."""
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_progress = on_progress
+        self._stage = ""
+        self._start = 0.0
+
+    def __call__(self, stage: str) -> Stages:
+        self._stage = stage
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+        self.progress(0, 1)
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds[self._stage] = time.perf_counter() - self._start
+
+    def progress(self, done: int, total: int) -> None:
+        """Say how much of the stage is done."""
+        if self._on_progress is not None:
+            self._on_progress(self._stage, done, total)
 
 
 def parity_table(records: Sequence[Record], floors: Mapping[str, float]) -> Table:

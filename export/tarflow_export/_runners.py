@@ -5,7 +5,7 @@ They keep one session at a time, so that their memory is that of one block. Each
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class _Runner:
         return results["z"], results["log_det"]
 
     def vjp(
-        self, blocks: Collection[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
+        self, blocks: Sequence[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
     ) -> tuple[Floats, Floats]:
         """Of one block: z is not computed, and the cotangent does not ask for it."""
         (block,) = blocks
@@ -82,7 +82,7 @@ class PortableRunner(_Runner):
         super().__init__(bundle, PORTABLE, threads)
 
     def invert(
-        self, turns: Collection[Turn], noise: Floats, conditions: Conditions, _: OnTurn | None = None
+        self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, _: OnTurn | None = None
     ) -> tuple[Floats, tuple[BlockReport, ...]]:
         """One turn: x_0 = z_0, x_{i+1} = z_{i+1} * exp(a_i) + b_i for its first steps, or one window of its start."""
         (turn,) = turns
@@ -110,7 +110,7 @@ class DecodeLoopRunner(_Runner):
         super().__init__(bundle, provider, threads)
 
     def invert(
-        self, turns: Collection[Turn], noise: Floats, conditions: Conditions, _: OnTurn | None = None
+        self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, _: OnTurn | None = None
     ) -> tuple[Floats, tuple[BlockReport, ...]]:
         """One turn, for its first steps or evaluations."""
         (turn,) = turns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ from tarflow_sdk._model import TarFlow
 
 def bundle_config(config: FlowConfig) -> ModelConfig:
     """What a bundle says of a model's configuration: the same fields."""
-    return ModelConfig(**{field.name: getattr(config, field.name, None) for field in dataclasses.fields(ModelConfig)})
+    fields: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
+    return ModelConfig(**fields)
 
 
 def weights_of(model: TarFlow) -> Callable[[int, str], Floats]:

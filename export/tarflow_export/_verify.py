@@ -28,6 +28,9 @@ PASS_BUDGET = 10**10
 
 MIN_STEPS = 8
 
+SKIPPED: dict[str, Any] = {"status": "skipped", "engine": None, "extent": None, "floors": {}, "records": []}
+"""The manifest's `verification` where nothing was compared."""
+
 FLOOR_BLOCKS = 2
 """Blocks that float32 is measured against float64 on, where one image has to do: one of each order."""
 

@@ -99,7 +99,7 @@ _GPU_ROUNDED: Final = _ROUNDED | {
 }
 _COARSE: Final = _scaled(_ROUNDED, 8.0, "bfloat16 has 3 bits less than float16")
 
-_INT8: Final = _scaled(_ROUNDED, 8.0, "weights of layers have 7 bits and a sign, and in steps their activations, too")
+_INT8: Final = _scaled(_ROUNDED, 4.0, "weights of layers have 7 bits and a sign, and in steps their activations, too")
 
 GPU_ENGINES: Final = ("ort-cuda", "trt", "trt-rtx")
 

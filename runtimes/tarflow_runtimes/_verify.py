@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -52,7 +52,7 @@ class Subject(Protocol):
         """What it computes linear layers in."""
 
     def invert(
-        self, turns: Collection[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
+        self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
     ) -> tuple[Floats, tuple[BlockReport, ...]]:
         """As of an engine."""
 
@@ -60,7 +60,7 @@ class Subject(Protocol):
         """As of an engine."""
 
     def vjp(
-        self, blocks: Collection[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
+        self, blocks: Sequence[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
     ) -> tuple[Floats, Floats]:
         """As of an engine."""
 
@@ -159,9 +159,7 @@ class Reference:
         if kind == "tempered":
             temperatures *= self.inverse_temperature[:, None]
         guidance = np.zeros_like(self.guidance) if kind == "unguided" else self.guidance
-        return Conditions(
-            labels=labels, guidance=np.stack([guidance] * images), inverse_temperature=temperatures
-        )
+        return Conditions(labels=labels, guidance=np.stack([guidance] * images), inverse_temperature=temperatures)
 
 
 def unit_of(dims: int) -> float:
@@ -227,9 +225,7 @@ class _Run:
         """Compare; `graph` is the provider, kind and block of what computed it."""
         tolerance = tolerance_for(self.subject.name, self.subject.precision, stage)
         unit = unit_of(self.config.dims) if stage in ("log_det", "log_prob") else 1.0
-        made = compare(
-            f"{where} {stage}", stage, actual, expected, tolerance=tolerance, floors=self.floors, unit=unit
-        )
+        made = compare(f"{where} {stage}", stage, actual, expected, tolerance=tolerance, floors=self.floors, unit=unit)
         file = None if graph is None else self.bundle.name(self.bundle.graph(*graph))
         self.records.append(dataclasses.replace(made, graph=file))
 

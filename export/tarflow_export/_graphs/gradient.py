@@ -125,16 +125,16 @@ def _kept(op: GraphBuilder, saved: _Saved) -> Iterator[tuple[ir.Value, str, list
             yield value, op.layout.linear, ["B", config.heads, config.patches, config.head_dim]
         yield layer.attention.p, "float32", ["B", config.heads, config.patches, config.patches]
         yield layer.mlp.slope, "float32", [rows, MLP_EXPANSION * config.width]
-    for value in (saved.difference, saved.scale):
-        if value is not None:
-            yield value, "float32", ["B", config.patches, config.patch_values]
+    for each in (saved.difference, saved.scale):
+        if each is not None:
+            yield each, "float32", ["B", config.patches, config.patch_values]
 
 
 def _replaced(saved: Any, values: Mapping[ir.Value, ir.Value]) -> Any:
     """The same with other values in place of its own."""
     if isinstance(saved, tuple):
         return tuple(_replaced(one, values) for one in saved)
-    if dataclasses.is_dataclass(saved):
+    if dataclasses.is_dataclass(saved) and not isinstance(saved, type):
         fields = {field.name: getattr(saved, field.name) for field in dataclasses.fields(saved)}
         return type(saved)(**{name: _replaced(one, values) for name, one in fields.items()})
     return values.get(saved)
@@ -156,9 +156,8 @@ def _forward(op: GraphBuilder, x: ir.Value) -> tuple[_Saved, ir.Value, ir.Value]
         difference = op.Sub(x, b)
         scale = None if a is None else op.Exp(op.Neg(a))
         z, log_det = affine(op, difference, a, scale)
-    if scale is None:
-        return _Saved(layers=tuple(layers), difference=None, scale=None), z, log_det
-    return _Saved(layers=tuple(layers), difference=difference, scale=scale), z, log_det
+    kept = None if scale is None else difference
+    return _Saved(layers=tuple(layers), difference=kept, scale=scale), z, log_det
 
 
 def _backward(op: GraphBuilder, saved: _Saved, g_z: ir.Value) -> ir.Value:

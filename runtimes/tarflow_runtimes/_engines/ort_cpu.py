@@ -61,6 +61,7 @@ ACTIVATION_BYTES: Final = 128 << 20
 SPINNING: Final = ("step", "window")
 """How the kinds of graphs begin whose threads wait actively: the next run comes at once."""
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
     """Bytes that an engine may keep: of activations that the ways back of all blocks need, and of the open sessions.
@@ -99,7 +100,8 @@ class OrtCpuEngine:
     def __init__(self, bundle: Bundle, limits: Limits = Limits()) -> None:  # noqa: B008 - frozen
         self._version: str = import_onnxruntime().__version__
         bundle.graph(self.provider, "step", 0)
-        self.bundle, self.precision, self._limits = bundle, bundle.precision, limits
+        self.bundle, self._limits = bundle, limits
+        self.precision: str = bundle.precision
         self._lock = threading.RLock()
         self._closed = False
         self._sessions: dict[tuple[int, str, int], Session] = {}
