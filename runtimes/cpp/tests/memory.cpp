@@ -252,7 +252,7 @@ void test_failures(const tarflow::Model& model) {
   CHECK(run.sample() == TARFLOW_OK && run.images() == expected);
 }
 
-/// The same for the first sample of a model, which rewrites its graphs: `kFirstFailures` of its allocations.
+/// The same for the first sample of a model, which opens its graphs: `kFirstFailures` of its allocations.
 void test_first_failures(const char* bundle) {
   long count = 0;
   {

@@ -57,17 +57,13 @@ static std::vector<float> sample(tarflow::Sampler& sampler, const Json& argument
   tarflow::SampleOptions options;
   options.seed = arguments.at("seed").get<std::uint64_t>();
   options.first_index = arguments.value("first_index", std::uint64_t{0});
-  options.guidance = arguments.value("guidance", 0.0);
-  options.attention_temperature = arguments.value("attention_temperature", 1.0);
-  const std::string guide = arguments.value("guide", "ab");
+  const Json guidance = arguments.value("guidance", Json::object());
+  options.guidance = guidance.value("weight", 0.0);
+  options.attention_temperature = guidance.value("attention_temperature", 1.0);
+  const std::string guide = guidance.value("guide", "ab");
   options.guide = guide == "a" ? TARFLOW_GUIDE_A : guide == "b" ? TARFLOW_GUIDE_B : TARFLOW_GUIDE_AB;
-  options.anneal_guidance = arguments.value("anneal_guidance", false);
+  options.anneal_guidance = guidance.value("anneal", false);
   options.denoise = arguments.at("denoise").get<bool>();
-  if (arguments.contains("parallel")) {
-    const Json& given = arguments.at("parallel");
-    options.plan = {{true, given.at("window").get<std::int64_t>(), given.at("tolerance").get<double>(),
-                     given.at("init") == "zeros"}};
-  }
   options.batch_size = arguments.value("batch_size", std::int64_t{0});
   return sampler.sample(arguments.at("n").get<std::int64_t>(), labels_of(arguments), options);
 }

@@ -68,6 +68,9 @@ static void test_arguments(const tarflow::Model& model) {
   const char* name = nullptr;
   CHECK_FAILS(tarflow_model_label(model.get(), 10, &name), TARFLOW_ERROR_INPUT, "class 10");
   CHECK(model.label(3) == "3");
+  const tarflow_config& config = model.config();
+  CHECK(config.data == TARFLOW_DATA_IMAGE && config.nvp == 1 && config.image_size == 28 && config.image_channels == 1);
+  CHECK(config.patches == 49 && config.patch_values == 16 && std::strlen(config.digest) == 64);
   float noise = 0.0F;
   CHECK_FAILS(tarflow_noise(0, UINT64_MAX, 2, 1, 1, &noise), TARFLOW_ERROR_INPUT, "first_index");
   // A caller with an older, shorter struct: the fields that it lacks keep their defaults.
