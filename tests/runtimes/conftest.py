@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tarflow_runtimes as tfr
-from tarflow_export import export_bundle
+from tarflow_export import convert_bundle, export_bundle
 from tarflow_sdk import FlowConfig, TarFlow
 from tarflow_sdk.testing import random_model, tiny_config
 
@@ -46,8 +46,7 @@ class Exported:
         return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
     def images(self, n: int, seed: int = 0) -> np.ndarray[Any, Any]:
-        shape = (n, self.config.image_channels, self.config.image_size, self.config.image_size)
-        return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
+        return np.random.default_rng(seed).uniform(-1, 1, (n, *self.config.shape)).astype(np.float32)
 
     def labels(self, n: int) -> list[int | None] | None:
         """Every way to write a label, the null class among them; None for models without classes."""
@@ -60,29 +59,34 @@ class Exported:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
-    """`exported(name, dtype)`: the bundle of a model of CONFIGS."""
+    """`exported(name, precision)`: the bundle of a model of CONFIGS."""
     made: dict[tuple[str, str], Exported] = {}
 
-    def get(name: str, dtype: str = "float32") -> Exported:
-        if (name, dtype) not in made:
-            model = random_model(CONFIGS[name], seed=len(made))
+    def get(name: str, precision: str = "float32") -> Exported:
+        if (name, precision) not in made:
             path = tmp_path_factory.mktemp("bundles") / f"{name}.tarflow"
-            export_bundle(model, path, dtype=dtype, verify=False)
-            made[name, dtype] = Exported(model, path)
-        return made[name, dtype]
+            if precision == "float32":
+                model = random_model(CONFIGS[name], seed=list(CONFIGS).index(name))
+                export_bundle(model, path, verify=False)
+            else:
+                source = get(name)
+                model = source.model
+                convert_bundle(source.path, path, precision=precision, verify=False)
+            made[name, precision] = Exported(model, path)
+        return made[name, precision]
 
     return get
 
 
 @pytest.fixture(scope="session")
 def flows(exported: Callable[..., Exported]) -> Iterator[Callable[..., tfr.Flow]]:
-    """`flows(name, dtype)`: an open flow that the tests share."""
+    """`flows(name, precision)`: an open flow that the tests share."""
     opened: dict[tuple[str, str], tfr.Flow] = {}
 
-    def get(name: str, dtype: str = "float32") -> tfr.Flow:
-        if (name, dtype) not in opened:
-            opened[name, dtype] = tfr.load(exported(name, dtype).path)
-        return opened[name, dtype]
+    def get(name: str, precision: str = "float32") -> tfr.Flow:
+        if (name, precision) not in opened:
+            opened[name, precision] = tfr.load(exported(name, precision).path)
+        return opened[name, precision]
 
     yield get
     for flow in opened.values():

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes import _doctor
 from tarflow_runtimes._doctor import choose, gather, verdicts
+from tarflow_runtimes._engine import Conditions, Turn
 from tarflow_runtimes._engines import _ort_import
 from tarflow_runtimes._engines._cpus import usable_cpus
 from tarflow_runtimes._engines._session import aligned_zeros
-from tarflow_runtimes._sampler import inverse_block
+from tarflow_runtimes._engines.ort_cpu import Limits, OrtCpuEngine
+from tarflow_runtimes._plan import Parallel, Sequential
 
 
 @pytest.mark.parametrize("engine", ["ort-cuda", "trt", "trt-rtx"])
@@ -31,17 +32,17 @@ def test_an_engine_that_is_not_ready_is_an_error_with_its_remedy(exported, engin
     assert "\n" not in f"{caught.value}{caught.value.hint}"
 
 
-@pytest.mark.parametrize("engine", ["ort-cuda", "trt", "trt-rtx"])
-def test_int8_weights_are_of_the_cpu_engine(exported, engine):
-    with pytest.raises(tfr.InputError, match="int8 weights are of engine ort-cpu"):
-        tfr.load(exported("class").path, engine=engine, weights="int8")
+def test_tf32_is_of_gpus_and_float32(exported):
+    with pytest.raises(tfr.InputError, match="tf32 is of engines on a GPU and of float32 bundles, not of ort-cpu"):
+        tfr.load(exported("class").path, tf32=True)
+    with pytest.raises(tfr.InputError, match="not of trt and float16"):
+        tfr.load(exported("class", "float16").path, engine="trt", tf32=True)
 
 
-def test_the_cpu_engine_has_the_bundles_dtype(exported):
-    path = exported("class").path
-    with pytest.raises(tfr.InputError, match="stored in, float32, not in float16"):
-        tfr.load(path, dtype="float16")
-    tfr.load(path, dtype="float32").close()
+def test_no_cpu_computes_in_bfloat16(exported):
+    with pytest.raises(tfr.EngineError, match="is of bfloat16 and has no graphs for ort-cpu") as caught:
+        tfr.load(exported("class", "bfloat16").path)
+    assert "convert" in caught.value.hint
 
 
 def test_an_unknown_engine_lists_the_known(exported):
@@ -51,14 +52,10 @@ def test_an_unknown_engine_lists_the_known(exported):
     assert "auto" in caught.value.hint
 
 
-def test_auto_says_what_it_took_and_why(exported, monkeypatch):
+def test_auto_says_what_it_took_and_why(exported):
     with tfr.load(exported("class").path, engine="auto") as flow:
         engine, reason = choose(gather())
         assert (flow.engine, flow.engine_report["chosen"]) == (engine, reason)
-    monkeypatch.setattr(_doctor, "gather", lambda: pytest.fail("the doctor was asked"))
-    with tfr.load(exported("class").path, engine="auto", weights="int8") as flow:
-        assert flow.engine == "ort-cpu"
-        assert flow.engine_report["chosen"] == "auto: the only engine with int8 weights"
 
 
 def without_onnxruntime(code: str) -> subprocess.CompletedProcess[str]:
@@ -149,29 +146,46 @@ def test_buffers_start_a_cache_line():
             assert not array.any()
 
 
+def conditions(images: int, *forms: str) -> Conditions:
+    """Those of images that take graphs of these forms in turn; no labels."""
+    guidance = np.zeros((images, 2, 16), np.float32)
+    temperatures = np.ones((1 + any(forms), images), np.float32)
+    for image in range(images):
+        form = forms[image % len(forms)]
+        guidance[image] = 1.0 if form else 0.0
+        temperatures[-1, image] = 2.0 if form == "_tempered" else 1.0
+    return Conditions(labels=None, guidance=guidance, inverse_temperature=temperatures)
+
+
+def sizes(engine, images: int, *forms: str) -> list[int]:
+    return [len(np.arange(images)[part.images]) for part in engine._parts(conditions(images, *forms))]
+
+
 @pytest.mark.parametrize("workers", [1, 2, 16])
 @pytest.mark.parametrize("images", [1, 2, 3, 5, 16, 17, 64, 100])
-@pytest.mark.parametrize("branches", [1, 2])
-def test_parts_cover_the_batch_once(flows, workers, images, branches, monkeypatch):
+@pytest.mark.parametrize("forms", [("",), ("_guided",), ("", "_guided"), ("_tempered", "", "_guided")])
+def test_parts_cover_the_batch_once(flows, workers, images, forms, monkeypatch):
     engine = flows("class")._engine
-    monkeypatch.setattr(engine, "workers", workers)
-    parts = engine.parts(images, branches)
-    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(images))
-    assert all(part.stop > part.start for part in parts)
-    assert len(parts) == 1 or max(p.stop - p.start for p in parts) * branches <= 16
+    monkeypatch.setattr(engine, "_workers", workers)
+    parts = engine._parts(conditions(images, *forms))
+    covered = [np.arange(images)[part.images] for part in parts]
+    assert sorted(np.concatenate(covered)) == list(range(images))
+    for part, chosen in zip(parts, covered, strict=True):
+        assert {forms[image % len(forms)] for image in chosen} == {part.form}
+        assert len(parts) == 1 or len(chosen) * part.branches <= 16
 
 
 def test_parts_keep_their_caches_small(flows, monkeypatch):
     engine = flows("class")._engine
     config = engine.bundle.config
     row_bytes = 2 * 4 * config.layers * config.patches * config.width
-    monkeypatch.setattr(engine, "workers", 2)
-    assert [len(engine.parts(images, 1)) for images in (1, 11, 12, 32, 33, 64)] == [1, 1, 2, 2, 4, 4]
+    monkeypatch.setattr(engine, "_workers", 2)
+    assert [len(sizes(engine, images, "")) for images in (1, 11, 12, 32, 33, 64)] == [1, 1, 2, 2, 4, 4]
     monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.PART_CACHE_BYTES", 8 * row_bytes)
-    assert [part.stop - part.start for part in engine.parts(32, 1)] == [8, 8, 8, 8]
-    assert [part.stop - part.start for part in engine.parts(16, 2)] == [4, 4, 4, 4]
+    assert sizes(engine, 32, "") == [8, 8, 8, 8]
+    assert sizes(engine, 16, "_guided") == [4, 4, 4, 4]
     monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.PART_CACHE_BYTES", 1)
-    assert [part.stop - part.start for part in engine.parts(24, 1)] == [6, 6, 6, 6]
+    assert sizes(engine, 24, "") == [6, 6, 6, 6]
 
 
 def test_large_batches_run_in_pieces(exported, monkeypatch):
@@ -192,23 +206,33 @@ def test_large_blocks_keep_their_batch_whole(exported, monkeypatch):
         expected = flow.sample(9, **options).images
     monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.OPERATOR_THREADS_BYTES", 1)
     with tfr.load(source.path) as flow:
-        assert flow._engine.workers == 1
-        assert flow._engine.parts(64, 2) == [slice(0, 64)]
+        assert flow._engine._workers == 1
+        assert sizes(flow._engine, 64, "_guided") == [64]
         np.testing.assert_allclose(flow.sample(9, **options).images, expected, rtol=0, atol=1e-5)
         monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.CACHE_BYTES", 2 * 2 * 8 * 2 * 16 * 64)
-        assert flow._engine.parts(5, 2) == [slice(0, 1), slice(1, 3), slice(3, 5)]
+        assert sizes(flow._engine, 5, "_guided") == [1, 2, 2]
         np.testing.assert_allclose(flow.sample(9, **options).images, expected, rtol=0, atol=1e-5)
 
 
-def test_few_sessions_stay_open(exported, monkeypatch):
+def test_few_sessions_stay_open(exported):
     source = exported("three_blocks")
     with tfr.load(source.path) as flow:
         expected = flow.sample(2, seed=0).images
         assert len(flow._engine._sessions) == 9
-    monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.SESSIONS_BYTES", 1)
-    with tfr.load(source.path) as flow:
+    with tfr.Flow(flow.bundle, OrtCpuEngine(flow.bundle, Limits(sessions=1))) as flow:
         np.testing.assert_array_equal(flow.sample(2, seed=0).images, expected)
         assert len(flow._engine._sessions) == 1
+
+
+@pytest.mark.parametrize("name", ["class", "no_nvp", "unconditional"])
+def test_a_gradient_that_is_recomputed_is_the_same(exported, name):
+    source = exported(name)
+    with tfr.load(source.path) as flow:
+        expected = flow.denoise(source.images(5), source.labels(5), sigma=0.5)
+    with tfr.Flow(flow.bundle, OrtCpuEngine(flow.bundle, Limits(activations=1))) as flow:
+        found = flow.denoise(source.images(5), source.labels(5), sigma=0.5)
+        assert not any("vjp" in key[1] for key in flow._engine._sessions)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
 def test_a_closed_flow_is_an_error(exported):
@@ -225,31 +249,37 @@ def test_a_closed_flow_is_an_error(exported):
             call()
 
 
-def test_the_window_of_a_block_is_a_fixed_point(exported, flows):
-    for name in ("class_n16", "no_nvp"):
-        source, backend = exported(name), flows(name).backend
-        z = source.latents(2)
-        labels = np.array([1, 3]) if source.config.classes else None
-        for block in range(2):
-            config = flows(name).config
-            stacked = None if labels is None else labels[None]
-            guidance = np.zeros((2, config.patches), np.float32)
-            x = inverse_block(backend, block, z, stacked, guidance, np.ones(1, np.float32))
-            ordered = x[:, ::-1] if block else x
-            np.testing.assert_allclose(backend.window(block, x, z, labels), ordered[:, 1:], rtol=0, atol=5e-6)
-            back, log_det = backend.forward(block, x, labels)
-            np.testing.assert_allclose(back, z, rtol=0, atol=1e-5)
-            assert log_det.shape == (2,)
+@pytest.mark.parametrize("name", ["class_n16", "no_nvp"])
+def test_the_window_of_a_block_is_a_fixed_point(exported, flows, name):
+    source, engine = exported(name), flows(name).backend
+    z, patches = source.latents(2), flows(name).config.patches
+    labels = np.array([1, 3]) if source.config.classes else None
+    given = Conditions(
+        labels=None if labels is None else labels[None],
+        guidance=np.zeros((2, 2, patches), np.float32),
+        inverse_temperature=np.ones((1, 2), np.float32),
+    )
+    for block in range(2):
+        x, _ = engine.invert([Turn(block=block, strategy=Sequential())], z, given)
+        turn = Turn(block=block, strategy=Parallel(tolerance=0.0), steps=1, start=x)
+        again, _ = engine.invert([turn], z, given)
+        np.testing.assert_allclose(again, x, rtol=0, atol=5e-6)
+        back, log_det = engine.forward(block, x, labels)
+        np.testing.assert_allclose(back, z, rtol=0, atol=1e-5)
+        assert log_det.shape == (2,)
 
 
 def test_the_first_steps_of_an_inverse(exported, flows):
-    source, backend = exported("class_n16"), flows("class_n16").backend
-    z, labels = source.latents(5), np.array([[0, 1, 2, 3, 0]])
-    guidance, temperature = np.zeros((2, 16), np.float32), np.ones(1, np.float32)
+    engine, z = flows("class_n16").backend, exported("class_n16").latents(5)
+    given = Conditions(
+        labels=np.array([[0, 1, 2, 3, 0]]),
+        guidance=np.zeros((5, 2, 16), np.float32),
+        inverse_temperature=np.ones((1, 5), np.float32),
+    )
     for block in range(2):
-        whole = inverse_block(backend, block, z, labels, guidance, temperature)
-        some = inverse_block(backend, block, z, labels, guidance, temperature, steps=3)
-        none = inverse_block(backend, block, z, labels, guidance, temperature, steps=0)
+        whole, some, none = (
+            engine.invert([Turn(block=block, strategy=Sequential(), steps=steps)], z, given)[0] for steps in (15, 3, 0)
+        )
         order = slice(None, None, -1 if block else 1)
         np.testing.assert_array_equal(some[:, order][:, :4], whole[:, order][:, :4])
         np.testing.assert_array_equal(some[:, order][:, 4:], z[:, order][:, 4:])

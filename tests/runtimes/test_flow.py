@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -27,22 +28,13 @@ CLASSES = {
 """Models of conftest's matrix and their number of classes."""
 
 GUIDANCE = {
-    "off": {},
-    "ab": {"guidance": 1.5, "attention_temperature": 0.5},
-    "a": {"guidance": 2.0, "guide": "a", "attention_temperature": 0.7},
-    "b": {"guidance": 2.0, "guide": "b", "attention_temperature": 1.4},
-    "annealed": {"guidance": 1.5, "anneal_guidance": True, "attention_temperature": 0.5},
-    "labels alone": {"guidance": 1.0},
+    "off": tfr.Guidance(),
+    "ab": tfr.Guidance(weight=1.5, attention_temperature=0.5),
+    "a": tfr.Guidance(weight=2.0, guide="a", attention_temperature=0.7),
+    "b": tfr.Guidance(weight=2.0, guide="b", attention_temperature=1.4),
+    "annealed": tfr.Guidance(weight=1.5, anneal=True, attention_temperature=0.5),
+    "labels alone": tfr.Guidance(weight=1.0),
 }
-
-
-def torch_guidance(options):
-    return tarflow_sdk.Guidance(
-        weight=options.get("guidance", 0.0),
-        guide=options.get("guide", "ab"),
-        attention_temperature=options.get("attention_temperature", 1.0),
-        anneal=options.get("anneal_guidance", False),
-    )
 
 
 # A model without classes has nothing to compare without a temperature.
@@ -51,14 +43,13 @@ CASES = [(name, kind) for name, classes in CLASSES.items() for kind in GUIDANCE 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_sampling_equals_pytorch(exported, flows, name, kind):
-    source, flow, options = exported(name), flows(name), GUIDANCE[kind]
+    source, flow, guidance = exported(name), flows(name), GUIDANCE[kind]
+    theirs = tarflow_sdk.Guidance(**dataclasses.asdict(guidance))
     for n in (1, 3, 17):
-        sample = flow.sample(n, labels=source.labels(n), seed=5, denoise=False, **options)
+        sample = flow.sample(n, labels=source.labels(n), seed=5, denoise=False, guidance=guidance)
         noise = standard_normal(5, 0, n, source.config.patches, source.config.patch_values)
         with torch.no_grad():
-            expected = tarflow_sdk.decode(
-                source.model, torch.from_numpy(noise), source.torch_labels(n), torch_guidance(options)
-            )
+            expected = tarflow_sdk.decode(source.model, torch.from_numpy(noise), source.torch_labels(n), theirs)
         assert sample.images.dtype == np.float32
         np.testing.assert_allclose(sample.images, expected.numpy(), rtol=0, atol=2e-5)
 
@@ -141,6 +132,31 @@ def test_an_image_does_not_depend_on_its_batch(flows):
     np.testing.assert_allclose(chunked, whole, rtol=0, atol=1e-5)
 
 
+MIXED = [GUIDANCE[kind] for kind in ("off", "ab", "a", "labels alone", "annealed", "b")] * 2
+
+
+@pytest.mark.parametrize("name", ["class_n16", "unconditional", "no_nvp"])
+@pytest.mark.parametrize("plan", [None, tfr.Parallel(window=5, tolerance=0.0)])
+def test_mixed_images_in_one_batch_equal_single_ones(flows, name, plan):
+    """Twelve images, each with its own seed, label and guidance."""
+    flow = flows(name)
+    classes = flow.config.classes
+    labels = [[0, 2, None, 1, 2, 0, None, 1, 0, 2, 1, 0][i] for i in range(12)] if classes else None
+    guidance = MIXED if classes else [one if one != GUIDANCE["labels alone"] else GUIDANCE["off"] for one in MIXED]
+    seeds = [7 * i for i in range(12)]
+    batch = flow.sample(12, labels=labels, seed=seeds, guidance=guidance, plan=plan, denoise=False)
+    assert batch.seed == tuple(seeds)
+    for i in range(12):
+        label = None if labels is None else [labels[i]]
+        weight = guidance[i] if label != [None] or guidance[i].attention_temperature != 1 else 0.0
+        alone = flow.sample(1, labels=label, seed=seeds[i], guidance=weight, plan=plan, denoise=False)
+        np.testing.assert_allclose(batch.images[i], alone.images[0], rtol=0, atol=1e-6)
+    z, one_each = flow.encode(batch.images, labels)[0], [float(one.weight) for one in guidance]
+    if classes:
+        together = flow.decode(z, labels, guidance=one_each)
+        np.testing.assert_allclose(together[3], flow.decode(z[3:4], labels[3:4], guidance=1.0)[0], rtol=0, atol=1e-6)
+
+
 def test_noise_replaces_the_seed(exported, flows):
     flow, source = flows("class"), exported("class")
     noise = source.latents(3)
@@ -186,8 +202,11 @@ SAMPLE_ERRORS = {
     "guidance negative": ({"guidance": -0.5, "labels": [0, 1]}, "guidance must be a finite number >= 0"),
     "guidance not finite": ({"guidance": float("inf"), "labels": [0, 1]}, "guidance must be a finite"),
     "guidance a word": ({"guidance": "much", "labels": [0, 1]}, "guidance must be a number"),
-    "guide unknown": ({"guide": "c"}, "guide must be 'a', 'b' or 'ab'"),
-    "temperature zero": ({"attention_temperature": 0.0}, "attention_temperature must be a finite number > 0"),
+    "one guidance too few": ({"guidance": [1.0], "labels": [0, 1]}, "1 guidance values for 2 images"),
+    "guidance of one image negative": ({"guidance": [1.0, -1.0], "labels": [0, 1]}, "finite number >= 0"),
+    "seeds too few": ({"seed": [1]}, "1 seeds for 2 images"),
+    "a seed too large": ({"seed": [1, 2**64]}, "below 2^64"),
+    "seeds and first_index": ({"seed": [1, 2], "first_index": 3}, "one was given per image"),
     "guidance of nothing": ({"guidance": 1.0}, "every label is the null class"),
     "guidance of null labels": ({"guidance": 1.0, "labels": [None, -1]}, "every label is the null class"),
     "too few labels": ({"labels": [0]}, "1 labels for 2 images"),
@@ -229,6 +248,21 @@ def test_what_a_model_cannot_do_names_the_remedy(exported, flows):
     assert "attention_temperature" in caught.value.hint
     with pytest.raises(tfr.InputError, match="no label names"):
         flows("class_n16").sample(1, labels=["cat"])
+
+
+GUIDANCE_ERRORS = {
+    "guide": ({"guide": "c"}, "guide must be 'a', 'b' or 'ab'"),
+    "temperature": ({"attention_temperature": 0.0}, "attention_temperature must be a finite number > 0"),
+    "weight": ({"weight": float("nan")}, "guidance must be a finite number >= 0"),
+    "anneal": ({"anneal": "yes"}, "anneal must be true or false"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), GUIDANCE_ERRORS.values(), ids=GUIDANCE_ERRORS.keys())
+def test_guidance_refuses(fields, message):
+    with pytest.raises(tfr.InputError) as caught:
+        tfr.Guidance(**fields)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["encode", "log_prob", "bits_per_dim", "denoise", "classify"])
@@ -339,23 +373,26 @@ def test_ctrl_c_ends_the_run_and_its_threads(exported):
 
 def test_a_failing_part_stops_the_others(flows, monkeypatch):
     flow = flows("class_n16")
-    engine = flow._engine
-    monkeypatch.setattr(engine, "workers", 3)
-    monkeypatch.setattr(type(engine), "parts", lambda *_: [slice(i, i + 1) for i in range(6)])
-    make, started = engine.stepper, []
+    engine, started = flow._engine, []
+    monkeypatch.setattr(engine, "_workers", 3)
+    monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.ROWS_PER_PART", 1)
+    monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.LEAST_ROWS_PER_PART", 1)
+    opened = engine._open_step
 
-    def stepper(block, **inputs):
+    def open_step(*given, **options):
         started.append(threading.get_ident())
         if len(started) == 2:
             raise tfr.EngineError("out of order")
-        return make(block, **inputs)
+        return opened(*given, **options)
 
-    monkeypatch.setattr(engine, "stepper", stepper)
+    monkeypatch.setattr(engine, "_open_step", open_step)
     threads = threading.active_count()
-    with pytest.raises(tfr.EngineError, match="out of order"):
-        flow.sample(6, seed=0)
-    assert threading.active_count() == threads
-    assert len(started) <= 6
+    for plan in (None, tfr.Parallel()):
+        started.clear()
+        with pytest.raises(tfr.EngineError, match="out of order"):
+            flow.sample(6, seed=0, plan=plan)
+        assert threading.active_count() == threads
+        assert len(started) <= 6
 
 
 def test_parts_in_threads_give_the_same_images(flows, monkeypatch):
@@ -363,7 +400,7 @@ def test_parts_in_threads_give_the_same_images(flows, monkeypatch):
     options = {"labels": [i % 3 for i in range(12)], "seed": 3, "guidance": 1.0}
     expected = flow.sample(12, **options).images
     for workers in (1, 2, 5):
-        monkeypatch.setattr(flow._engine, "workers", workers)
+        monkeypatch.setattr(flow._engine, "_workers", workers)
         monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.ROWS_PER_PART", 2)
         np.testing.assert_allclose(flow.sample(12, **options).images, expected, rtol=0, atol=1e-5)
 

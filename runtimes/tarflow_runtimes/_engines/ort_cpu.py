@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -105,7 +106,7 @@ class OrtCpuEngine:
         self._lock = threading.RLock()
         self._closed = False
         self._sessions: dict[tuple[int, str, int], Session] = {}
-        self._graphs: dict[str, bytes] = {}
+        self._graphs: dict[Path, bytes] = {}
         self._tables: dict[int, Tables] = {}
         self._caches = CachePool()
         self._wide = bundle.block_bytes >= OPERATOR_THREADS_BYTES
@@ -335,10 +336,10 @@ class OrtCpuEngine:
             session = self._sessions.pop(key, None)
             if session is None:
                 path = self.bundle.graph(provider, kind, block)
-                if key[1] not in self._graphs:  # the same bytes for every block
-                    self._graphs[key[1]] = self.bundle.read(path)
+                if path not in self._graphs:  # a run-ready graph serves every block
+                    self._graphs[path] = self.bundle.read(path)
                 session = Session(
-                    self._graphs[key[1]],
+                    self._graphs[path],
                     name=self.bundle.name(path),
                     folder=self.bundle.blocks[block].weights.parent,
                     threads=threads,
