@@ -121,7 +121,9 @@ def guidance_of(
             known[one] = one if isinstance(one, Guidance) else Guidance(weight=real("guidance", one))
     made = tuple(known[one] for one in each)
     null = np.full(n, True) if labels is None else labels == config.classes
-    guided = [(one.attention_temperature, same) for one, same in zip(made, null.tolist(), strict=True) if one.weight > 0]
+    guided = [
+        (one.attention_temperature, same) for one, same in zip(made, null.tolist(), strict=True) if one.weight > 0
+    ]
     if guided and all(temperature == 1.0 and same for temperature, same in guided):
         what = "every label is the null class" if config.classes else "the model has no classes"
         hint = "set attention_temperature to another value than 1" + (", or give labels" if config.classes else "")

@@ -30,7 +30,6 @@ VERSIONS = {
     "tensorrt": "11.4.0.106",
     "tensorrt_rtx": "1.7.1.116",
     "cuda.bindings": "13.4.4",
-    "google.protobuf": "7.36.2",
 }
 
 
@@ -97,12 +96,6 @@ FAULTS: dict[str, tuple[Facts, str, str, str]] = {
         "ort-cuda",
         f"{OVERWRITTEN} onnxruntime/: onnxruntime 1.32.0, onnxruntime-gpu 1.31.1",
         'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "tarflow-sdk[ort-cuda]"',
-    ),
-    "no protobuf": (
-        machine(modules=without("google.protobuf")),
-        "trt-rtx",
-        "the package google.protobuf is not installed",
-        'pip install "tarflow-sdk[trt-rtx]"',
     ),
     "onnxruntime without CUDA": (
         machine(**CPU_ORT),

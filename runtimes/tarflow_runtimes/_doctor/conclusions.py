@@ -211,10 +211,9 @@ def _device(engine: str, package: str) -> tuple[Check, ...]:
 
 
 CHECKS: Final[dict[str, tuple[Check, ...]]] = {
-    "ort-cpu": (_package("ort-cpu", "onnxruntime", MINIMUM_ORT["ort-cpu"]), _package("ort-cpu", "google.protobuf")),
+    "ort-cpu": (_package("ort-cpu", "onnxruntime", MINIMUM_ORT["ort-cpu"]),),
     "ort-cuda": (
         _package("ort-cuda", "onnxruntime", MINIMUM_ORT["ort-cuda"]),
-        _package("ort-cuda", "google.protobuf"),
         _built_for_cuda,
         *_device("ort-cuda", "onnxruntime"),
         _provider_loads,
@@ -223,14 +222,12 @@ CHECKS: Final[dict[str, tuple[Check, ...]]] = {
     "trt": (
         _linux,
         _package("trt", "tensorrt", PACKAGES["trt"].minimum),
-        _package("trt", "google.protobuf"),
         *_device("trt", "tensorrt"),
         _kernels_of_tensorrt,
     ),
     "trt-rtx": (
         _linux,
         _package("trt-rtx", "tensorrt_rtx", PACKAGES["trt-rtx"].minimum),
-        _package("trt-rtx", "google.protobuf"),
         *_device("trt-rtx", "tensorrt_rtx"),
         _target_of_tensorrt_rtx,
     ),

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from typing import Any, Final
 
-MODULES: Final = ("onnxruntime", "tensorrt", "tensorrt_rtx", "cuda.bindings", "google.protobuf")
+MODULES: Final = ("onnxruntime", "tensorrt", "tensorrt_rtx", "cuda.bindings")
 """Python packages that engines import."""
 
 LIBRARIES: Final = ("cudart-12", "cudart-13", "cublasLt-12", "cublasLt-13", "cudnn-9")

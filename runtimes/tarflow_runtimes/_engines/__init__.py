@@ -14,6 +14,7 @@ from tarflow_runtimes._errors import EngineError, InputError
 if TYPE_CHECKING:
     from tarflow_runtimes._trt._supply import OnBuilding
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """What an engine is opened with.

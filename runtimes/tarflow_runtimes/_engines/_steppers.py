@@ -84,7 +84,11 @@ class SequentialStepper:
         # Patch by patch, [N, B, D]: a step reads and writes one contiguous slab.
         self._noise: Floats = np.ascontiguousarray(inputs.noise.transpose(1, 0, 2))
         self._finished = self._noise.copy()
-        self._pos_embed, self._class_rows, self._weights = inputs.tables.pos_embed, inputs.class_rows(), inputs.weights()
+        self._pos_embed, self._class_rows, self._weights = (
+            inputs.tables.pos_embed,
+            inputs.class_rows(),
+            inputs.weights(),
+        )
         self._rows = aligned_zeros((rows, config.patch_values), np.float32)
         self._branch_rows = self._rows.reshape(branches, batch, config.patch_values)
         self._branch_rows[:] = self._noise[0]
@@ -95,7 +99,9 @@ class SequentialStepper:
         self._total = aligned_zeros((1,), np.int32)
         self._next = self._rows[:batch]  # written last, from values that needed all of the rows
         shape = (rows, config.heads, config.patches, config.head_dim)
-        caches = {name: pool.take(shape, inputs.bundle.cache_dtype) for name in session.inputs if name.startswith(CACHES)}
+        caches = {
+            name: pool.take(shape, inputs.bundle.cache_dtype) for name in session.inputs if name.startswith(CACHES)
+        }
         weakref.finalize(self, pool.give, tuple(caches.values())).atexit = False
         arrays: Arrays = {
             "rows": self._rows,
