@@ -1,9 +1,9 @@
 // CachePool: attention caches that one inverse leaves to the next, which saves a page fault every 4 KB of fresh memory.
 #pragma once
 
-#include <deque>
 #include <mutex>
 #include <new>
+#include <vector>
 
 #include "session.hpp"
 
@@ -40,13 +40,13 @@ class CachePool {
     bytes_ += bytes;
     while (bytes_ > kBytes) {
       bytes_ -= kept_.front().bytes();
-      kept_.pop_front();
+      kept_.erase(kept_.begin());
     }
   }
 
  private:
   std::mutex mutex_;
-  std::deque<Buffer> kept_;
+  std::vector<Buffer> kept_;
   std::size_t bytes_ = 0;
 };
 

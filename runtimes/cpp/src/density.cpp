@@ -113,11 +113,10 @@ Floats score(const Engine& engine, const Floats& patches, const Labels& labels, 
   const std::int64_t batch = engine.batch_of(patches), dims = engine.config().dims();
   const std::int64_t share = (batch + engine.workers() - 1) / engine.workers();
   const std::int64_t limit = std::min(most, share), count = (batch + limit - 1) / limit;
+  const std::vector<Part> pieces = cut(batch, count);
   Floats result(patches.size());
-  const auto run = [&](std::int64_t piece) {
-    // The first batch % count pieces have one image more.
-    const std::int64_t start = piece * (batch / count) + std::min(piece, batch % count);
-    const std::int64_t stop = start + batch / count + (piece < batch % count ? 1 : 0);
+  const auto run = [&](std::int64_t number) {
+    const auto [start, stop] = pieces[size(number)];
     Floats x(patches.begin() + start * dims, patches.begin() + stop * dims);
     const Labels y = labels.empty() ? Labels{} : Labels(labels.begin() + start, labels.begin() + stop);
     std::vector<ForwardHalf> halves;

@@ -30,6 +30,12 @@ void append(Floats& values, const Ort::Value& value) {
 
 }  // namespace
 
+std::vector<Part> cut(std::int64_t images, std::int64_t count) {
+  std::vector<Part> parts;
+  for (std::int64_t i = 0; i < count; ++i) parts.push_back({images * i / count, images * (i + 1) / count});
+  return parts;
+}
+
 Engine::Engine(Bundle bundle, int threads, Logger logger)
     : bundle_(std::move(bundle)), threads_(threads != 0 ? threads : usable_cpus()), logger_(logger) {
   for (const Block& block : bundle_.blocks) block_bytes_ = std::max(block_bytes_, block.bytes);
@@ -53,9 +59,7 @@ std::vector<Part> Engine::parts(std::int64_t images, std::int64_t branches) cons
     const std::int64_t rounds = divided_up(rows, limit * workers_);
     count = std::max(count, std::min({rounds * workers_, rows / kLeastRowsPerPart, images}));
   }
-  std::vector<Part> made;
-  for (std::int64_t i = 0; i < count; ++i) made.push_back({images * i / count, images * (i + 1) / count});
-  return made;
+  return cut(images, count);
 }
 
 std::unique_ptr<Stepper> Engine::stepper(std::int64_t block, const StepInputs& inputs, bool alone) const {

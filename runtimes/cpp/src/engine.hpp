@@ -26,6 +26,9 @@ struct Part {
   std::int64_t count() const { return stop - start; }
 };
 
+/// `count` equal parts of the images, in order.
+std::vector<Part> cut(std::int64_t images, std::int64_t count);
+
 /// z of a block for some images, and what the way back needs.
 struct ForwardHalf {
   Floats z;

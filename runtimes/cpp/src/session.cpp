@@ -9,6 +9,7 @@
 namespace tarflow::detail {
 namespace {
 
+constexpr const char* kOtherGraph = "its manifest describes another graph: export the checkpoint again";
 constexpr std::size_t kAlignment = 64;  // a cache line, and the width of the widest vector load
 
 /// What a session of ONNX Runtime has to say, to the model's logger.
@@ -93,7 +94,7 @@ void check(const Graph& graph, const char* kind, const Array& array, const Ort::
   for (const std::int64_t axis : shape) got.push_back(axis < 0 ? "?" : std::to_string(axis));
   throw engine_error("graph " + graph.name + ": " + kind + " " + array.name + ": expected " +
                          text_of(array.dtype, array.shape) + ", got " + text_of(dtype, got),
-                     "its manifest describes another graph: export the checkpoint again");
+                     kOtherGraph);
 }
 
 Ort::MemoryInfo host() { return Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeCPU); }
@@ -126,8 +127,8 @@ void Session::check_declared(bool inputs) const {
     const Ort::TypeInfo type = inputs ? session_.GetInputTypeInfo(i) : session_.GetOutputTypeInfo(i);
     if (array == arrays.end() || count != arrays.size() || type.GetONNXType() != ONNX_TYPE_TENSOR)
       throw engine_error("graph " + graph_.name + " has " + std::to_string(count) + " " + kind + "s, among them " +
-                             name + "; the manifest lists " + std::to_string(arrays.size()),
-                         "export the checkpoint again");
+                             name + ", and the manifest lists others",
+                         kOtherGraph);
     check(graph_, kind, *array, type.GetTensorTypeAndShapeInfo(), 0);
   }
 }

@@ -21,29 +21,35 @@ std::string text_of(const fs::path& path) {
   return text.str();
 }
 
-/// A copy of the bundle, spoilt, must be refused with these words in the message and these in the hint.
+/// Opening a bundle must fail with these words in the message and these in the hint.
+void check_refused(const fs::path& path, const char* words, const char* hint, bool skip_digests) {
+  tarflow_model* model = nullptr;
+  tarflow_model_options options;
+  tarflow_model_options_init(&options);
+  options.skip_digests = skip_digests ? 1 : 0;
+  CHECK_FAILS(tarflow_model_open(path.c_str(), &options, &model), TARFLOW_ERROR_BUNDLE, words);
+  CHECK(model == nullptr);
+  CHECK(*tarflow_last_hint() != '\0' && std::strstr(tarflow_last_hint(), hint) != nullptr);
+}
+
+/// A copy of the bundle, spoilt, must be refused.
 void refused(const char* words, const std::function<void(const fs::path&)>& spoil, const char* hint = "") {
   const fs::path copy = folder / "spoilt.tarflow";
   fs::remove_all(copy);
   fs::copy(bundle, copy, fs::copy_options::recursive);
   spoil(copy);
-  tarflow_model* model = nullptr;
-  CHECK_FAILS(tarflow_model_open(copy.c_str(), nullptr, &model), TARFLOW_ERROR_BUNDLE, words);
-  CHECK(model == nullptr);
-  CHECK(*tarflow_last_hint() != '\0' && std::strstr(tarflow_last_hint(), hint) != nullptr);
+  check_refused(copy, words, hint, false);
   fs::remove_all(copy);
 }
 
-/// The same with another manifest.
+/// The same with another manifest; no digest is looked at, which would take most of the time.
 void edited(const char* words, const std::function<void(Json&)>& edit, const char* hint = "") {
-  refused(
-      words,
-      [&](const fs::path& copy) {
-        Json manifest = Json::parse(text_of(copy / "manifest.json"));
-        edit(manifest);
-        std::ofstream(copy / "manifest.json") << manifest;
-      },
-      hint);
+  const fs::path copy = folder / "edited.tarflow";
+  if (!fs::exists(copy)) fs::copy(bundle, copy, fs::copy_options::recursive);
+  Json manifest = Json::parse(text_of(bundle / "manifest.json"));
+  edit(manifest);
+  std::ofstream(copy / "manifest.json") << manifest;
+  check_refused(copy, words, hint, true);
 }
 
 void changed(const char* words, const char* pointer, const Json& value, const char* hint = "") {
@@ -146,6 +152,7 @@ int main(int argc, char** argv) {
   if (argc != 3) return 2;
   bundle = argv[1];
   folder = argv[2];
+  fs::remove_all(folder / "edited.tarflow");
   return finish([] {
     test_manifest();
     test_files();
