@@ -1,12 +1,14 @@
 """`Target`: the place a bundle goes to, and the temporary folder beside it in which it grows.
 
 A bundle appears under its name complete or not at all: it is written to a hidden folder on the same file system, which
-is renamed into place at the end and removed when anything goes wrong, an interrupt included.
+is renamed into place at the end, or exchanged with the bundle that it replaces, and removed when anything goes wrong,
+an interrupt included.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -18,6 +20,9 @@ from tarflow_export._errors import ExportError
 from tarflow_runtimes._bundle import FORMAT, MANIFEST
 
 SUFFIX = ".tarflow"
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux's renameat2: relative to the current directory; exchange."""
 
 
 class Target:
@@ -67,10 +72,14 @@ class Target:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _publish(self, folder: Path) -> None:
-        """Rename into place; an existing bundle is set aside first and comes back if the second rename fails."""
+        """Give the folder the target's name; an existing bundle changes places with it, never a moment without one."""
         if not os.path.lexists(self.path):
             folder.rename(self.path)
-            return
+        elif not _exchange(folder, self.path):
+            self._replace(folder)
+
+    def _replace(self, folder: Path) -> None:
+        """Where a file system cannot exchange: the old bundle is set aside, and comes back if the second step fails."""
         aside = folder.with_suffix(".replaced")
         try:
             self.path.rename(aside)
@@ -81,6 +90,15 @@ class Target:
             raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step (Linux: renameat2); False where the system or file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
 def _make_public(folder: Path) -> None:
