@@ -1,7 +1,8 @@
 """TarFlow in PyTorch: a `TarFlow` model and the plain functions of it that sample, score, denoise and classify.
 
-A model maps images to standard normal noise and back, block by block (`encode`, `decode`), and so has an exact density
-(`log_prob`, `bits_per_dim`). `load_checkpoint` reads the weights that the original code or `tarflow-train` saved.
+A model maps images, or tokens [N, D] such as the coordinates of N atoms, to standard normal noise and back, block by
+block (`encode`, `decode`), and so has an exact density (`log_prob`, `bits_per_dim`). `load_checkpoint` reads the
+weights that the original code, its descendants for molecules or `tarflow-train` saved.
 
 >>> import torch
 >>> from tarflow_sdk import decode

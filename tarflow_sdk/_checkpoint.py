@@ -1,5 +1,9 @@
 """Checkpoints: `load_checkpoint` and `save_checkpoint`, flat state dicts in `.safetensors` or `.pth` files.
 
+The names are those of the original code. Beside them is read what its descendants for molecules save (Tan et al. 2025,
+"Scalable Equilibrium Sampling with Sequential Boltzmann Generators"): a Lightning module with the model under `net.`,
+without the prior's `var`, and with a dropout in the MLP that moves its second layer from `main.2` to `main.3`.
+
 A `.safetensors` file of ours carries its configuration; for every other file `_claims.py` finds the configuration from
 shapes, file name and flags. Reading is strict: every tensor is known, has the right shape and is finite, and none is
 missing. A `.pth` file is read with PyTorch's weights-only unpickler, which runs no code of the file's.
@@ -22,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tarflow_sdk._claims import Claims, claim_metadata, infer_config
-from tarflow_sdk._config import FlowConfig
+from tarflow_sdk._config import SIZES, FlowConfig
 from tarflow_sdk._errors import CheckpointError, ConfigError
 from tarflow_sdk._model import TarFlow
 
@@ -30,27 +34,35 @@ METADATA_KEY = "tarflow_config"
 """Metadata entry of our `.safetensors` files: `FlowConfig.to_json` as JSON text."""
 
 TORCH_SUFFIXES = (".pth", ".pt")
+READ_SUFFIXES = (*TORCH_SUFFIXES, ".ckpt")
+"""`.ckpt` is Lightning's."""
 WRAPPERS = ("state_dict", "model")
 """Keys under which other trainers keep the flat state dict."""
 PREFIXES = ("module.", "_orig_mod.")
 """What `DistributedDataParallel` and `torch.compile` put in front of every name."""
+NET = "net."
+"""Where Lightning modules keep their model, beside entries of their own."""
+FIRST_WEIGHT = "blocks.0.proj_in.weight"
+"""The name by which a state dict is known to hold a TarFlow."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_checkpoint(
     path: str | Path,
     *,
+    tokens: bool = False,
     image_channels: int | None = None,
     patch_size: int | None = None,
     head_dim: int | None = None,
     noise_std: float | None = None,
     labels: Sequence[str] | None = None,
 ) -> TarFlow:
-    """Read a model from a `.safetensors`, `.pth` or `.pt` file, as float32 on the CPU.
+    """Read a model from a `.safetensors`, `.pth`, `.pt` or `.ckpt` file, as float32 on the CPU.
 
-    Whatever the file does not say may be given: the image channels or the patch size (a patch has D = C * p * p
-    values), the head dimension (64 unless told), sigma of the training noise, the names of the classes. What was
-    assumed is listed in the model's `assumptions`. Names given here replace the file's.
+    Whatever the file does not say may be given: that the data are tokens [N, D], or else the image channels or the
+    patch size (a patch has D = C * p * p values), the head dimension (64 unless told), sigma of the training noise,
+    the names of the classes. What was assumed or left out is listed in the model's `assumptions`. Names given here
+    replace the file's.
 
     Raises:
         CheckpointError: when the file is missing, damaged, foreign or holds code, when a tensor is missing, unknown,
@@ -65,21 +77,32 @@ def load_checkpoint(
     True
     """
     path = Path(path)
-    tensors, metadata = _read(path)
-    tensors = _checked_tensors(path, _unprefixed(tensors))
     claims = Claims(path)
+    entries, metadata = _read(path)
+    entries, left_out = _unprefixed(entries)
+    if left_out:
+        claims.assumptions.append(f"left out, beside the model under {NET}: {_listed(left_out)}")
+    tensors = _checked_tensors(path, entries)
+    if tokens:
+        claims.add("--tokens", "data", "tokens")
     flags = {
         "image_channels": image_channels, "patch_size": patch_size, "head_dim": head_dim, "noise_std": noise_std,
     }  # fmt: skip
     for field, value in flags.items():
         if value is not None:
-            claims.add(f"--{field.replace('_', '-')}", field, value)
+            flag = f"--{field.replace('_', '-')}"
+            claims.add(flag, field, value)
+            if field in SIZES["image"]:
+                claims.add(flag, "data", "image")
     if metadata is not None:
         claim_metadata(claims, metadata)
     try:
         config = infer_config(claims, tensors, labels=labels)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}", hint=error.hint) from error
+    if "var" not in tensors and metadata is None and config.nvp:  # our own files always have it
+        claims.assumptions.append("var 1 everywhere, the prior's variance of models with nvp")
+        tensors["var"] = torch.ones(config.patches, config.patch_values)
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
         model = TarFlow(config)
     _require_same_tensors(path, tensors, model)
@@ -156,9 +179,9 @@ def _read(path: Path) -> tuple[dict[str, Any], FlowConfig | None]:
         raise CheckpointError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if path.suffix in TORCH_SUFFIXES:
+    if path.suffix in READ_SUFFIXES:
         return _flat(path, _read_torch(path)), None
-    raise CheckpointError(f"{path}: unknown kind of file", hint="expected a name in .safetensors, .pth or .pt")
+    raise CheckpointError(f"{path}: unknown kind of file", hint="expected a name in .safetensors, .pth, .pt or .ckpt")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], FlowConfig | None]:
@@ -210,24 +233,38 @@ def _flat(path: Path, data: object) -> dict[str, Any]:
     return dict(data)
 
 
-def _unprefixed(tensors: dict[str, Any]) -> dict[str, Any]:
-    while tensors:
-        prefix = next((p for p in PREFIXES if all(str(name).startswith(p) for name in tensors)), None)
+def _unprefixed(entries: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The entries without what wrappers put in front of their names; those under `net.` if they hold a TarFlow.
+
+    Also the names that were left out because they are not under `net.`.
+    """
+    while entries:
+        prefix = next((p for p in PREFIXES if all(str(name).startswith(p) for name in entries)), None)
         if prefix is None:
             break
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+        entries = {name.removeprefix(prefix): value for name, value in entries.items()}
+    under_net = {
+        name.removeprefix(NET): value
+        for name, value in entries.items()
+        if isinstance(name, str) and name.startswith(NET)
+    }
+    if FIRST_WEIGHT in entries or not under_net:
+        return entries, []
+    net, _ = _unprefixed(under_net)  # a compiled model inside of a Lightning module
+    if FIRST_WEIGHT not in net:
+        return entries, []
+    return net, [str(name) for name in entries if not str(name).startswith(NET)]
 
 
 def _checked_tensors(path: Path, entries: dict[str, Any]) -> dict[str, Tensor]:
-    """The entries as float32, without the original's `attn_mask` buffers."""
-    if "blocks.0.proj_in.weight" not in entries:
+    """The entries as float32 under the original's names, without its `attn_mask` buffers."""
+    if FIRST_WEIGHT not in entries:
         raise CheckpointError(
-            f"{path}: not a TarFlow checkpoint: no blocks.0.proj_in.weight, but {_listed(entries) or 'nothing'}",
-            hint="expected the flat state dict of the original code or of tarflow-train",
+            f"{path}: not a TarFlow checkpoint: no {FIRST_WEIGHT}, but {_listed(entries) or 'nothing'}",
+            hint=f"expected the flat state dict of the original code or of tarflow-train, also under {NET}",
         )
     tensors = {}
-    for name, tensor in entries.items():
+    for name, tensor in _without_dropout(entries).items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}, expected a tensor")
         if name.endswith(".attn_mask"):
@@ -241,6 +278,12 @@ def _checked_tensors(path: Path, entries: dict[str, Any]) -> dict[str, Tensor]:
             bad = int((~torch.isfinite(tensors[name])).sum())
             raise CheckpointError(f"{path}: {name} holds {bad} of {tensor.numel()} values that are NaN or infinite")
     return tensors
+
+
+def _without_dropout(entries: dict[str, Any]) -> dict[str, Any]:
+    """The second layer of each MLP at `main.2`, where it is at `main.3` behind a dropout."""
+    renamed = {name: re.sub(r"(\.mlp\.main)\.3\.(weight|bias)$", r"\1.2.\2", str(name)) for name in entries}
+    return {name if renamed[name] in entries else renamed[name]: value for name, value in entries.items()}
 
 
 def _require_same_tensors(path: Path, tensors: dict[str, Tensor], model: TarFlow) -> None:

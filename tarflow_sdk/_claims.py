@@ -15,14 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from tarflow_sdk._config import FlowConfig
+from tarflow_sdk._config import SIZES, FlowConfig
 from tarflow_sdk._errors import CheckpointError
 
 DEFAULT_HEAD_DIM = 64
 """The original code's, in all its models."""
 
-SHAPES = "the shapes"
-FILE_NAME = re.compile(r".*_model_(\d+)_(\d+)_(\d+)_(\d+)_(\d+\.\d+|uniform)")
+SHAPES, FILE_NAME, METADATA = "the shapes", "the file name", "its metadata"
+NAMING = re.compile(r".*_model_(\d+)_(\d+)_(\d+)_(\d+)_(\d+\.\d+|uniform)")
 """The original's `{data}_model_{patch_size}_{width}_{blocks}_{layers}_{noise}`, without the suffix."""
 
 
@@ -42,9 +42,13 @@ class Claims:
         """
         first, known = self._claims.setdefault(field, (source, value))
         if not _agree(known, value):
+            flags = [name for name in (first, source) if name.startswith("--")]
+            hint = f"correct {flags[0] if flags else source}"
+            if flags and FILE_NAME in (first, source):
+                hint = f"{hint} or rename the file"
             raise CheckpointError(
                 f"{self.path}: {first} says {field} is {known}, {source} says {value}",
-                hint=f"correct {first if first.startswith('--') else source}",
+                hint=f"give {flags[0]} or {flags[1]}" if flags[1:] else hint,
             )
 
     def get(self, field: str) -> Any:
@@ -71,15 +75,17 @@ class RoundedStd(float):
 def claim_metadata(claims: Claims, config: FlowConfig) -> None:
     """What the configuration inside one of our own files says."""
     unknown = config.noise == "gaussian" and config.noise_std is None
+    other = [name for kind, names in SIZES.items() for name in names if kind != config.data]
+    claims.add(METADATA, "data", config.data)
     for field in dataclasses.fields(config):
-        if not (field.name == "noise_std" and unknown):
-            claims.add("its metadata", field.name, getattr(config, field.name))
-    claims.add("its metadata", "patches", config.patches)
-    claims.add("its metadata", "patch_values", config.patch_values)
+        if field.name not in other and not (field.name == "noise_std" and unknown):
+            claims.add(METADATA, field.name, getattr(config, field.name))
+    claims.add(METADATA, "patches", config.patches)
+    claims.add(METADATA, "patch_values", config.patch_values)
 
 
 def claim_shapes(claims: Claims, tensors: dict[str, Tensor]) -> None:
-    """What the tensors say: everything but the image size, the split of D, the heads and the noise."""
+    """What the tensors say: everything but the kind of data, the split of D, the heads and the noise."""
 
     def shape(name: str, rank: int) -> list[int]:
         if name not in tensors:
@@ -115,15 +121,16 @@ def claim_shapes(claims: Claims, tensors: dict[str, Tensor]) -> None:
 
 def claim_file_name(claims: Claims) -> None:
     """What the original's naming says; another name says nothing."""
-    found = FILE_NAME.fullmatch(claims.path.stem)
+    found = NAMING.fullmatch(claims.path.stem)
     if found is None:
         return
     *numbers, noise = found.groups()
+    claims.add(FILE_NAME, "data", "image")
     for field, number in zip(("patch_size", "width", "blocks", "layers"), numbers, strict=True):
-        claims.add("the file name", field, int(number))
-    claims.add("the file name", "noise", "uniform" if noise == "uniform" else "gaussian")
+        claims.add(FILE_NAME, field, int(number))
+    claims.add(FILE_NAME, "noise", "uniform" if noise == "uniform" else "gaussian")
     if noise != "uniform" and float(noise) > 0:  # 0.00 is a sigma that two decimals do not show
-        claims.add("the file name", "noise_std", RoundedStd(noise))
+        claims.add(FILE_NAME, "noise_std", RoundedStd(noise))
 
 
 def infer_config(claims: Claims, tensors: dict[str, Tensor], *, labels: Sequence[str] | None = None) -> FlowConfig:
@@ -145,13 +152,10 @@ def infer_config(claims: Claims, tensors: dict[str, Tensor], *, labels: Sequence
         claims.assumptions.append("noise gaussian, the original code's default")
     if claims.get("noise") != "uniform" and claims.get("noise_std") is None:
         claims.assumptions.append("noise_std unknown: denoising needs it told")
-    channels, patch_size = _split_patch(claims)
     names = claims.get("labels") if labels is None else tuple(labels)
     noise_std = claims.get("noise_std")
     return FlowConfig(
-        image_size=_grid_side(claims) * patch_size,
-        image_channels=channels,
-        patch_size=patch_size,
+        **_sizes(claims),
         width=claims.get("width"),
         blocks=claims.get("blocks"),
         layers=claims.get("layers"),
@@ -164,11 +168,23 @@ def infer_config(claims: Claims, tensors: dict[str, Tensor], *, labels: Sequence
     )
 
 
+def _sizes(claims: Claims) -> dict[str, int]:
+    """The fields that describe the data: images, unless something says tokens."""
+    if claims.get("data") == "tokens":
+        return {"tokens": claims.get("patches"), "token_values": claims.get("patch_values")}
+    side = _grid_side(claims)
+    channels, patch_size = _split_patch(claims)
+    return {"image_size": side * patch_size, "image_channels": channels, "patch_size": patch_size}
+
+
 def _grid_side(claims: Claims) -> int:
     patches: int = claims.get("patches")
     side = math.isqrt(patches)
     if side * side != patches:
-        raise CheckpointError(f"{claims.path}: pos_embed has {patches} rows, no square number: images must be square")
+        raise CheckpointError(
+            f"{claims.path}: pos_embed has {patches} rows, no square number: images must be square",
+            hint=f"if the data are {patches} tokens of {claims.get('patch_values')} values, give --tokens",
+        )
     return side
 
 
@@ -207,7 +223,8 @@ def _split_patch(claims: Claims) -> tuple[int, int]:
         raise CheckpointError(
             f"{claims.path}: cannot tell the image channels from the patch size in patches of {values} values",
             hint="give --image-channels or --patch-size; possible (image_channels, patch_size): "
-            + ", ".join(map(str, candidates)),
+            + ", ".join(map(str, candidates))
+            + "; or --tokens for data that are no images",
         )
     return fitting[0]
 

@@ -1,5 +1,8 @@
 """`FlowConfig`: everything about a TarFlow model that its weights do not say, as JSON-only fields.
 
+The data of a model are square images, cut into patches, or tokens: arrays [N, D] that are used as they are, such as
+the coordinates of N atoms. For tokens, read "token" where this package says "patch" and "image".
+
 Axis letters used in this package: `B` images, `N` patches, `D` patch size in values (C * p * p), `W` width,
 `C` image channels, `H` heads, `E` head dimension, `L` layers per block, `K` flow blocks.
 """
@@ -20,11 +23,21 @@ MLP_EXPANSION = 4
 """Hidden width of the MLP over the width of the model, fixed by the architecture."""
 
 NoiseKind = Literal["gaussian", "uniform"]
+DataKind = Literal["image", "tokens"]
+
+SIZES: dict[DataKind, tuple[str, ...]] = {
+    "image": ("image_size", "image_channels", "patch_size"),
+    "tokens": ("tokens", "token_values"),
+}
+"""The fields that describe each kind of data; those of the other kind are None."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FlowConfig:
     """Shape and training noise of a TarFlow model.
+
+    The data are images, with `image_size`, `image_channels` and `patch_size`, or tokens: N = `tokens` of
+    D = `token_values` values each. Exactly one of the two groups is given.
 
     A model is named `{patch_size}-{width}-{blocks}-{layers}-{noise_std}` in the literature, e.g. `4-128-4-4-0.10`.
 
@@ -39,11 +52,15 @@ class FlowConfig:
 
     >>> FlowConfig(image_size=28, image_channels=1, patch_size=4, width=128, blocks=4, layers=4).patches
     49
+    >>> FlowConfig(tokens=33, token_values=3, width=256, blocks=6, layers=6).shape
+    (33, 3)
     """
 
-    image_size: int
-    image_channels: int
-    patch_size: int
+    image_size: int | None = None
+    image_channels: int | None = None
+    patch_size: int | None = None
+    tokens: int | None = None
+    token_values: int | None = None
     width: int
     blocks: int
     layers: int
@@ -55,7 +72,8 @@ class FlowConfig:
     labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "image_channels", "patch_size", "width", "blocks", "layers", "head_dim", "classes"):
+        self._check_kind()
+        for name in (*SIZES[self.data], "width", "blocks", "layers", "head_dim", "classes"):
             value, least = getattr(self, name), 0 if name == "classes" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
@@ -65,20 +83,37 @@ class FlowConfig:
         self._check_noise()
         self._check_labels()
 
+    def _check_kind(self) -> None:
+        given = [name for names in SIZES.values() for name in names if getattr(self, name) is not None]
+        hint = " or ".join(f"{', '.join(names)} ({kind})" for kind, names in SIZES.items())
+        if not given:
+            raise ConfigError("model configuration does not say what the data are", hint=f"give {hint}")
+        if len({kind for kind, names in SIZES.items() for name in names if name in given}) > 1:
+            raise ConfigError(f"data are images or tokens, not both: got {', '.join(given)}", hint=f"give {hint}")
+        if missing := [name for name in SIZES[self.data] if name not in given]:
+            raise ConfigError(
+                f"model configuration is incomplete: {', '.join(given)} without {', '.join(missing)}",
+                hint=f"give {hint}",
+            )
+
     def _check_grid(self) -> None:
-        if self.image_size % self.patch_size:
+        if self.image_size is not None and self.patch_size is not None and self.image_size % self.patch_size:
             raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.head_dim:
             raise ConfigError(
                 f"width {self.width} is not a multiple of head_dim {self.head_dim}",
                 hint="the head dimension is not stored in original checkpoints: give --head-dim",
             )
+        if self.tokens == 1:
+            raise ConfigError("tokens must be an integer >= 2, got 1", hint="a flow needs a token to start from")
         if self.patches < 2:
             raise ConfigError(f"patch_size {self.patch_size} leaves one patch of a {self.image_size} pixel image")
 
     def _check_noise(self) -> None:
         if self.noise not in ("gaussian", "uniform"):
             raise ConfigError(f"noise must be 'gaussian' or 'uniform', got {self.noise!r}")
+        if self.noise == "uniform" and self.data == "tokens":
+            raise ConfigError("uniform noise dequantises 8-bit images; a model of tokens has noise 'gaussian'")
         if self.noise_std is None:
             return
         if self.noise == "uniform":
@@ -97,13 +132,29 @@ class FlowConfig:
             raise ConfigError("label names are not unique")
 
     @property
+    def data(self) -> DataKind:
+        """What the model's data are."""
+        return "image" if self.tokens is None and self.token_values is None else "tokens"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image, (C, height, width), or of the tokens, (N, D)."""
+        if self.image_size is None or self.image_channels is None:
+            return self.patches, self.patch_values
+        return self.image_channels, self.image_size, self.image_size
+
+    @property
     def patches(self) -> int:
-        """N, the number of patches (the paper's T)."""
+        """N, the number of patches (the paper's T), or of tokens."""
+        if self.image_size is None or self.patch_size is None:
+            return self.tokens or 0
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def patch_values(self) -> int:
-        """D = C * p * p, the number of values in a patch."""
+        """D, the number of values in a patch, C * p * p, or in a token."""
+        if self.image_channels is None or self.patch_size is None:
+            return self.token_values or 0
         return self.image_channels * self.patch_size**2
 
     @property
@@ -118,12 +169,13 @@ class FlowConfig:
 
     @property
     def name(self) -> str:
-        """The literature's name, `{patch_size}-{width}-{blocks}-{layers}-{noise}`."""
+        """The literature's name, `{patch_size}-{width}-{blocks}-{layers}-{noise}`; tokens begin with `{N}x{D}`."""
         noise = "uniform" if self.noise == "uniform" else f"{self.noise_std or 0:.2f}"
-        return f"{self.patch_size}-{self.width}-{self.blocks}-{self.layers}-{noise}"
+        data = f"{self.tokens}x{self.token_values}" if self.patch_size is None else str(self.patch_size)
+        return f"{data}-{self.width}-{self.blocks}-{self.layers}-{noise}"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields with a schema version, JSON values only."""
+        """The fields with a schema version, JSON values only; those of the other kind of data are null."""
         return {
             "schema_version": SCHEMA_VERSION,
             **dataclasses.asdict(self),
@@ -132,7 +184,7 @@ class FlowConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> FlowConfig:
-        """The inverse of `to_json`.
+        """The inverse of `to_json`; the fields of the other kind of data may be absent.
 
         Raises:
             ConfigError: on a newer schema version, an unknown field or a missing one.

@@ -84,6 +84,11 @@ def load_images(source: str, *, image_size: int | None = None, image_channels: i
         raise DataError(f"{source}: no such file or folder", hint="give a folder of images, an .npz file or mnist5k")
     if image_size is not None and image_size < 1:
         raise DataError(f"--image-size must be at least 1, got {image_size}")
+    if path.suffix == ".npy":
+        raise DataError(
+            f"{source}: tarflow-train trains on images, not on arrays",
+            hint="save uint8 images as `images` in an .npz file; tokens are read from checkpoints only",
+        )
     images = _folder(path, image_size, image_channels) if path.is_dir() else _npz(path)
     if image_size is not None and images.pixels.shape[-1] != image_size:
         raise DataError(f"{source}: images are {images.pixels.shape[-1]} pixels wide, --image-size says {image_size}")

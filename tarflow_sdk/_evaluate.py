@@ -64,10 +64,10 @@ def evaluate(model: TarFlow, images: Images | None, *, seed: int = 0, batch_size
 def sample_grid(model: TarFlow, *, seed: int = 0) -> Image.Image | None:
     """Samples, guided by weight 1 and a row for each class where there are classes; denoised where sigma is known.
 
-    None for images that are neither grey nor RGB.
+    None for images that are neither grey nor RGB, and for tokens.
     """
     config, device = model.config, model.var.device
-    if config.image_channels not in (1, 3):
+    if config.image_size is None or config.image_channels not in (1, 3):
         return None
     rows = min(config.classes, GRID_ROWS) or 4
     count = rows * GRID_COLUMNS

@@ -157,7 +157,7 @@ def inverse_block(
 
 @torch.no_grad()
 def decode(model: TarFlow, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None) -> Tensor:
-    """Standard normal latents z [B, N, D] -> images [B, C, height, width], without denoising.
+    """Standard normal latents z [B, N, D] -> images [B, C, height, width] or tokens [B, N, D], without denoising.
 
     Labels are int64 [B], -1 the null class; None is the null class for every image. The images are in [-1, 1] but for
     the training noise, and not clipped. Unguided it is the inverse of `encode`.

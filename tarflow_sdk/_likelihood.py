@@ -1,6 +1,7 @@
 """What the density gives: `encode`, `log_prob`, `bits_per_dim`, `denoise` and `classify`, plain functions of a model.
 
-log q(x) = sum over dims of log N(u; 0, 1) + log|det|, u = z / sqrt(var), all sums in nats.
+log q(x) = sum over dims of log N(u; 0, 1) + log|det|, u = z / sqrt(var), all sums in nats. A model of tokens
+takes those, [B, N, D], in place of images.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def encode(model: TarFlow, images: Tensor, labels: Tensor | None = None) -> tupl
     (torch.Size([2, 4, 16]), torch.Size([2]))
     """
     config = model.config
-    expected = (config.image_channels, config.image_size, config.image_size)
-    if images.ndim != 4 or images.shape[1:] != expected:
-        raise TarFlowError(f"images must be [B, {', '.join(map(str, expected))}], got {list(images.shape)}")
+    if images.ndim != len(config.shape) + 1 or images.shape[1:] != config.shape:
+        name = "images" if config.data == "image" else "tokens"
+        raise TarFlowError(f"{name} must be [B, {', '.join(map(str, config.shape))}], got {list(images.shape)}")
     check_labels(config, labels, len(images))
     z, log_det = model(images, labels)
     return z / model.var.sqrt(), log_det - 0.5 * model.var.log().sum()
@@ -61,10 +62,15 @@ def bits_per_dim(model: TarFlow, images: Tensor, labels: Tensor | None = None) -
 
     The caller dequantises: x = (pixel + uniform) / 128 - 1, whose levels are 1/128 wide, hence the 7 = log2(128).
 
+    Raises:
+        TarFlowError: for a model of tokens, which have no pixels.
+
     >>> from tarflow_sdk.testing import random_model, tiny_config
     >>> bits_per_dim(random_model(tiny_config()), torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2])
     """
+    if model.config.data == "tokens":
+        raise TarFlowError("bits/dim is of images, and this model's data are tokens", hint="use log_prob (nats)")
     return -log_prob(model, images, labels) / (model.config.dims * math.log(2)) + PIXEL_SCALE_BITS
 
 

@@ -197,17 +197,24 @@ class TarFlow(nn.Module):
         return [block for block in self.blocks if isinstance(block, FlowBlock)]
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Images [B, C, height, width] -> patches [B, N, D], row-major, each patch flattened channel first."""
+        """Images [B, C, height, width] -> patches [B, N, D], row-major, each patch flattened channel first.
+
+        Tokens [B, N, D] are returned as they are.
+        """
         p = self.config.patch_size
+        if p is None:
+            return images
         return F.unfold(images, p, stride=p).transpose(1, 2)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """The inverse of `patchify`."""
         size, p = self.config.image_size, self.config.patch_size
+        if size is None or p is None:
+            return patches
         return F.fold(patches.transpose(1, 2), (size, size), p, stride=p)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images [B, C, height, width] in [-1, 1], labels int64 [B] (-1 is the null class) or None.
+        """Images [B, C, height, width] in [-1, 1] or tokens [B, N, D], labels int64 [B] (-1 is the null class) or None.
 
         Returns (z [B, N, D], sum of the blocks' log|det| [B], nats).
         """

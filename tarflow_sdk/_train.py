@@ -307,9 +307,10 @@ class Trainer:
 
 def _require_fit(config: FlowConfig, images: Images) -> None:
     """Refuse images of another shape than the model's, or without the labels that a class model learns from."""
-    expected = (config.image_channels, config.image_size, config.image_size)
-    if tuple(images.pixels.shape[1:]) != expected:
-        raise DataError(f"images are {list(images.pixels.shape[1:])}, the model takes {list(expected)}")
+    if config.data == "tokens":
+        raise DataError("training is on images, and this model's data are tokens")
+    if tuple(images.pixels.shape[1:]) != config.shape:
+        raise DataError(f"images are {list(images.pixels.shape[1:])}, the model takes {list(config.shape)}")
     if not config.classes:
         return
     if images.labels is None:

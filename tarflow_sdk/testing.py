@@ -1,7 +1,7 @@
 """Small models with non-trivial weights, for the tests of this project and of those who build on it.
 
-`tiny_config` describes a model that runs in milliseconds; `random_model` fills any configuration with weights from a
-seed, the same ones whatever the version of PyTorch.
+`tiny_config` and `tiny_token_config` describe models that run in milliseconds; `random_model` fills any configuration
+with weights from a seed, the same ones whatever the version of PyTorch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from tarflow_sdk._config import FlowConfig
 from tarflow_sdk._model import TarFlow
 
-__all__ = ["random_model", "tiny_config"]
+__all__ = ["random_model", "tiny_config", "tiny_token_config"]
 
 # Standard deviation of a weight matrix times sqrt(fan in). The first and the last layer are damped: they close the
 # loop patch -> (a, b) -> next patch of the inverse, which must not amplify over many patches, blocks and guidance.
@@ -41,6 +41,29 @@ def tiny_config(**overrides: Any) -> FlowConfig:
         "layers": 2,
         "head_dim": 32,
         "classes": 3,
+        "noise_std": 0.1,
+    }
+    return FlowConfig(**{**fields, **overrides})
+
+
+def tiny_token_config(**overrides: Any) -> FlowConfig:
+    """The configuration of a model of tokens without classes: N = 5, D = 3, W = 64, two heads, K = 2, L = 2.
+
+    `overrides` are fields of `FlowConfig`.
+
+    Raises:
+        ConfigError: when the overrides contradict each other or the rest.
+
+    >>> tiny_token_config(tokens=7).shape
+    (7, 3)
+    """
+    fields: dict[str, Any] = {
+        "tokens": 5,
+        "token_values": 3,
+        "width": 64,
+        "blocks": 2,
+        "layers": 2,
+        "head_dim": 32,
         "noise_std": 0.1,
     }
     return FlowConfig(**{**fields, **overrides})

@@ -34,7 +34,7 @@ def test_public_names_are_exactly_all() -> None:
 
 def test_implementation_files_are_private() -> None:
     assert [name for name in MODULES if not name.startswith("tarflow_sdk._")] == ["tarflow_sdk.testing"]
-    assert set(tarflow_sdk.testing.__all__) == {"random_model", "tiny_config"}
+    assert set(tarflow_sdk.testing.__all__) == {"random_model", "tiny_config", "tiny_token_config"}
 
 
 @pytest.mark.parametrize("name", ["tarflow_sdk", *MODULES])

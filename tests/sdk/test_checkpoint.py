@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tarflow_sdk import CheckpointError, FlowConfig, TarFlow, load_checkpoint, save_checkpoint
-from tarflow_sdk.testing import random_model, tiny_config
+from tarflow_sdk.testing import random_model, tiny_config, tiny_token_config
 
 NAME = "tiny_model_4_64_2_2_0.10.pth"
 State = dict[str, Tensor]
@@ -38,6 +38,8 @@ CONFIGS = {
     "volume preserving": tiny_config(nvp=False, blocks=3),
     "rgb": tiny_config(image_channels=3, patch_size=2, head_dim=64, layers=1),
     "five channels": tiny_config(image_channels=5),
+    "tokens": tiny_token_config(classes=2),
+    "volume preserving tokens": tiny_token_config(tokens=4, nvp=False),
 }
 
 
@@ -60,7 +62,10 @@ def test_torch_files_keep_the_weights(config: FlowConfig, suffix: str, tmp_path:
     state = torch.load(tmp_path / f"model{suffix}", weights_only=True)
     assert torch.equal(state["blocks.1.attn_mask"], torch.ones(config.patches, config.patches).tril())
     loaded = load_checkpoint(
-        tmp_path / f"model{suffix}", image_channels=config.image_channels, head_dim=config.head_dim
+        tmp_path / f"model{suffix}",
+        tokens=config.data == "tokens",
+        image_channels=config.image_channels,
+        head_dim=config.head_dim,
     )
     assert loaded.config == dataclasses.replace(config, noise="gaussian", noise_std=None, labels=None)
     assert same_weights(model, loaded)
@@ -136,6 +141,181 @@ def test_names_and_sigma_are_given(tmp_path: Path) -> None:
     assert loaded.config.labels == ("a", "b", "c")
 
 
+# -- tokens ------------------------------------------------------------------------------------------------------
+
+
+MOLECULE = FlowConfig(tokens=33, token_values=3, width=256, blocks=6, layers=6)
+
+
+def molecular_state(config: FlowConfig, *, masks: bool = True) -> State:
+    """As Lightning modules of molecules save it: under `net.`, a dropout in the MLP, no `var`."""
+    state = original_state(config)
+    del state["var"]
+    if not masks:
+        state = {name: tensor for name, tensor in state.items() if not name.endswith("attn_mask")}
+    return {"net." + name.replace("mlp.main.2", "mlp.main.3"): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_molecular_checkpoint(masks: bool, tmp_path: Path) -> None:
+    torch.save(molecular_state(MOLECULE, masks=masks), tmp_path / "alanine_0.pth")
+    loaded = load_checkpoint(tmp_path / "alanine_0.pth", tokens=True)
+    assert loaded.config == MOLECULE
+    assert loaded.config.name == "33x3-256-6-6-0.00"
+    assert same_weights(loaded, random_model(MOLECULE))
+    assert loaded.assumptions == (
+        "noise gaussian, the original code's default",
+        "noise_std unknown: denoising needs it told",
+        "head_dim 64, the original code's",
+        "var 1 everywhere, the prior's variance of models with nvp",
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "net.", "module.net.", "net._orig_mod.", "_orig_mod.net.module."])
+@pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".safetensors"])
+def test_prefixed_tokens(prefix: str, suffix: str, tmp_path: Path) -> None:
+    config, path = tiny_token_config(head_dim=64, noise_std=None), tmp_path / f"model{suffix}"
+    state = {prefix + name: tensor for name, tensor in original_state(config).items()}
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state, "epoch": 3}, path)
+    loaded = load_checkpoint(path, tokens=True)
+    assert loaded.config == config
+    assert same_weights(loaded, random_model(config))
+    assert not [words for words in loaded.assumptions if "left out" in words or "var" in words]
+
+
+def test_entries_beside_the_model_are_left_out_and_named(tmp_path: Path) -> None:
+    config = tiny_token_config(head_dim=64, noise_std=None)
+    beside = {"mean": torch.zeros(3), "std": 2.5, **{f"teacher.blocks.{k}.pos_embed": torch.ones(1) for k in range(5)}}
+    torch.save({"state_dict": {**molecular_state(config), **beside}}, tmp_path / "model.ckpt")
+    loaded = load_checkpoint(tmp_path / "model.ckpt", tokens=True)
+    assert same_weights(loaded, random_model(config))
+    assert (
+        loaded.assumptions[0]
+        == "left out, beside the model under net.: mean, std, teacher.blocks.0.pos_embed and 4 more"
+    )
+
+
+def test_images_may_lie_under_net_too(tmp_path: Path) -> None:
+    config = tiny_config(head_dim=64)
+    torch.save(molecular_state(config), tmp_path / "tiny_model_4_64_2_2_0.10.pth")
+    assert load_checkpoint(tmp_path / "tiny_model_4_64_2_2_0.10.pth").config == config
+
+
+BAD_MOLECULES: dict[str, tuple[Callable[[State], Any], str]] = {
+    "no flow under net": (
+        lambda _: {"net.conv.weight": torch.ones(1), "mean": torch.ones(1)},
+        "but net.conv.weight, m",
+    ),
+    "an average's wrapper": (
+        lambda state: {**{name.replace("net.", "net.model."): t for name, t in state.items()}, "net.num_updates": 3},
+        "not a TarFlow checkpoint",
+    ),
+    "two flows": (lambda state: {**original_state(MOLECULE), **state}, r"unknown tensors: net\.blocks"),
+    "both layers": (
+        lambda state: {**state, "net.blocks.0.attn_blocks.0.mlp.main.2.bias": torch.ones(64)},
+        r"unknown tensors: blocks\.0\.attn_blocks\.0\.mlp\.main\.3\.bias",
+    ),
+    "conditioning": (
+        lambda state: {**state, "net.blocks.0.cond_embed.weight": torch.ones(64, 3)},
+        r"unknown tensors: blocks\.0\.cond_embed\.weight",
+    ),
+    "no variance without nvp": (lambda _: molecular_state(tiny_token_config(head_dim=64, nvp=False)), "lacks var$"),
+    "one token": (
+        lambda _: (
+            molecular_state(tiny_token_config(head_dim=64))
+            | {f"net.blocks.{k}.pos_embed": torch.ones(1, 64) for k in range(2)}
+        ),
+        "tokens must be an integer >= 2, got 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD_MOLECULES.values(), ids=BAD_MOLECULES)
+def test_bad_molecular_checkpoints(damage: Callable[[State], Any], message: str, tmp_path: Path) -> None:
+    torch.save(damage(molecular_state(tiny_token_config(head_dim=64))), tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(tmp_path / "bad.pth", tokens=True)
+    assert "\n" not in str(caught.value)
+
+
+KINDS: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    # file name, flags, message, hint
+    "not square": ("m.pth", {}, "5 rows, no square number", "if the data are 5 tokens of 3 values, give --tokens"),
+    "patch size": (
+        "m.pth",
+        {"tokens": True, "patch_size": 1},
+        "--tokens says data is tokens, --patch-size says image",
+        "give --tokens or --patch-size",
+    ),
+    "channels": (
+        "m.safetensors",
+        {"tokens": True, "image_channels": 3},
+        "--tokens says data is tokens, --image-channels says image",
+        "give --tokens or --image-channels",
+    ),
+    "file name": (
+        "m_model_1_64_2_2_0.10.pth",
+        {"tokens": True},
+        "--tokens says data is tokens, the file name says image",
+        "correct --tokens or rename the file",
+    ),
+    "file name beside metadata": (
+        "m_model_1_64_2_2_0.10.safetensors",
+        {},
+        "its metadata says data is tokens, the file name says image",
+        "correct the file name",
+    ),
+    "metadata": (
+        "m.safetensors",
+        {"patch_size": 1},
+        "--patch-size says data is image, its metadata says tokens",
+        "correct --patch-size",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+def test_images_or_tokens(case: tuple[str, dict[str, Any], str, str], tmp_path: Path) -> None:
+    name, flags, message, hint = case
+    save_checkpoint(random_model(tiny_token_config()), tmp_path / name)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(tmp_path / name, head_dim=32, **flags)
+    assert caught.value.hint == hint
+
+
+def test_images_are_no_tokens(tmp_path: Path) -> None:
+    save_checkpoint(random_model(tiny_config()), tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="--tokens says data is tokens, its metadata says image") as caught:
+        load_checkpoint(tmp_path / "m.safetensors", tokens=True)
+    assert caught.value.hint == "correct --tokens"
+
+
+def test_values_that_no_image_has_may_be_tokens(tmp_path: Path) -> None:
+    save_checkpoint(random_model(tiny_token_config(tokens=4, token_values=5)), tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match="cannot tell the image channels") as caught:
+        load_checkpoint(tmp_path / "m.pth", head_dim=32)
+    assert caught.value.hint.endswith("(5, 1); or --tokens for data that are no images")
+
+
+def test_our_own_files_say_that_they_hold_tokens(tmp_path: Path) -> None:
+    save_checkpoint(random_model(tiny_token_config()), tmp_path / "m.safetensors")
+    for flags in ({}, {"tokens": True}):
+        loaded = load_checkpoint(tmp_path / "m.safetensors", **flags)
+        assert loaded.config == tiny_token_config()
+        assert loaded.assumptions == ()
+
+
+def test_metadata_from_before_tokens_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(random_model(tiny_config()), path)
+    fields = {name: value for name, value in tiny_config().to_json().items() if not name.startswith("token")}
+    save_file(load_file(path), path, metadata={"tarflow_config": json.dumps(fields)})
+    assert load_checkpoint(path).config == tiny_config()
+
+
 # -- bad files ---------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +341,7 @@ BAD_STATES: dict[str, tuple[Callable[[State], Any], str]] = {
     "nan": (with_nan, r"blocks\.1\.proj_out\.bias holds 1 of 32 values that are NaN or infinite"),
     "inf": (with_inf, "var holds 1 of 64 values"),
     "missing": (without("blocks.1.attn_blocks.0.mlp.norm.bias"), r"lacks blocks\.1\.attn_blocks\.0\.mlp\.norm\.bias$"),
-    "missing var": (without("var"), "lacks var"),
+    "missing var": (lambda _: without("var")(original_state(tiny_config(nvp=False))), "lacks var$"),
     "missing projection": (without("blocks.0.proj_out.weight"), r"lacks blocks\.0\.proj_out\.weight"),
     "missing embedding of one block": (without("blocks.1.class_embed"), r"lacks blocks\.1\.class_embed"),
     "gap": (

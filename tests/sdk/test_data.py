@@ -109,7 +109,7 @@ def test_damaged_npz(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="cannot read"):
             load_images(str(tmp_path / "data.npz"))
     np.save(tmp_path / "data.npy", PIXELS)
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="trains on images, not on arrays"):
         load_images(str(tmp_path / "data.npy"))
 
 

@@ -23,7 +23,7 @@ from tarflow_sdk import (
     log_prob,
 )
 from tarflow_sdk._inverse import empty_caches, step
-from tarflow_sdk.testing import random_model, tiny_config
+from tarflow_sdk.testing import random_model, tiny_config, tiny_token_config
 
 CONFIGS = {
     "classes": tiny_config(),
@@ -32,13 +32,15 @@ CONFIGS = {
     "volume preserving, unconditional": tiny_config(nvp=False, classes=0),
     "three blocks, rgb": tiny_config(blocks=3, layers=1, image_channels=3, patch_size=2),
     "one block, five channels": tiny_config(blocks=1, image_channels=5),
+    "tokens": tiny_token_config(),
+    "tokens with classes": tiny_token_config(tokens=7, blocks=3, classes=2),
+    "volume preserving tokens": tiny_token_config(token_values=2, nvp=False),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def some_images(config: FlowConfig, count: int = 3, seed: int = 0) -> Tensor:
-    shape = (count, config.image_channels, config.image_size, config.image_size)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return torch.rand((count, *config.shape), generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def some_latents(config: FlowConfig, count: int = 3, seed: int = 0) -> Tensor:
@@ -67,6 +69,15 @@ def test_decode_inverts_encode(config: FlowConfig) -> None:
     with torch.no_grad():
         u, _ = encode(model, decode(model, z, labels), labels)
     assert difference(u, z) < 1e-4
+
+
+@every_config
+def test_the_inverse_is_exact_in_float64(config: FlowConfig) -> None:
+    model, images, labels = random_model(config).double(), some_images(config).double(), some_labels(config)
+    with torch.no_grad():
+        u, log_det = encode(model, images, labels)
+    assert u.dtype == log_det.dtype == torch.float64
+    assert difference(decode(model, u, labels), images) < 1e-13
 
 
 def test_the_prior_variance_takes_part() -> None:
@@ -102,6 +113,11 @@ def test_log_prob_and_bits_per_dim_are_their_formulas(config: FlowConfig) -> Non
         u, log_det = encode(model, images, labels)
         normal = torch.distributions.Normal(0.0, 1.0).log_prob(u).sum(dim=(1, 2))
         torch.testing.assert_close(log_prob(model, images, labels), normal + log_det)
+        if config.data == "tokens":
+            with pytest.raises(TarFlowError, match="bits/dim is of images") as caught:
+                bits_per_dim(model, images, labels)
+            assert "log_prob" in caught.value.hint
+            return
         # A change of variables to pixels: [-1, 1) is 128 times narrower than [0, 256).
         log_prob_of_pixels = normal + log_det - config.dims * math.log(128)
         expected = -log_prob_of_pixels / (config.dims * math.log(2))
@@ -126,7 +142,7 @@ def test_denoise_follows_the_finite_difference_gradient(config: FlowConfig) -> N
     with torch.no_grad():
         ahead, behind = (log_prob(model, images + s * h * direction, labels) for s in (1, -1))
     expected = (ahead - behind) / (2 * h)
-    torch.testing.assert_close((score * direction).sum(dim=(1, 2, 3)), expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close((score * direction).flatten(1).sum(dim=1), expected, rtol=1e-7, atol=1e-7)
 
 
 def test_denoise_uses_the_models_sigma_or_says_that_it_is_unknown() -> None:
@@ -178,8 +194,9 @@ def test_the_null_class_is_the_mean_row() -> None:
 
 @pytest.mark.parametrize("k", [0, 1])
 @pytest.mark.parametrize("nvp", [True, False])
-def test_blocks_are_causal_in_their_order(k: int, nvp: bool) -> None:
-    config = tiny_config(nvp=nvp, patch_size=2, layers=1)
+@pytest.mark.parametrize("tiny", [tiny_config(patch_size=2), tiny_token_config()], ids=["image", "tokens"])
+def test_blocks_are_causal_in_their_order(k: int, nvp: bool, tiny: FlowConfig) -> None:
+    config = dataclasses.replace(tiny, nvp=nvp, layers=1)
     block = random_model(config).flow_blocks[k]
     x = some_latents(config, 1)
     order = list(range(config.patches))[:: -1 if k else 1]
@@ -256,6 +273,14 @@ def test_patchify_is_row_major_and_channel_first() -> None:
     assert torch.equal(patches[0, 1], images[0, :, :4, 4:].flatten())
     assert torch.equal(patches[0, 2], images[0, :, 4:, :4].flatten())
     assert torch.equal(model.unpatchify(patches), images)
+
+
+def test_tokens_are_used_as_they_are() -> None:
+    config = tiny_token_config()
+    model, tokens = random_model(config), some_images(config)
+    assert model.patchify(tokens) is tokens
+    assert model.unpatchify(tokens) is tokens
+    assert torch.equal(model(tokens)[0], encode(model, tokens)[0])
 
 
 def test_half_precision_norms_run_in_float32_and_float64_stays() -> None:
@@ -402,6 +427,12 @@ def test_shapes_that_do_not_fit() -> None:
     for z in (torch.zeros(1, 4, 15), torch.zeros(1, 16, 4), torch.zeros(4, 16)):
         with pytest.raises(TarFlowError, match=r"latents must be \[B, 4, 16\]"):
             decode(model, z)
+    tokens = random_model(tiny_token_config())
+    for data in (torch.zeros(1, 3, 5), torch.zeros(5, 3), torch.zeros(1, 1, 5, 3)):
+        with pytest.raises(TarFlowError, match=r"tokens must be \[B, 5, 3\]"):
+            encode(tokens, data)
+        with pytest.raises(TarFlowError, match=r"latents must be \[B, 5, 3\]"):
+            decode(tokens, data)
 
 
 def test_one_block_inverts_under_guidance_only_where_it_is_off() -> None:
