@@ -16,7 +16,7 @@ import torch
 import tarflow_runtimes as tfr
 from tarflow_export import convert_bundle, export_bundle
 from tarflow_sdk import FlowConfig, TarFlow
-from tarflow_sdk.testing import random_model, tiny_config
+from tarflow_sdk.testing import random_model, tiny_config, tiny_token_config
 
 CONFIGS: dict[str, FlowConfig] = {
     "class": tiny_config(labels=("cat", "dog", "wild")),
@@ -26,6 +26,7 @@ CONFIGS: dict[str, FlowConfig] = {
     "no_nvp": tiny_config(nvp=False, image_channels=2),
     "no_nvp_unconditional": tiny_config(nvp=False, classes=0, noise="uniform", noise_std=None),
     "one_head": tiny_config(blocks=1, head_dim=64),
+    "tokens": tiny_token_config(),
 }
 """The matrix of models."""
 

@@ -24,6 +24,7 @@ CLASSES = {
     "no_nvp": 3,
     "no_nvp_unconditional": 0,
     "one_head": 3,
+    "tokens": 0,
 }
 """Models of conftest's matrix and their number of classes."""
 
@@ -63,13 +64,11 @@ def test_density_equals_pytorch(exported, flows, name):
         with torch.no_grad():
             z, log_det = tarflow_sdk.encode(source.model, x, theirs)
             log_prob = tarflow_sdk.log_prob(source.model, x, theirs)
-            bits = tarflow_sdk.bits_per_dim(source.model, x, theirs)
         ours = flow.encode(images, labels)
         assert [array.dtype for array in ours] == [np.float32, np.float64]
         np.testing.assert_allclose(ours[0], z.numpy(), rtol=0, atol=1e-4)
         np.testing.assert_allclose(ours[1], log_det.numpy(), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(flow.log_prob(images, labels), log_prob.numpy(), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(flow.bits_per_dim(images, labels), bits.numpy(), rtol=1e-5, atol=1e-5)
         expected = tarflow_sdk.denoise(source.model, x, theirs, noise_std=0.2, strength=0.5).numpy() - images
         actual = flow.denoise(images, labels, sigma=0.2, strength=0.5) - images
         assert np.linalg.norm(actual - expected) <= 1e-5 * np.linalg.norm(expected) + 1e-6
@@ -95,6 +94,31 @@ def test_float16_is_close_to_float32(exported, flows):
         sample = narrow.sample(4, labels=wide.labels(4), seed=1, denoise=False).images
     np.testing.assert_allclose(sample, expected, rtol=0, atol=2e-2)
     assert np.abs(sample - expected).max() > 0
+
+
+def test_bits_per_dim_is_of_images(exported, flows):
+    images, labels = exported("class").images(3), exported("class").labels(3)
+    with torch.no_grad():
+        expected = tarflow_sdk.bits_per_dim(
+            exported("class").model, torch.from_numpy(images), exported("class").torch_labels(3)
+        )
+    np.testing.assert_allclose(flows("class").bits_per_dim(images, labels), expected.numpy(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(tfr.InputError, match="tokens") as caught:
+        flows("tokens").bits_per_dim(exported("tokens").images(1))
+    assert "log_prob" in caught.value.hint
+
+
+def test_tokens_are_no_picture(flows, tmp_path):
+    sample = flows("tokens").sample(2, seed=0, denoise=False)
+    assert sample.images.shape == (2, *flows("tokens").config.shape)
+    for name in ("grid.png", "folder"):
+        with pytest.raises(tfr.InputError, match="no picture") as caught:
+            sample.save(tmp_path / name)
+        assert ".npy" in caught.value.hint
+    with pytest.raises(tfr.InputError, match="tokens, not images"):
+        sample.uint8()
+    (path,) = sample.save(tmp_path / "tokens.npy")
+    np.testing.assert_array_equal(np.load(path), sample.images)
 
 
 def test_classify_is_a_distribution(exported, flows):

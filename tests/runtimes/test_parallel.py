@@ -124,7 +124,7 @@ def test_progress_counts_the_settled_patches():
     assert heard == list(np.cumsum(settled.committed))
 
 
-MODELS = ["class", "class_n16", "unconditional", "three_blocks", "no_nvp", "no_nvp_unconditional", "one_head"]
+MODELS = ["class", "class_n16", "unconditional", "three_blocks", "no_nvp", "no_nvp_unconditional", "one_head", "tokens"]
 GUIDED = tfr.Guidance(weight=1.3, attention_temperature=0.7, anneal=True)
 
 
