@@ -1,0 +1,176 @@
+/// The block loop. This file is compiled once for each instruction set, and once more as portable C++.
+///
+///     x_0 = z_0
+///     for i = 0 .. steps - 1:
+///       h = W_in x_i + b_in + (pos_embed_i + class_embed)                    for each branch
+///       for each layer:  h += W_o attention(norm(h), K, V) + b_o;   h += W_2 gelu(W_1 norm(h) + b_1) + b_2
+///       (a, b) = W_out h + b_out of the first branch, + g ((a, b) - those of the second branch)
+///       x_{i+1} = z_{i+1} exp(a) + b
+///
+/// Row g * images + j is branch g of image j. All sums of a row depend on that row alone.
+#include "attention.hpp"
+#include "block.hpp"
+#include "norm.hpp"
+#include "product.hpp"
+
+namespace tarflow_native::TARFLOW_NATIVE_TARGET {
+namespace {
+
+/// Pointers into the workspace, and what all steps of a group of images share.
+struct Run {
+  const Images &images;
+  const Shape &shape;
+  Workspace space;
+  i64 rows;
+  float *x, *h, *normed, *wide, *out, *logits, *z, *keys, *values;
+  Scratch scratch;
+};
+
+Run begin(const Images &images) {
+  const i64 rows = images.branches * images.count;
+  const Workspace space = workspace_of(*images.shape, rows);
+  __builtin_memset(images.workspace, 0, static_cast<std::size_t>(space.cleared));
+  const auto at = [&](i64 offset) { return reinterpret_cast<float *>(images.workspace + offset); };
+  return Run{images, *images.shape, space, rows, at(space.x), at(space.h), at(space.normed), at(space.wide),
+             at(space.out), at(space.logits), at(space.z), at(space.keys), at(space.values),
+             Scratch{at(space.unpacked), at(space.sums)}};
+}
+
+const float *packed(const Run &run, i64 offset) {
+  return reinterpret_cast<const float *>(run.images.packed + offset);
+}
+
+/// h = W_in x + b_in once for each image, then for each branch + (pos_embed + class_embed).
+void embed(const Run &run, i64 step) {
+  const Images &images = run.images;
+  const i64 stride = run.space.width_stride, row_bytes = round_up(run.shape.width, PANEL) * 4;
+  product(images.layout->proj_in, images.packed,
+          Rows{run.x, run.space.value_stride, run.h, stride, images.count, false}, run.scratch);
+  const float *place = packed(run, images.layout->pos_embed + step * row_bytes);
+  for (i64 branch = images.branches - 1; branch >= 0; --branch) { // the first one last: it is where the product lies
+    for (i64 image = 0; image < images.count; ++image) {
+      const float *from = run.h + image * stride;
+      float *to = run.h + (branch * images.count + image) * stride;
+      const i64 label = images.labels ? images.labels[branch * images.batch + image] : 0;
+      const float *row = images.labels ? packed(run, images.layout->class_embed + label * row_bytes) : nullptr;
+      for (i64 i = 0; i < round_up(run.shape.width, LANES); i += LANES) {
+        const Floats embedding = row ? load(place + i) + load(row + i) : load(place + i);
+        store(to + i, load(from + i) + embedding);
+      }
+    }
+  }
+}
+
+/// normed = norm(h). Gamma and beta are folded into what follows where the norm has none.
+void normalise_rows(const Run &run, const Norm &norm, const unsigned char *layer) {
+  const float *gamma = norm.gamma ? reinterpret_cast<const float *>(layer + norm.gamma) : nullptr;
+  const float *beta = norm.gamma ? reinterpret_cast<const float *>(layer + norm.beta) : nullptr;
+  for (i64 row = 0; row < run.rows; ++row) {
+    const i64 at = row * run.space.width_stride;
+    normalise(run.h + at, gamma, beta, run.shape.width, run.normed + at);
+  }
+}
+
+/// normed = attention of the position `step` over the positions 0 .. step, from q, k, v in `wide`.
+void attend_rows(const Run &run, i64 step, i64 layer) {
+  const Images &images = run.images;
+  const i64 width = run.shape.width, size = run.shape.head_dim, count = heads(run.shape);
+  const i64 key_head = run.space.key_row / count, value_head = run.space.value_row / count;
+  // 1/sqrt(E) is folded into the float32 weights of q.
+  const float scale = images.layout->layer.qkv.format == Format::float32
+                          ? 1.0F
+                          : 1.0F / __builtin_sqrtf(static_cast<float>(size));
+  for (i64 row = 0; row < run.rows; ++row) {
+    float *q = run.wide + row * run.space.wide_stride;
+    const i64 condition = row / images.count * images.batch + row % images.count;
+    const float factor = scale * (images.inverse_temperature ? images.inverse_temperature[condition] : 1.0F);
+    if (factor != 1.0F)
+      for (i64 i = 0; i < width; ++i) q[i] *= factor;
+    float *keys = run.keys + (layer * run.rows + row) * run.space.key_row;
+    float *values = run.values + (layer * run.rows + row) * run.space.value_row;
+    float *out = run.normed + row * run.space.width_stride;
+    for (i64 head = 0; head < count; ++head) {
+      const i64 at = head * size;
+      append_key(q + width + at, step, size, keys + head * key_head);
+      append_value(q + 2 * width + at, step, size, values + head * value_head);
+      // A head whose size is not a multiple of 16 writes zeros after itself, where the next one follows.
+      attend(q + at, keys + head * key_head, values + head * value_head, step + 1, size, run.logits, out + at);
+    }
+  }
+}
+
+void run_layer(const Run &run, i64 step, i64 layer) {
+  const Layer &parts = run.images.layout->layer;
+  const unsigned char *base = run.images.packed + run.images.layout->first_layer + layer * run.images.layout->layer_bytes;
+  const i64 narrow = run.space.width_stride, wide = run.space.wide_stride;
+  normalise_rows(run, parts.attention_norm, base);
+  product(parts.qkv, base, Rows{run.normed, narrow, run.wide, wide, run.rows, false}, run.scratch);
+  attend_rows(run, step, layer);
+  product(parts.proj, base, Rows{run.normed, narrow, run.h, narrow, run.rows, true}, run.scratch);
+  normalise_rows(run, parts.mlp_norm, base);
+  product(parts.expand, base, Rows{run.normed, narrow, run.wide, wide, run.rows, false}, run.scratch);
+  for (i64 row = 0; row < run.rows; ++row)
+    for (i64 i = 0; i < MLP_EXPANSION * run.shape.width; i += LANES)
+      store(run.wide + row * wide + i, gelu(load(run.wide + row * wide + i)));
+  product(parts.contract, base, Rows{run.wide, wide, run.h, narrow, run.rows, true}, run.scratch);
+}
+
+/// x_{i+1} = z_{i+1} exp(a) + b of each image.
+void transform(const Run &run, i64 step) {
+  const Images &images = run.images;
+  const i64 values = run.shape.values, patches = run.shape.patches, stride = run.space.out_stride;
+  product(images.layout->proj_out, images.packed, Rows{run.h, run.space.width_stride, run.out, stride, run.rows, false},
+          run.scratch);
+  for (i64 image = 0; image < images.count; ++image) {
+    const i64 at = (image * patches + step + 1) * values;
+    const float *first = run.out + image * stride, *second = first + (images.branches - 1) * images.count * stride;
+    const float *guidance = images.branches == 1 ? nullptr : images.guidance + image * 2 * patches + step;
+    float *x = run.x + image * run.space.value_stride;
+    __builtin_memcpy(run.z, images.noise + at, static_cast<std::size_t>(values) * 4);
+    const auto mixed = [&](i64 i, i64 kind) {
+      const Floats own = load(first + i);
+      return guidance == nullptr ? own : fma(broadcast(guidance[kind * patches]), own - load(second + i), own);
+    };
+    for (i64 i = 0; i < values; i += LANES) {
+      const Floats z = load(run.z + i);
+      store(x + i, run.shape.nvp ? fma(z, exp(mixed(i, 0)), mixed(values + i, 1)) : z + mixed(i, 1));
+    }
+    for (i64 i = values; i < round_up(values, LANES); ++i) x[i] = 0.0F;
+    __builtin_memcpy(images.x + at, x, static_cast<std::size_t>(values) * 4);
+  }
+}
+
+bool invert(const Images &images) {
+  const Run run = begin(images);
+  const i64 values = run.shape.values, image_values = run.shape.patches * values;
+  if (images.x != images.noise)
+    __builtin_memcpy(images.x, images.noise, static_cast<std::size_t>(images.count * image_values) * 4);
+  for (i64 image = 0; image < images.count; ++image)
+    __builtin_memcpy(run.x + image * run.space.value_stride, images.noise + image * image_values,
+                     static_cast<std::size_t>(values) * 4);
+  for (i64 step = 0; step < images.steps; ++step) {
+    if (images.cancel && __atomic_load_n(images.cancel, __ATOMIC_RELAXED)) return false;
+    embed(run, step);
+    for (i64 layer = 0; layer < run.shape.layers; ++layer) run_layer(run, step, layer);
+    transform(run, step);
+    if (images.progress) __atomic_fetch_add(images.progress, images.count, __ATOMIC_RELAXED);
+  }
+  return true;
+}
+
+} // namespace
+} // namespace tarflow_native::TARFLOW_NATIVE_TARGET
+
+namespace tarflow_native {
+
+#if defined(TARFLOW_NATIVE_PORTABLE)
+const Kernel PORTABLE = {"portable", portable::invert};
+#elif defined(__AVX512F__)
+const Kernel X86_64_V4 = {"x86-64-v4", x86_64_v4::invert};
+#elif defined(__AVX2__) && defined(__FMA__)
+const Kernel X86_64_V3 = {"x86-64-v3", x86_64_v3::invert};
+#elif defined(__aarch64__)
+const Kernel AARCH64 = {"aarch64", aarch64::invert};
+#endif
+
+} // namespace tarflow_native

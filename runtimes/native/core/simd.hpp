@@ -1,0 +1,196 @@
+/// Vectors of 16 float32 lanes, the same on every machine: one register of AVX-512, two of AVX2, four of NEON.
+///
+/// GCC's and Clang's vector extensions say everything but the fused multiply-add, the one line that differs by target.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.hpp"
+
+#if !defined(TARFLOW_NATIVE_PORTABLE) && defined(__AVX512F__)
+#define TARFLOW_NATIVE_TARGET x86_64_v4
+#elif !defined(TARFLOW_NATIVE_PORTABLE) && defined(__AVX2__) && defined(__FMA__)
+#define TARFLOW_NATIVE_TARGET x86_64_v3
+#elif !defined(TARFLOW_NATIVE_PORTABLE) && defined(__ARM_NEON) && defined(__aarch64__)
+#define TARFLOW_NATIVE_TARGET aarch64
+#else
+#define TARFLOW_NATIVE_TARGET portable
+#endif
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace tarflow_native::TARFLOW_NATIVE_TARGET {
+
+#if !defined(TARFLOW_NATIVE_PORTABLE) && defined(__AVX512F__)
+constexpr int REGISTER = 64;
+#elif !defined(TARFLOW_NATIVE_PORTABLE) && defined(__AVX2__) && defined(__FMA__)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
+constexpr int PARTS = 64 / REGISTER;
+
+typedef float FloatPart __attribute__((vector_size(REGISTER)));
+typedef std::int32_t IntPart __attribute__((vector_size(REGISTER)));
+typedef FloatPart AnyFloatPart __attribute__((aligned(4), may_alias));
+typedef IntPart AnyIntPart __attribute__((aligned(4), may_alias));
+
+struct Floats {
+  FloatPart part[PARTS];
+};
+struct Ints {
+  IntPart part[PARTS];
+};
+
+#define TARFLOW_NATIVE_INLINE static inline __attribute__((always_inline))
+#define TARFLOW_NATIVE_PARTS for (int i = 0; i < PARTS; ++i)
+
+/// a * b + c, rounded once.
+#if !defined(TARFLOW_NATIVE_PORTABLE) && defined(__AVX512F__)
+TARFLOW_NATIVE_INLINE FloatPart fma(FloatPart a, FloatPart b, FloatPart c) { return _mm512_fmadd_ps(a, b, c); }
+#elif !defined(TARFLOW_NATIVE_PORTABLE) && defined(__AVX2__) && defined(__FMA__)
+TARFLOW_NATIVE_INLINE FloatPart fma(FloatPart a, FloatPart b, FloatPart c) { return _mm256_fmadd_ps(a, b, c); }
+#elif !defined(TARFLOW_NATIVE_PORTABLE) && defined(__aarch64__)
+TARFLOW_NATIVE_INLINE FloatPart fma(FloatPart a, FloatPart b, FloatPart c) { return vfmaq_f32(c, a, b); }
+#elif defined(__wasm__) && !defined(TARFLOW_NATIVE_EXACT)
+// WebAssembly has none that rounds once for certain; -DTARFLOW_NATIVE_EXACT computes it as below, several times slower.
+TARFLOW_NATIVE_INLINE FloatPart fma(FloatPart a, FloatPart b, FloatPart c) { return a * b + c; }
+#elif defined(FP_FAST_FMAF) || defined(__FP_FAST_FMAF)
+TARFLOW_NATIVE_INLINE FloatPart fma(FloatPart a, FloatPart b, FloatPart c) {
+  for (int i = 0; i < REGISTER / 4; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+#else
+/// In float64 the product is exact; the sum is rounded to odd, so that rounding it to float32 is the only rounding.
+/// Source: Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums".
+TARFLOW_NATIVE_INLINE float fma(float a, float b, float c) {
+  const double product = static_cast<double>(a) * b, addend = c;
+  double sum = product + addend;
+  const double rest = sum - product;
+  const double error = (product - (sum - rest)) + (addend - rest);
+  std::int64_t bits;
+  __builtin_memcpy(&bits, &sum, 8);
+  if ((error < 0 || error > 0) && (bits & 1) == 0) bits += (error > 0) == (sum > 0) ? 1 : -1;
+  __builtin_memcpy(&sum, &bits, 8);
+  return static_cast<float>(sum);
+}
+TARFLOW_NATIVE_INLINE FloatPart fma(FloatPart a, FloatPart b, FloatPart c) {
+  for (int i = 0; i < REGISTER / 4; ++i) c[i] = fma(a[i], b[i], c[i]);
+  return c;
+}
+#endif
+
+TARFLOW_NATIVE_INLINE Floats fma(Floats a, Floats b, Floats c) {
+  TARFLOW_NATIVE_PARTS c.part[i] = fma(a.part[i], b.part[i], c.part[i]);
+  return c;
+}
+
+TARFLOW_NATIVE_INLINE Floats broadcast(float value) {
+  Floats a;
+  TARFLOW_NATIVE_PARTS a.part[i] = value - FloatPart{};
+  return a;
+}
+TARFLOW_NATIVE_INLINE Floats load(const float *from) {
+  Floats a;
+  TARFLOW_NATIVE_PARTS a.part[i] = reinterpret_cast<const AnyFloatPart *>(from)[i];
+  return a;
+}
+TARFLOW_NATIVE_INLINE Ints load(const std::uint32_t *from) {
+  Ints a;
+  TARFLOW_NATIVE_PARTS a.part[i] = reinterpret_cast<const AnyIntPart *>(from)[i];
+  return a;
+}
+TARFLOW_NATIVE_INLINE void store(float *to, Floats a) {
+  TARFLOW_NATIVE_PARTS reinterpret_cast<AnyFloatPart *>(to)[i] = a.part[i];
+}
+
+TARFLOW_NATIVE_INLINE Floats operator+(Floats a, Floats b) {
+  TARFLOW_NATIVE_PARTS a.part[i] += b.part[i];
+  return a;
+}
+TARFLOW_NATIVE_INLINE Floats operator-(Floats a, Floats b) {
+  TARFLOW_NATIVE_PARTS a.part[i] -= b.part[i];
+  return a;
+}
+TARFLOW_NATIVE_INLINE Floats operator*(Floats a, Floats b) {
+  TARFLOW_NATIVE_PARTS a.part[i] *= b.part[i];
+  return a;
+}
+TARFLOW_NATIVE_INLINE Floats operator/(Floats a, Floats b) {
+  TARFLOW_NATIVE_PARTS a.part[i] /= b.part[i];
+  return a;
+}
+
+/// a where it is below b, else b; and the other way round. A NaN in b stays.
+TARFLOW_NATIVE_INLINE Floats minimum(Floats a, Floats b) {
+  TARFLOW_NATIVE_PARTS b.part[i] = a.part[i] < b.part[i] ? a.part[i] : b.part[i];
+  return b;
+}
+TARFLOW_NATIVE_INLINE Floats maximum(Floats a, Floats b) {
+  TARFLOW_NATIVE_PARTS b.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+  return b;
+}
+
+/// The same bits as another type.
+TARFLOW_NATIVE_INLINE Ints as_ints(Floats a) {
+  Ints b;
+  TARFLOW_NATIVE_PARTS b.part[i] = reinterpret_cast<IntPart>(a.part[i]);
+  return b;
+}
+TARFLOW_NATIVE_INLINE Floats as_floats(Ints a) {
+  Floats b;
+  TARFLOW_NATIVE_PARTS b.part[i] = reinterpret_cast<FloatPart>(a.part[i]);
+  return b;
+}
+TARFLOW_NATIVE_INLINE Floats to_floats(Ints a) {
+  Floats b;
+  TARFLOW_NATIVE_PARTS b.part[i] = __builtin_convertvector(a.part[i], FloatPart);
+  return b;
+}
+TARFLOW_NATIVE_INLINE Ints shift_left(Ints a, int by) {
+  TARFLOW_NATIVE_PARTS a.part[i] = reinterpret_cast<IntPart>(a.part[i] << by);
+  return a;
+}
+TARFLOW_NATIVE_INLINE Ints shift_right(Ints a, int by) {
+  TARFLOW_NATIVE_PARTS a.part[i] >>= by;
+  return a;
+}
+TARFLOW_NATIVE_INLINE Ints operator+(Ints a, Ints b) {
+  TARFLOW_NATIVE_PARTS a.part[i] += b.part[i];
+  return a;
+}
+TARFLOW_NATIVE_INLINE Ints operator-(Ints a, Ints b) {
+  TARFLOW_NATIVE_PARTS a.part[i] -= b.part[i];
+  return a;
+}
+TARFLOW_NATIVE_INLINE Ints bits_and(Ints a, std::int32_t mask) {
+  TARFLOW_NATIVE_PARTS a.part[i] &= mask;
+  return a;
+}
+TARFLOW_NATIVE_INLINE Ints broadcast_int(std::int32_t value) {
+  Ints a;
+  TARFLOW_NATIVE_PARTS a.part[i] = value - IntPart{};
+  return a;
+}
+
+/// The lanes folded in halves: lane i with lane i + 8, then with i + 4, i + 2, i + 1.
+TARFLOW_NATIVE_INLINE float sum_of_lanes(Floats a) {
+  float lane[LANES];
+  store(lane, a);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+TARFLOW_NATIVE_INLINE float largest_lane(Floats a) {
+  float lane[LANES];
+  store(lane, a);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+  return lane[0];
+}
+
+} // namespace tarflow_native::TARFLOW_NATIVE_TARGET

@@ -1,0 +1,223 @@
+// The C ABI: checks, the choice of a kernel, and threads that share out the images.
+#include "tarflow_native.h"
+
+#include <atomic>
+#include <cstring>
+#include <system_error>
+#include <thread>
+
+#include "../core/block.hpp"
+#include "../core/pack.hpp"
+
+using namespace tarflow_native;
+
+namespace {
+
+/// Most of any size, so that no count of bytes below leaves 64 bits.
+constexpr i64 MOST_SIZE = i64{1} << 24, MOST_BYTES = i64{1} << 46, MOST_THREADS = 1024;
+
+/// Rows of a group of images that runs as one: below, the weights are read too often; above, the caches of keys and
+/// values of all threads leave the last-level cache.
+constexpr i64 MOST_ROWS = 16, FEWEST_ROWS = 4, GROUP_CACHE_BYTES = i64{8} << 20;
+
+bool is_in(i64 value, i64 least, i64 most) { return value >= least && value <= most; }
+
+bool is_valid(const Shape &shape) {
+  for (const i64 size : {shape.patches, shape.values, shape.width, shape.layers, shape.head_dim})
+    if (!is_in(size, 1, MOST_SIZE)) return false;
+  if (shape.patches < 2 || !is_in(shape.classes, 0, MOST_SIZE) || !is_in(shape.nvp, 0, 1)) return false;
+  if (shape.width % shape.head_dim != 0) return false;
+  // In floating point, where nothing overflows: weights, embeddings, and the caches of one image.
+  const double width = static_cast<double>(shape.width) + PANEL, patches = static_cast<double>(shape.patches) + LANES;
+  const double layers = static_cast<double>(shape.layers), values = static_cast<double>(shape.values) + PANEL;
+  const double bytes = 64 * width * (layers * width + values) + 8 * width * (patches + static_cast<double>(shape.classes)) +
+                       128 * layers * patches * width + 8 * patches * values;
+  return bytes < static_cast<double>(MOST_BYTES);
+}
+
+bool format_of(const char *precision, Format *format) {
+  if (!precision) return false;
+  constexpr const char *NAMES[] = {"float32", "bfloat16", "int8"};
+  for (int i = 0; i < 3; ++i) {
+    if (std::strcmp(precision, NAMES[i]) != 0) continue;
+    *format = static_cast<Format>(i);
+    return true;
+  }
+  return false;
+}
+
+bool is_aligned(const void *pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % TARFLOW_NATIVE_ALIGNMENT == 0; }
+
+/// The n-th kernel that this machine runs, the best first; null past the last.
+const Kernel *kernel_number(i64 number) {
+#if defined(TARFLOW_NATIVE_X86_64)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && number-- == 0)
+    return &X86_64_V4;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && number-- == 0) return &X86_64_V3;
+#elif defined(TARFLOW_NATIVE_AARCH64)
+  if (number-- == 0) return &AARCH64;
+#endif
+  return number == 0 ? &PORTABLE : nullptr;
+}
+
+const Kernel *kernel_named(const char *name) {
+  if (!name) return kernel_number(0);
+  for (i64 i = 0; const Kernel *kernel = kernel_number(i); ++i)
+    if (std::strcmp(kernel->name, name) == 0) return kernel;
+  return nullptr;
+}
+
+/// How a batch is cut: into groups of at most `images`, that `threads` threads take one after the other.
+struct Groups {
+  i64 images, count, threads;
+};
+
+Groups groups_of(const Shape &shape, i64 batch, i64 branches, i64 threads) {
+  const Workspace row = workspace_of(shape, 1);
+  const i64 cache = shape.layers * (row.key_row + row.value_row) * 4;
+  const i64 rows = larger(FEWEST_ROWS, smaller(MOST_ROWS, GROUP_CACHE_BYTES / cache));
+  const i64 most = larger(1, rows / branches);
+  threads = smaller(smaller(threads, MOST_THREADS), batch);
+  i64 count = round_up(batch, most) / most;
+  count = smaller(round_up(count, threads), batch);
+  const i64 images = round_up(batch, count) / count;
+  count = round_up(batch, images) / images;
+  return Groups{images, count, smaller(threads, count)};
+}
+
+i64 workspace_of_thread(const Shape &shape, i64 branches, i64 images) {
+  return workspace_of(shape, branches * images).bytes;
+}
+
+/// Everything but the packed weights; null where it is right.
+tarflow_native_status check(const tarflow_native_run &run, const Shape &shape) {
+  if (!run.noise || !run.x || !run.workspace || !is_in(run.batch, 1, MOST_SIZE) || !is_in(run.branches, 1, 2) ||
+      !is_in(run.steps, 0, shape.patches - 1) || run.threads < 1 || (run.branches == 2 && !run.guidance) ||
+      (run.labels == nullptr) != (shape.classes == 0))
+    return TARFLOW_NATIVE_BAD_ARGUMENT;
+  for (i64 i = 0; run.labels && i < run.branches * run.batch; ++i)
+    if (!is_in(run.labels[i], 0, shape.classes)) return TARFLOW_NATIVE_BAD_ARGUMENT;
+  if (!is_aligned(run.workspace) ||
+      run.workspace_bytes < tarflow_native_workspace_bytes(&shape, run.batch, run.branches, run.threads))
+    return TARFLOW_NATIVE_SMALL_BUFFER;
+  return TARFLOW_NATIVE_OK;
+}
+
+/// Calls `work`(0) .. `work`(threads - 1) side by side, the first one here. A thread that the system refuses is one fewer.
+template <class Work>
+void side_by_side(i64 threads, const Work &work) {
+  std::thread others[MOST_THREADS];
+  i64 started = 0;
+  try {
+    while (started < threads - 1) {
+      others[started] = std::thread(work, started + 1);
+      ++started;
+    }
+  } catch (const std::system_error &) { // what they would have done is done by the others
+  }
+  work(0);
+  for (i64 i = 0; i < started; ++i) others[i].join();
+}
+
+} // namespace
+
+extern "C" {
+
+int32_t tarflow_native_abi(void) { return TARFLOW_NATIVE_ABI; }
+
+const char *tarflow_native_kernel(int64_t number) {
+  const Kernel *kernel = number < 0 ? nullptr : kernel_number(number);
+  return kernel ? kernel->name : nullptr;
+}
+
+const char *tarflow_native_message(int32_t status) {
+  switch (status) {
+  case TARFLOW_NATIVE_OK: return "done";
+  case TARFLOW_NATIVE_CANCELLED: return "cancelled";
+  case TARFLOW_NATIVE_BAD_SHAPE: return "the shape is out of range, or the width is not a multiple of the head size";
+  case TARFLOW_NATIVE_BAD_PRECISION: return "the precision is not float32, bfloat16 or int8";
+  case TARFLOW_NATIVE_BAD_TENSOR: return "a tensor is missing, has another dtype or shape, or leaves the file";
+  case TARFLOW_NATIVE_BAD_ORDER: return "the order of patches is neither forward nor reversed";
+  case TARFLOW_NATIVE_SMALL_BUFFER: return "a buffer is smaller than needed, or does not begin at a multiple of 64 bytes";
+  case TARFLOW_NATIVE_NOT_PACKED: return "the weights were not packed by this version";
+  case TARFLOW_NATIVE_BAD_ARGUMENT: return "an argument is missing or out of range";
+  case TARFLOW_NATIVE_BAD_KERNEL: return "no kernel of that name runs on this machine";
+  default: return "unknown status";
+  }
+}
+
+size_t tarflow_native_packed_bytes(const tarflow_native_shape *shape, const char *precision) {
+  Format format;
+  if (!shape || !is_valid(*shape) || !format_of(precision, &format)) return 0;
+  return static_cast<size_t>(layout_of(*shape, format).bytes);
+}
+
+int32_t tarflow_native_pack(const tarflow_native_shape *shape, const char *precision,
+                            const tarflow_native_tensor *tensors, int64_t count, const void *weights,
+                            size_t weights_bytes, void *packed, size_t packed_bytes, const char **culprit) {
+  Format format;
+  if (!shape || !is_valid(*shape)) return TARFLOW_NATIVE_BAD_SHAPE;
+  if (!format_of(precision, &format)) return TARFLOW_NATIVE_BAD_PRECISION;
+  if (!tensors || count < 0 || !weights || !packed || weights_bytes > static_cast<size_t>(MOST_BYTES))
+    return TARFLOW_NATIVE_BAD_ARGUMENT;
+  if (!is_aligned(packed) || packed_bytes < static_cast<size_t>(layout_of(*shape, format).bytes))
+    return TARFLOW_NATIVE_SMALL_BUFFER;
+  const Weights from{tensors, count, static_cast<const unsigned char *>(weights), static_cast<i64>(weights_bytes)};
+  return pack(*shape, format, from, static_cast<unsigned char *>(packed), culprit);
+}
+
+size_t tarflow_native_workspace_bytes(const tarflow_native_shape *shape, int64_t batch, int64_t branches,
+                                      int64_t threads) {
+  if (!shape || !is_valid(*shape) || !is_in(batch, 1, MOST_SIZE) || !is_in(branches, 1, 2) || threads < 1) return 0;
+  const Groups groups = groups_of(*shape, batch, branches, threads);
+  return static_cast<size_t>(groups.threads * workspace_of_thread(*shape, branches, groups.images));
+}
+
+int32_t tarflow_native_invert(const tarflow_native_run *given) {
+  if (!given || given->struct_size != sizeof(tarflow_native_run) || !given->packed) return TARFLOW_NATIVE_BAD_ARGUMENT;
+  const tarflow_native_run &run = *given;
+  Header header;
+  if (!is_aligned(run.packed) || run.packed_bytes < sizeof header) return TARFLOW_NATIVE_SMALL_BUFFER;
+  std::memcpy(&header, run.packed, sizeof header);
+  if (std::memcmp(header.magic, MAGIC, sizeof MAGIC) != 0 || header.abi != TARFLOW_NATIVE_ABI ||
+      !is_valid(header.shape) || !is_in(header.format, 0, 2))
+    return TARFLOW_NATIVE_NOT_PACKED;
+  const Shape &shape = header.shape;
+  const Layout layout = layout_of(shape, static_cast<Format>(header.format));
+  if (run.packed_bytes < static_cast<size_t>(layout.bytes)) return TARFLOW_NATIVE_SMALL_BUFFER;
+  const Kernel *kernel = kernel_named(run.kernel);
+  if (!kernel) return TARFLOW_NATIVE_BAD_KERNEL;
+  const tarflow_native_status status = check(run, shape);
+  if (status != TARFLOW_NATIVE_OK) return status;
+
+  const Groups groups = groups_of(shape, run.batch, run.branches, run.threads);
+  const i64 bytes = workspace_of_thread(shape, run.branches, groups.images), dims = shape.patches * shape.values;
+  std::atomic<i64> next{0};
+  std::atomic<bool> cancelled{false};
+  side_by_side(groups.threads, [&](i64 thread) {
+    for (i64 group = next++; group < groups.count; group = next++) {
+      const i64 first = group * groups.images;
+      Images images{};
+      images.shape = &shape;
+      images.layout = &layout;
+      images.packed = static_cast<const unsigned char *>(run.packed);
+      images.workspace = static_cast<unsigned char *>(run.workspace) + thread * bytes;
+      images.count = smaller(groups.images, run.batch - first);
+      images.branches = run.branches;
+      images.steps = run.steps;
+      images.batch = run.batch;
+      images.noise = run.noise + first * dims;
+      images.x = run.x + first * dims;
+      images.labels = run.labels ? run.labels + first : nullptr;
+      images.guidance = run.branches == 2 ? run.guidance + first * 2 * shape.patches : nullptr;
+      images.inverse_temperature = run.inverse_temperature ? run.inverse_temperature + first : nullptr;
+      images.cancel = run.cancel;
+      images.progress = run.progress;
+      if (!kernel->invert(images)) cancelled = true;
+    }
+  });
+  return cancelled ? TARFLOW_NATIVE_CANCELLED : TARFLOW_NATIVE_OK;
+}
+
+} // extern "C"
