@@ -53,13 +53,13 @@ static void logits_of(const float *q, const float *keys, i64 head_dim, float *lo
 
 /// Logits -> exp(logit - largest), in place; returns their sum. Those from `count` up to a multiple of 16 become 0.
 static float exponentials(float *logits, i64 count) {
-  const i64 end = round_up(count, LANES);
-  for (i64 j = count; j < end; ++j) logits[j] = -__builtin_inff();
-  Floats largest = load(logits), sum = broadcast(0.0F);
-  for (i64 j = LANES; j < end; j += LANES) largest = maximum(largest, load(logits + j));
+  const Floats none = broadcast(-__builtin_inff()), zero = broadcast(0.0F);
+  Floats largest = none, sum = zero;
+  for (i64 j = 0; j < count; j += LANES) largest = maximum(largest, first_lanes(load(logits + j), count - j, none));
   const Floats shift = broadcast(largest_lane(largest));
-  for (i64 j = 0; j < end; j += LANES) {
-    const Floats weight = exp(load(logits + j) - shift);
+  for (i64 j = 0; j < count; j += LANES) {
+    // Masked before as well: a result below the normal range would take a hundred cycles.
+    const Floats weight = first_lanes(exp(first_lanes(load(logits + j) - shift, count - j, zero)), count - j, zero);
     store(logits + j, weight);
     sum = sum + weight;
   }
@@ -85,23 +85,26 @@ static void weighted_values(const float *weights, i64 count, const float *values
   for (int n = 0; n < VECTORS; ++n) store(out + n * LANES, (even[n] + odd[n]) / broadcast(total));
 }
 
-/// One head: q [E] -> out [E'], over `count` positions; `logits` is room for them.
-static void attend(const float *q, const float *keys, const float *values, i64 count, i64 head_dim, float *logits,
-                   float *out) {
-  const i64 blocks = round_up(count, LANES) / LANES, stride = round_up(head_dim, LANES), vectors = stride / LANES;
+/// The logits of one head, for `count` positions.
+static void head_logits(const float *q, const float *keys, i64 count, i64 head_dim, float *logits) {
+  const i64 blocks = round_up(count, LANES) / LANES, size = LANES * head_dim;
   i64 n = 0;
   for (; n + KEY_BLOCKS <= blocks; n += KEY_BLOCKS)
-    logits_of<KEY_BLOCKS>(q, keys + n * LANES * head_dim, head_dim, logits + n * LANES);
-  if (n + 2 <= blocks && KEY_BLOCKS > 2) {
-    logits_of<2>(q, keys + n * LANES * head_dim, head_dim, logits + n * LANES);
+    logits_of<KEY_BLOCKS>(q, keys + n * size, head_dim, logits + n * LANES);
+  if (KEY_BLOCKS > 2 && n + 2 <= blocks) {
+    logits_of<2>(q, keys + n * size, head_dim, logits + n * LANES);
     n += 2;
   }
-  if (n < blocks) logits_of<1>(q, keys + n * LANES * head_dim, head_dim, logits + n * LANES);
-  const float total = exponentials(logits, count);
-  i64 v = 0;
-  for (; v + VALUE_VECTORS <= vectors; v += VALUE_VECTORS)
-    weighted_values<VALUE_VECTORS>(logits, count, values + v * LANES, stride, total, out + v * LANES);
-  for (; v < vectors; ++v) weighted_values<1>(logits, count, values + v * LANES, stride, total, out + v * LANES);
+  if (n < blocks) logits_of<1>(q, keys + n * size, head_dim, logits + n * LANES);
+}
+
+/// The output of one head, [E'].
+static void head_values(const float *weights, i64 count, const float *values, i64 head_dim, float total, float *out) {
+  const i64 stride = round_up(head_dim, LANES), vectors = stride / LANES;
+  i64 n = 0;
+  for (; n + VALUE_VECTORS <= vectors; n += VALUE_VECTORS)
+    weighted_values<VALUE_VECTORS>(weights, count, values + n * LANES, stride, total, out + n * LANES);
+  for (; n < vectors; ++n) weighted_values<1>(weights, count, values + n * LANES, stride, total, out + n * LANES);
 }
 
 } // namespace tarflow_native::TARFLOW_NATIVE_TARGET

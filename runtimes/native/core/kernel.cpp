@@ -71,30 +71,54 @@ void normalise_rows(const Run &run, const Norm &norm, const unsigned char *layer
   }
 }
 
-/// normed = attention of the position `step` over the positions 0 .. step, from q, k, v in `wide`.
-void attend_rows(const Run &run, i64 step, i64 layer) {
+/// One head of one row: where its query, caches and output lie.
+struct Head {
+  float *q, *keys, *values, *out;
+};
+
+Head head_of(const Run &run, i64 layer, i64 number) {
+  const i64 count = heads(run.shape), row = number / count, head = number % count, at = head * run.shape.head_dim;
+  return Head{run.wide + row * run.space.wide_stride + at,
+              run.keys + (layer * run.rows + row) * run.space.key_row + head * (run.space.key_row / count),
+              run.values + (layer * run.rows + row) * run.space.value_row + head * (run.space.value_row / count),
+              run.normed + row * run.space.width_stride + at};
+}
+
+/// q times 1/tau, and times 1/sqrt(E) unless that is folded into the weights of q.
+void scale_queries(const Run &run) {
   const Images &images = run.images;
-  const i64 width = run.shape.width, size = run.shape.head_dim, count = heads(run.shape);
-  const i64 key_head = run.space.key_row / count, value_head = run.space.value_row / count;
-  // 1/sqrt(E) is folded into the float32 weights of q.
   const float scale = images.layout->layer.qkv.format == Format::float32
                           ? 1.0F
-                          : 1.0F / __builtin_sqrtf(static_cast<float>(size));
+                          : 1.0F / __builtin_sqrtf(static_cast<float>(run.shape.head_dim));
   for (i64 row = 0; row < run.rows; ++row) {
-    float *q = run.wide + row * run.space.wide_stride;
     const i64 condition = row / images.count * images.batch + row % images.count;
     const float factor = scale * (images.inverse_temperature ? images.inverse_temperature[condition] : 1.0F);
-    if (factor != 1.0F)
-      for (i64 i = 0; i < width; ++i) q[i] *= factor;
-    float *keys = run.keys + (layer * run.rows + row) * run.space.key_row;
-    float *values = run.values + (layer * run.rows + row) * run.space.value_row;
-    float *out = run.normed + row * run.space.width_stride;
-    for (i64 head = 0; head < count; ++head) {
-      const i64 at = head * size;
-      append_key(q + width + at, step, size, keys + head * key_head);
-      append_value(q + 2 * width + at, step, size, values + head * value_head);
+    float *q = run.wide + row * run.space.wide_stride;
+    for (i64 i = 0; factor != 1.0F && i < run.shape.width; ++i) q[i] *= factor;
+  }
+}
+
+/// normed = attention of the position `step` over the positions 0 .. step, from q, k, v in `wide`.
+///
+/// In three phases over a few heads at a time, whose short chains of instructions then overlap.
+void attend(const Run &run, i64 step, i64 layer) {
+  const i64 width = run.shape.width, size = run.shape.head_dim, all = run.rows * heads(run.shape);
+  const i64 stride = run.space.logits_stride;
+  scale_queries(run);
+  for (i64 first = 0; first < all; first += HEADS_TOGETHER) {
+    const i64 count = smaller(HEADS_TOGETHER, all - first);
+    float total[HEADS_TOGETHER];
+    for (i64 i = 0; i < count; ++i) {
+      const Head head = head_of(run, layer, first + i);
+      append_key(head.q + width, step, size, head.keys);
+      append_value(head.q + 2 * width, step, size, head.values);
+      head_logits(head.q, head.keys, step + 1, size, run.logits + i * stride);
+    }
+    for (i64 i = 0; i < count; ++i) total[i] = exponentials(run.logits + i * stride, step + 1);
+    for (i64 i = 0; i < count; ++i) {
       // A head whose size is not a multiple of 16 writes zeros after itself, where the next one follows.
-      attend(q + at, keys + head * key_head, values + head * value_head, step + 1, size, run.logits, out + at);
+      const Head head = head_of(run, layer, first + i);
+      head_values(run.logits + i * stride, step + 1, head.values, size, total[i], head.out);
     }
   }
 }
@@ -105,7 +129,7 @@ void run_layer(const Run &run, i64 step, i64 layer) {
   const i64 narrow = run.space.width_stride, wide = run.space.wide_stride;
   normalise_rows(run, parts.attention_norm, base);
   product(parts.qkv, base, Rows{run.normed, narrow, run.wide, wide, run.rows, false}, run.scratch);
-  attend_rows(run, step, layer);
+  attend(run, step, layer);
   product(parts.proj, base, Rows{run.normed, narrow, run.h, narrow, run.rows, true}, run.scratch);
   normalise_rows(run, parts.mlp_norm, base);
   product(parts.expand, base, Rows{run.normed, narrow, run.wide, wide, run.rows, false}, run.scratch);

@@ -29,6 +29,7 @@ constexpr i64 LANES = 16;        ///< of a vector
 constexpr i64 PANEL = 32;        ///< outputs of a panel
 constexpr i64 SCALE_GROUP = 128; ///< int8 weights of an output that share a scale
 constexpr i64 MLP_EXPANSION = 4;
+constexpr i64 HEADS_TOGETHER = 8; ///< of any rows, whose attention is computed side by side
 
 enum class Format : std::int32_t { float32, bfloat16, int8 };
 
@@ -75,7 +76,7 @@ constexpr char MAGIC[8] = {'T', 'F', 'N', 'A', 'T', 'I', 'V', 'E'};
 ///     keys   [L][rows][H][blocks of 16 positions][E][16]
 ///     values [L][rows][H][positions][E']                    E' is E filled up to a multiple of 16
 struct Workspace {
-  i64 width_stride, wide_stride, out_stride, value_stride;
+  i64 width_stride, wide_stride, out_stride, value_stride, logits_stride;
   i64 x, h, normed, wide, out, logits, z, unpacked, sums;
   i64 keys, values;
   i64 key_row, value_row; ///< floats of one layer and row
@@ -162,7 +163,8 @@ static inline Workspace workspace_of(const Shape &shape, i64 rows) {
   space.out = take(&end, rows * space.out_stride * 4);
   space.z = take(&end, space.value_stride * 4);
   space.cleared = end;
-  space.logits = take(&end, position_blocks * 4);
+  space.logits_stride = position_blocks;
+  space.logits = take(&end, HEADS_TOGETHER * space.logits_stride * 4);
   space.unpacked = take(&end, SCALE_GROUP * PANEL * 4);
   space.sums = take(&end, rows * PANEL * 4);
   space.key_row = heads(shape) * position_blocks * shape.head_dim;

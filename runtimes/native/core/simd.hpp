@@ -177,6 +177,15 @@ TARFLOW_NATIVE_INLINE Ints broadcast_int(std::int32_t value) {
   return a;
 }
 
+/// a in the first `count` lanes, b in the others.
+TARFLOW_NATIVE_INLINE Floats first_lanes(Floats a, i64 count, Floats b) {
+  static constexpr std::int32_t NUMBERS[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Ints lane = load(reinterpret_cast<const std::uint32_t *>(NUMBERS));
+  const Ints end = broadcast_int(static_cast<std::int32_t>(count < LANES ? count : LANES));
+  TARFLOW_NATIVE_PARTS b.part[i] = lane.part[i] < end.part[i] ? a.part[i] : b.part[i];
+  return b;
+}
+
 /// The lanes folded in halves: lane i with lane i + 8, then with i + 4, i + 2, i + 1.
 TARFLOW_NATIVE_INLINE float sum_of_lanes(Floats a) {
   float lane[LANES];
