@@ -110,6 +110,7 @@ class Library:
         library.tarflow_native_packed_bytes.restype = library.tarflow_native_workspace_bytes.restype = ctypes.c_size_t
         library.tarflow_native_workspace_bytes.argtypes = [ctypes.POINTER(Shape), *[ctypes.c_int64] * 3]
         self.abi: int = library.tarflow_native_abi()
+        self._rooms: list[npt.NDArray[np.uint8]] = []  # workspaces of earlier calls; append and pop are atomic
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -185,7 +186,13 @@ class Library:
         noise = np.ascontiguousarray(noise, np.float32)
         x = np.empty_like(noise) if out is None else out
         batch, patches, _ = noise.shape
-        room = aligned_bytes(self.workspace_bytes(block.shape, batch, branches, threads))
+        needed = self.workspace_bytes(block.shape, batch, branches, threads)
+        try:
+            room = self._rooms.pop()
+        except IndexError:
+            room = aligned_bytes(needed)
+        if room.nbytes < needed:
+            room = aligned_bytes(needed)
         kept = [  # alive during the call
             None if array is None else np.ascontiguousarray(array, dtype)
             for array, dtype in ((labels, np.int64), (guidance, np.float32), (inverse_temperature, np.float32))
@@ -211,7 +218,9 @@ class Library:
         )
         for name, value in changes.items():
             setattr(run, name, value)
-        self._check(self._library.tarflow_native_invert(ctypes.byref(run)))
+        status = self._library.tarflow_native_invert(ctypes.byref(run))
+        self._rooms.append(room)
+        self._check(status)
         return x
 
     def _check(self, status: int, culprit: str | None = None) -> None:

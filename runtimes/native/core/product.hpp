@@ -132,11 +132,11 @@ TARFLOW_NATIVE_INLINE void tile(const Job &job, const Panels &panels, i64 row, i
   }
 }
 
-/// ROWS rows of all vectors first .. end - 1, in tiles as wide as fit.
+/// ROWS rows of all vectors first .. end - 1, an even number, in tiles as wide as fit.
 template <int ROWS, int VECTORS, Stage STAGE, class Panels>
 static void strip(const Job &job, const Panels &panels, i64 row, i64 first, i64 end, i64 offset, i64 inputs) {
   for (; first + VECTORS <= end; first += VECTORS) tile<ROWS, VECTORS, STAGE>(job, panels, row, first, offset, inputs);
-  if constexpr (VECTORS > 1) strip<ROWS, VECTORS / 2, STAGE>(job, panels, row, first, end, offset, inputs);
+  if constexpr (VECTORS > 2) strip<ROWS, VECTORS / 2, STAGE>(job, panels, row, first, end, offset, inputs);
 }
 
 template <Stage STAGE, class Panels>

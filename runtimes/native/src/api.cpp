@@ -18,7 +18,7 @@ constexpr i64 MOST_SIZE = i64{1} << 24, MOST_BYTES = i64{1} << 46, MOST_THREADS 
 
 /// Rows of a group of images that runs as one: below, the weights are read too often; above, the caches of keys and
 /// values of all threads leave the last-level cache.
-constexpr i64 MOST_ROWS = 16, FEWEST_ROWS = 4, GROUP_CACHE_BYTES = i64{8} << 20;
+constexpr i64 MOST_ROWS = 16, FEWEST_ROWS = 4, GROUP_CACHE_BYTES = i64{13} << 20;
 
 bool is_in(i64 value, i64 least, i64 most) { return value >= least && value <= most; }
 

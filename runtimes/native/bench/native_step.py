@@ -1,0 +1,125 @@
+"""The native step against ONNX Runtime's: all blocks of a bundle, inverted by both in turn in one process.
+
+    python runtimes/native/build.py --output build/native
+    python runtimes/native/bench/native_step.py mnist.tarflow --library build/native/libtarflow_native.so
+
+Each round times both sides, one right after the other, in a random order; the ratio is the median of the rounds'
+ratios, so that a machine whose clock or neighbours change disturbs both alike. `--threads 1` binds the process to one
+CPU before either side counts them. GFLOP/s are those of the products with the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from binding import Library, invert_blocks
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--library", type=Path, default=Path("build/native/libtarflow_native.so"))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[0.0, 1.5], help="0 is unguided")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--kernel", help="x86-64-v4, x86-64-v3, aarch64, portable; by default the best")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    return parser.parse_args()
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    options = parse()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    from tarflow_runtimes._bundle import open_bundle
+    from tarflow_runtimes._engine import Conditions, Turn
+    from tarflow_runtimes._engines import Options, open_engine
+    from tarflow_runtimes._plan import Sequential
+
+    bundle, library = open_bundle(options.bundle), Library(options.library)
+    config = bundle.config
+    engine, _ = open_engine("ort-cpu", bundle, Options(tf32=False, engine_dir=None, on_building=None))
+    blocks = [library.pack(bundle, block) for block in range(config.blocks)]
+    is_reversed = [block.is_reversed for block in bundle.blocks]
+    turns = [Turn(block=block, strategy=Sequential()) for block in reversed(range(config.blocks))]
+    kernel = options.kernel or library.kernels[0]
+    print(f"{bundle.path.name} ({bundle.precision}), {options.threads} threads, {kernel}, {options.rounds} rounds")
+    print(f"{'batch':>5} {'guidance':>8} {'ort-cpu ms':>11} {'native ms':>10} {'ratio':>6} {'25 % .. 75 %':>14} {'GFLOP/s':>8}")
+    results = []
+    for batch in options.batch:
+        for weight in options.guidance:
+            branches = 2 if weight else 1
+            rng = np.random.default_rng(0)
+            noise = rng.standard_normal((batch, config.patches, config.patch_values), dtype=np.float32)
+            if bundle.prior is not None:
+                noise *= np.sqrt(bundle.prior)
+            labels = None
+            if config.classes:
+                null = np.full(batch, config.classes)
+                labels = np.stack([np.arange(batch) % config.classes, null])[:branches]
+            guidance = np.full((batch, 2, config.patches), weight, np.float32)
+            inverse_temperature = np.ones((branches, batch), np.float32)
+            conditions = Conditions(labels=labels, guidance=guidance, inverse_temperature=inverse_temperature)
+
+            def reference(noise: np.ndarray = noise, conditions: Conditions = conditions) -> np.ndarray:
+                return engine.invert(turns, noise, conditions)[0]
+
+            def native(noise: np.ndarray = noise, conditions: Conditions = conditions, branches: int = branches) -> np.ndarray:
+                return invert_blocks(
+                    library,
+                    blocks,
+                    is_reversed,
+                    noise,
+                    labels=conditions.labels,
+                    guidance=conditions.guidance,
+                    inverse_temperature=conditions.inverse_temperature,
+                    branches=branches,
+                    threads=options.threads,
+                    kernel=kernel,
+                )
+
+            difference = float(np.abs(reference() - native()).max())
+            pairs = []
+            for _ in range(options.rounds):
+                sides = [reference, native]
+                random.shuffle(sides)
+                times = {side: seconds(side) for side in sides}
+                pairs.append((times[reference], times[native]))
+            ratios = [ours[0] / ours[1] for ours in pairs]
+            low, ratio, high = statistics.quantiles(ratios, n=4)
+            theirs, ours = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
+            per_step = 2 * 12 * config.layers * config.width**2 + 6 * config.width * config.patch_values
+            gflops = branches * batch * (config.patches - 1) * config.blocks * per_step / ours / 1e9
+            print(
+                f"{batch:>5} {weight:>8.1f} {theirs * 1e3:>11.2f} {ours * 1e3:>10.2f} {ratio:>6.2f} "
+                f"{f'{low:.2f} .. {high:.2f}':>14} {gflops:>8.0f}",
+                flush=True,
+            )
+            results.append(
+                {"batch": batch, "guidance": weight, "ort_cpu_ms": theirs * 1e3, "native_ms": ours * 1e3, "ratio": ratio,
+                 "quartiles": [low, high], "gflops": gflops, "largest_difference": difference}
+            )  # fmt: skip
+    if options.json:
+        document = {"bundle": bundle.path.name, "precision": bundle.precision, "threads": options.threads, "kernel": kernel}
+        options.json.write_text(json.dumps({**document, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
