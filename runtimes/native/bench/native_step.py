@@ -1,6 +1,6 @@
 """The native step against ONNX Runtime's: all blocks of a bundle, inverted by both in turn in one process.
 
-    python runtimes/native/build.py --output build/native
+    python runtimes/native/native_build.py --output build/native
     python runtimes/native/bench/native_step.py mnist.tarflow --library build/native/libtarflow_native.so
 
 Each round times both sides, one right after the other, in a random order; the ratio is the median of the rounds'
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from binding import Library, invert_blocks
+from native_binding import Library, invert_blocks
 
 
 def parse() -> argparse.Namespace:

@@ -11,8 +11,8 @@
 namespace tarflow_native::TARFLOW_NATIVE_TARGET {
 
 /// Blocks of keys, and vectors of values, that are in registers at once.
-constexpr int KEY_BLOCKS = REGISTER == 64 ? 4 : 2;
-constexpr int VALUE_VECTORS = REGISTER == 64 ? 4 : 2;
+constexpr int KEY_BLOCKS = HELD == 32 ? 4 : HELD == 8 ? 2 : 1;
+constexpr int VALUE_VECTORS = KEY_BLOCKS;
 
 /// Write k [E] of a position; the other positions of a new block become zero.
 static void append_key(const float *k, i64 position, i64 head_dim, float *keys) {

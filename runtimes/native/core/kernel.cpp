@@ -187,7 +187,9 @@ bool invert(const Images &images) {
 
 namespace tarflow_native {
 
-#if defined(TARFLOW_NATIVE_PORTABLE)
+#if defined(TARFLOW_NATIVE_PORTABLE) && defined(__wasm__)
+const Kernel PORTABLE = {"wasm", portable::invert};
+#elif defined(TARFLOW_NATIVE_PORTABLE)
 const Kernel PORTABLE = {"portable", portable::invert};
 #elif defined(__AVX512F__)
 const Kernel X86_64_V4 = {"x86-64-v4", x86_64_v4::invert};

@@ -90,6 +90,12 @@ static inline i64 round_up(i64 count, i64 multiple) { return (count + multiple -
 static inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 larger(i64 a, i64 b) { return a > b ? a : b; }
 
+/// Whether two texts are equal; the core has no C library.
+static inline bool same(const char *a, const char *b) {
+  while (*a && *a == *b) ++a, ++b;
+  return *a == *b;
+}
+
 static inline i64 heads(const Shape &shape) { return shape.width / shape.head_dim; }
 static inline i64 affine_values(const Shape &shape) { return shape.values * (shape.nvp ? 2 : 1); }
 

@@ -3,11 +3,6 @@
 namespace tarflow_native {
 namespace {
 
-bool same(const char *a, const char *b) {
-  while (*a && *a == *b) ++a, ++b;
-  return *a == *b;
-}
-
 /// A name of the bundle, "attn_blocks.LAYER.REST" or "REST" (layer -1), "+ SUFFIX"; compared without being built.
 struct Name {
   i64 layer;

@@ -20,12 +20,12 @@
 
 namespace tarflow_native::TARFLOW_NATIVE_TARGET {
 
-/// Rows of the tallest tile, and vectors of a tile by its rows. AVX-512 has 32 registers of 16 lanes, NEON 32 of 4,
-/// AVX2 16 of 8.
-constexpr int TALLEST = REGISTER == 64 ? 8 : 6;
+/// Rows of the tallest tile, and vectors of a tile by its rows; both by how many vectors the registers hold.
+constexpr int TALLEST = HELD == 32 ? 8 : HELD == 8 ? 6 : 3;
 constexpr int vectors_of(int rows) {
-  if (REGISTER == 64) return rows <= 2 ? 8 : rows <= 4 ? 4 : 2;
-  return rows == 1 ? 4 : rows == 2 ? 2 : 1;
+  if (HELD == 32) return rows <= 2 ? 8 : rows <= 4 ? 4 : 2;
+  if (HELD == 8) return rows == 1 ? 4 : rows == 2 ? 2 : 1;
+  return rows == 1 ? 2 : 1;
 }
 constexpr i64 WIDEST = vectors_of(1);
 

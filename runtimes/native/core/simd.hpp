@@ -7,32 +7,33 @@
 
 #include "layout.hpp"
 
+// The target, the bytes of a register, and how many registers there are.
 #if !defined(TARFLOW_NATIVE_PORTABLE) && defined(__AVX512F__)
 #define TARFLOW_NATIVE_TARGET x86_64_v4
+#define TARFLOW_NATIVE_REGISTERS 64, 32
+#include <immintrin.h>
 #elif !defined(TARFLOW_NATIVE_PORTABLE) && defined(__AVX2__) && defined(__FMA__)
 #define TARFLOW_NATIVE_TARGET x86_64_v3
-#elif !defined(TARFLOW_NATIVE_PORTABLE) && defined(__ARM_NEON) && defined(__aarch64__)
+#define TARFLOW_NATIVE_REGISTERS 32, 16
+#include <immintrin.h>
+#elif !defined(TARFLOW_NATIVE_PORTABLE) && defined(__aarch64__)
 #define TARFLOW_NATIVE_TARGET aarch64
+#define TARFLOW_NATIVE_REGISTERS 16, 32
+#include <arm_neon.h>
 #else
 #define TARFLOW_NATIVE_TARGET portable
-#endif
-
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
+#define TARFLOW_NATIVE_REGISTERS 16, 16
 #endif
 
 namespace tarflow_native::TARFLOW_NATIVE_TARGET {
 
-#if !defined(TARFLOW_NATIVE_PORTABLE) && defined(__AVX512F__)
-constexpr int REGISTER = 64;
-#elif !defined(TARFLOW_NATIVE_PORTABLE) && defined(__AVX2__) && defined(__FMA__)
-constexpr int REGISTER = 32;
-#else
-constexpr int REGISTER = 16;
-#endif
-constexpr int PARTS = 64 / REGISTER;
+struct Machine {
+  int bytes, registers;
+};
+constexpr Machine MACHINE{TARFLOW_NATIVE_REGISTERS};
+constexpr int REGISTER = MACHINE.bytes;
+constexpr int PARTS = 64 / REGISTER;         ///< registers of a vector
+constexpr int HELD = MACHINE.registers / PARTS; ///< vectors that all registers hold: 32, 8, 8, 4
 
 typedef float FloatPart __attribute__((vector_size(REGISTER)));
 typedef std::int32_t IntPart __attribute__((vector_size(REGISTER)));
@@ -65,22 +66,18 @@ TARFLOW_NATIVE_INLINE FloatPart fma(FloatPart a, FloatPart b, FloatPart c) {
   return c;
 }
 #else
+typedef double DoublePart __attribute__((vector_size(2 * REGISTER)));
+typedef std::int64_t LongPart __attribute__((vector_size(2 * REGISTER)));
 /// In float64 the product is exact; the sum is rounded to odd, so that rounding it to float32 is the only rounding.
 /// Source: Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums".
-TARFLOW_NATIVE_INLINE float fma(float a, float b, float c) {
-  const double product = static_cast<double>(a) * b, addend = c;
-  double sum = product + addend;
-  const double rest = sum - product;
-  const double error = (product - (sum - rest)) + (addend - rest);
-  std::int64_t bits;
-  __builtin_memcpy(&bits, &sum, 8);
-  if ((error < 0 || error > 0) && (bits & 1) == 0) bits += (error > 0) == (sum > 0) ? 1 : -1;
-  __builtin_memcpy(&sum, &bits, 8);
-  return static_cast<float>(sum);
-}
 TARFLOW_NATIVE_INLINE FloatPart fma(FloatPart a, FloatPart b, FloatPart c) {
-  for (int i = 0; i < REGISTER / 4; ++i) c[i] = fma(a[i], b[i], c[i]);
-  return c;
+  const DoublePart product = __builtin_convertvector(a, DoublePart) * __builtin_convertvector(b, DoublePart);
+  const DoublePart addend = __builtin_convertvector(c, DoublePart), sum = product + addend, rest = sum - product;
+  const DoublePart error = (product - (sum - rest)) + (addend - rest);
+  LongPart bits = reinterpret_cast<LongPart>(sum);
+  const LongPart up = (error > 0) == (sum > 0), is_inexact = (error < 0) | (error > 0), is_even = (bits & 1) - 1;
+  bits += is_inexact & is_even & (-2 * up - 1); // a comparison gives -1 where it holds: + 1 or - 1
+  return __builtin_convertvector(reinterpret_cast<DoublePart>(bits), FloatPart);
 }
 #endif
 

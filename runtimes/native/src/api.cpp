@@ -1,20 +1,16 @@
-// The C ABI: checks, the choice of a kernel, and threads that share out the images.
+// The C ABI: checks, the choice of a kernel, and how a batch is cut into groups of images.
 #include "tarflow_native.h"
-
-#include <atomic>
-#include <cstring>
-#include <system_error>
-#include <thread>
 
 #include "../core/block.hpp"
 #include "../core/pack.hpp"
+#include "threads.hpp"
 
 using namespace tarflow_native;
 
 namespace {
 
 /// Most of any size, so that no count of bytes below leaves 64 bits.
-constexpr i64 MOST_SIZE = i64{1} << 24, MOST_BYTES = i64{1} << 46, MOST_THREADS = 1024;
+constexpr i64 MOST_SIZE = i64{1} << 24, MOST_BYTES = sizeof(void *) == 8 ? i64{1} << 46 : i64{1} << 31;
 
 /// Rows of a group of images that runs as one: below, the weights are read too often; above, the caches of keys and
 /// values of all threads leave the last-level cache.
@@ -39,7 +35,7 @@ bool format_of(const char *precision, Format *format) {
   if (!precision) return false;
   constexpr const char *NAMES[] = {"float32", "bfloat16", "int8"};
   for (int i = 0; i < 3; ++i) {
-    if (std::strcmp(precision, NAMES[i]) != 0) continue;
+    if (!same(precision, NAMES[i])) continue;
     *format = static_cast<Format>(i);
     return true;
   }
@@ -64,7 +60,7 @@ const Kernel *kernel_number(i64 number) {
 const Kernel *kernel_named(const char *name) {
   if (!name) return kernel_number(0);
   for (i64 i = 0; const Kernel *kernel = kernel_number(i); ++i)
-    if (std::strcmp(kernel->name, name) == 0) return kernel;
+    if (same(kernel->name, name)) return kernel;
   return nullptr;
 }
 
@@ -102,22 +98,6 @@ tarflow_native_status check(const tarflow_native_run &run, const Shape &shape) {
       run.workspace_bytes < tarflow_native_workspace_bytes(&shape, run.batch, run.branches, run.threads))
     return TARFLOW_NATIVE_SMALL_BUFFER;
   return TARFLOW_NATIVE_OK;
-}
-
-/// Calls `work`(0) .. `work`(threads - 1) side by side, the first one here. A thread that the system refuses is one fewer.
-template <class Work>
-void side_by_side(i64 threads, const Work &work) {
-  std::thread others[MOST_THREADS];
-  i64 started = 0;
-  try {
-    while (started < threads - 1) {
-      others[started] = std::thread(work, started + 1);
-      ++started;
-    }
-  } catch (const std::system_error &) { // what they would have done is done by the others
-  }
-  work(0);
-  for (i64 i = 0; i < started; ++i) others[i].join();
 }
 
 } // namespace
@@ -179,8 +159,10 @@ int32_t tarflow_native_invert(const tarflow_native_run *given) {
   const tarflow_native_run &run = *given;
   Header header;
   if (!is_aligned(run.packed) || run.packed_bytes < sizeof header) return TARFLOW_NATIVE_SMALL_BUFFER;
-  std::memcpy(&header, run.packed, sizeof header);
-  if (std::memcmp(header.magic, MAGIC, sizeof MAGIC) != 0 || header.abi != TARFLOW_NATIVE_ABI ||
+  __builtin_memcpy(&header, run.packed, sizeof header);
+  bool is_packed = true;
+  for (std::size_t i = 0; i < sizeof MAGIC; ++i) is_packed = is_packed && header.magic[i] == MAGIC[i];
+  if (!is_packed || header.abi != TARFLOW_NATIVE_ABI ||
       !is_valid(header.shape) || !is_in(header.format, 0, 2))
     return TARFLOW_NATIVE_NOT_PACKED;
   const Shape &shape = header.shape;
@@ -193,10 +175,10 @@ int32_t tarflow_native_invert(const tarflow_native_run *given) {
 
   const Groups groups = groups_of(shape, run.batch, run.branches, run.threads);
   const i64 bytes = workspace_of_thread(shape, run.branches, groups.images), dims = shape.patches * shape.values;
-  std::atomic<i64> next{0};
-  std::atomic<bool> cancelled{false};
+  i64 next = 0;
+  std::int32_t cancelled = 0;
   side_by_side(groups.threads, [&](i64 thread) {
-    for (i64 group = next++; group < groups.count; group = next++) {
+    for (i64 group; (group = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < groups.count;) {
       const i64 first = group * groups.images;
       Images images{};
       images.shape = &shape;
@@ -214,7 +196,7 @@ int32_t tarflow_native_invert(const tarflow_native_run *given) {
       images.inverse_temperature = run.inverse_temperature ? run.inverse_temperature + first : nullptr;
       images.cancel = run.cancel;
       images.progress = run.progress;
-      if (!kernel->invert(images)) cancelled = true;
+      if (!kernel->invert(images)) __atomic_store_n(&cancelled, 1, __ATOMIC_RELAXED);
     }
   });
   return cancelled ? TARFLOW_NATIVE_CANCELLED : TARFLOW_NATIVE_OK;

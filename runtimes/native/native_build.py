@@ -1,6 +1,6 @@
 """Build the shared library with one compiler call for each object and one to link; no CMake.
 
-    python runtimes/native/build.py [--output FOLDER] [--compiler CXX] [--flags "-fsanitize=thread -g"]
+    python runtimes/native/native_build.py [--output FOLDER] [--compiler CXX] [--flags "-fsanitize=thread -g"]
 
 Prints the library's path. `build` is what a package's build hook calls.
 """
