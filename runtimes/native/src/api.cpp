@@ -19,7 +19,8 @@ constexpr i64 MOST_ROWS = 16, FEWEST_ROWS = 4, GROUP_CACHE_BYTES = i64{13} << 20
 bool is_in(i64 value, i64 least, i64 most) { return value >= least && value <= most; }
 
 bool is_valid(const Shape &shape) {
-  for (const i64 size : {shape.patches, shape.values, shape.width, shape.layers, shape.head_dim})
+  const i64 sizes[] = {shape.patches, shape.values, shape.width, shape.layers, shape.head_dim};
+  for (const i64 size : sizes)
     if (!is_in(size, 1, MOST_SIZE)) return false;
   if (shape.patches < 2 || !is_in(shape.classes, 0, MOST_SIZE) || !is_in(shape.nvp, 0, 1)) return false;
   if (shape.width % shape.head_dim != 0) return false;
