@@ -66,18 +66,21 @@ TARFLOW_NATIVE_INLINE FloatPart fma(FloatPart a, FloatPart b, FloatPart c) {
   return c;
 }
 #else
-typedef double DoublePart __attribute__((vector_size(2 * REGISTER)));
-typedef std::int64_t LongPart __attribute__((vector_size(2 * REGISTER)));
 /// In float64 the product is exact; the sum is rounded to odd, so that rounding it to float32 is the only rounding.
 /// Source: Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums".
+TARFLOW_NATIVE_INLINE float fma(float a, float b, float c) {
+  const double product = static_cast<double>(a) * static_cast<double>(b), addend = static_cast<double>(c);
+  double sum = product + addend;
+  const double rest = sum - product, error = (product - (sum - rest)) + (addend - rest);
+  std::int64_t bits;
+  __builtin_memcpy(&bits, &sum, 8);
+  if ((error < 0 || error > 0) && (bits & 1) == 0) bits += (error > 0) == (sum > 0) ? 1 : -1;
+  __builtin_memcpy(&sum, &bits, 8);
+  return static_cast<float>(sum);
+}
 TARFLOW_NATIVE_INLINE FloatPart fma(FloatPart a, FloatPart b, FloatPart c) {
-  const DoublePart product = __builtin_convertvector(a, DoublePart) * __builtin_convertvector(b, DoublePart);
-  const DoublePart addend = __builtin_convertvector(c, DoublePart), sum = product + addend, rest = sum - product;
-  const DoublePart error = (product - (sum - rest)) + (addend - rest);
-  LongPart bits = reinterpret_cast<LongPart>(sum);
-  const LongPart up = (error > 0) == (sum > 0), is_inexact = (error < 0) | (error > 0), is_even = (bits & 1) - 1;
-  bits += is_inexact & is_even & (-2 * up - 1); // a comparison gives -1 where it holds: + 1 or - 1
-  return __builtin_convertvector(reinterpret_cast<DoublePart>(bits), FloatPart);
+  for (int i = 0; i < REGISTER / 4; ++i) c[i] = fma(a[i], b[i], c[i]);
+  return c;
 }
 #endif
 
