@@ -18,7 +18,7 @@ struct Images {
   const i64 *labels;                ///< [G, batch] of which `count` are read; null without classes
   const float *guidance;            ///< [count, 2, N]; null where G is 1
   const float *inverse_temperature; ///< [G, batch] of which `count` are read; null for 1
-  const std::int32_t *cancel;       ///< null, or not 0 when the inverse is to end
+  const int32_t *cancel;       ///< null, or not 0 when the inverse is to end
   i64 *progress;                    ///< null, or grows by one for each image and step
 };
 

@@ -29,7 +29,7 @@ struct Run {
 Run begin(const Images &images) {
   const i64 rows = images.branches * images.count;
   const Workspace space = workspace_of(*images.shape, rows);
-  __builtin_memset(images.workspace, 0, static_cast<std::size_t>(space.cleared));
+  __builtin_memset(images.workspace, 0, static_cast<size_t>(space.cleared));
   const auto at = [&](i64 offset) { return reinterpret_cast<float *>(images.workspace + offset); };
   return Run{images, *images.shape, space, rows, at(space.x), at(space.h), at(space.normed), at(space.wide),
              at(space.out), at(space.logits), at(space.z), at(space.keys), at(space.values),
@@ -150,7 +150,7 @@ void transform(const Run &run, i64 step) {
     const float *first = run.out + image * stride, *second = first + (images.branches - 1) * images.count * stride;
     const float *guidance = images.branches == 1 ? nullptr : images.guidance + image * 2 * patches + step;
     float *x = run.x + image * run.space.value_stride;
-    __builtin_memcpy(run.z, images.noise + at, static_cast<std::size_t>(values) * 4);
+    __builtin_memcpy(run.z, images.noise + at, static_cast<size_t>(values) * 4);
     const auto mixed = [&](i64 i, i64 kind) {
       const Floats own = load(first + i);
       return guidance == nullptr ? own : fma(broadcast(guidance[kind * patches]), own - load(second + i), own);
@@ -160,7 +160,7 @@ void transform(const Run &run, i64 step) {
       store(x + i, run.shape.nvp ? fma(z, exp(mixed(i, 0)), mixed(values + i, 1)) : z + mixed(i, 1));
     }
     for (i64 i = values; i < round_up(values, LANES); ++i) x[i] = 0.0F;
-    __builtin_memcpy(images.x + at, x, static_cast<std::size_t>(values) * 4);
+    __builtin_memcpy(images.x + at, x, static_cast<size_t>(values) * 4);
   }
 }
 
@@ -168,10 +168,10 @@ bool invert(const Images &images) {
   const Run run = begin(images);
   const i64 values = run.shape.values, image_values = run.shape.patches * values;
   if (images.x != images.noise)
-    __builtin_memcpy(images.x, images.noise, static_cast<std::size_t>(images.count * image_values) * 4);
+    __builtin_memcpy(images.x, images.noise, static_cast<size_t>(images.count * image_values) * 4);
   for (i64 image = 0; image < images.count; ++image)
     __builtin_memcpy(run.x + image * run.space.value_stride, images.noise + image * image_values,
-                     static_cast<std::size_t>(values) * 4);
+                     static_cast<size_t>(values) * 4);
   for (i64 step = 0; step < images.steps; ++step) {
     if (images.cancel && __atomic_load_n(images.cancel, __ATOMIC_RELAXED)) return false;
     embed(run, step);

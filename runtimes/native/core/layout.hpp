@@ -15,14 +15,14 @@
 ///               scales float [ceil(inputs / 128)][32], one set a panel
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include <stddef.h>
+#include <stdint.h>
 
 #include "tarflow_native.h"
 
 namespace tarflow_native {
 
-using i64 = std::int64_t;
+using i64 = int64_t;
 using Shape = tarflow_native_shape;
 
 constexpr i64 LANES = 16;        ///< of a vector
@@ -31,7 +31,7 @@ constexpr i64 SCALE_GROUP = 128; ///< int8 weights of an output that share a sca
 constexpr i64 MLP_EXPANSION = 4;
 constexpr i64 HEADS_TOGETHER = 8; ///< of any rows, whose attention is computed side by side
 
-enum class Format : std::int32_t { float32, bfloat16, int8 };
+enum class Format : int32_t { float32, bfloat16, int8 };
 
 /// y = x W^T + b; offsets are in bytes, 0 for what is not there.
 struct Linear {

@@ -40,13 +40,13 @@ struct Contents {
   Dtype dtype;
 
   float real(i64 index) const {
-    std::uint32_t word;
+    uint32_t word;
     if (dtype == Dtype::float32) {
       __builtin_memcpy(&word, bytes + index * 4, 4);
     } else {
-      std::uint16_t upper;
+      uint16_t upper;
       __builtin_memcpy(&upper, bytes + index * 2, 2);
-      word = static_cast<std::uint32_t>(upper) << 16;
+      word = static_cast<uint32_t>(upper) << 16;
     }
     float value;
     __builtin_memcpy(&value, &word, 4);
@@ -67,7 +67,7 @@ public:
         culprit_(culprit) {}
 
   tarflow_native_status run() {
-    __builtin_memset(packed_, 0, static_cast<std::size_t>(layout_.bytes));
+    __builtin_memset(packed_, 0, static_cast<size_t>(layout_.bytes));
     const i64 width = shape_.width;
     embeddings();
     linear(layout_.proj_in, -1, "proj_in", packed_, Fold{});
@@ -137,13 +137,13 @@ private:
       const i64 place = reversed ? patches - 1 - i : i;
       if (order.integer(i) != place) return fail(TARFLOW_NATIVE_BAD_ORDER, "order");
       __builtin_memcpy(floats(packed_, layout_.pos_embed) + i * stride, places.bytes + place * width * 4,
-                       static_cast<std::size_t>(width) * 4);
+                       static_cast<size_t>(width) * 4);
     }
     if (!shape_.classes) return;
     const Contents classes = find({-1, "class_embed", ""}, Dtype::float32, 2, shape_.classes + 1, width);
     for (i64 i = 0; classes.bytes && i <= shape_.classes; ++i)
       __builtin_memcpy(floats(packed_, layout_.class_embed) + i * stride, classes.bytes + i * width * 4,
-                       static_cast<std::size_t>(width) * 4);
+                       static_cast<size_t>(width) * 4);
   }
 
   /// Keeps gamma and beta beside the layer, or returns them to be folded.
@@ -151,8 +151,8 @@ private:
     Fold fold{find({layer, rest, ".weight"}, Dtype::float32, 1, shape_.width),
               find({layer, rest, ".bias"}, Dtype::float32, 1, shape_.width)};
     if (!fold.gamma.bytes || !fold.beta.bytes || format_ == Format::float32) return fold;
-    __builtin_memcpy(floats(base, norm.gamma), fold.gamma.bytes, static_cast<std::size_t>(shape_.width) * 4);
-    __builtin_memcpy(floats(base, norm.beta), fold.beta.bytes, static_cast<std::size_t>(shape_.width) * 4);
+    __builtin_memcpy(floats(base, norm.gamma), fold.gamma.bytes, static_cast<size_t>(shape_.width) * 4);
+    __builtin_memcpy(floats(base, norm.beta), fold.beta.bytes, static_cast<size_t>(shape_.width) * 4);
     return Fold{};
   }
 

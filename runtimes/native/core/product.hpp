@@ -60,7 +60,7 @@ struct Float32Panels {
 };
 
 struct Bfloat16Panels {
-  const std::uint32_t *base;
+  const uint32_t *base;
   i64 stride;
   TARFLOW_NATIVE_INLINE Floats read(const Bfloat16Panels &p, i64 k, i64 v) {
     const Ints word = load(p.base + v / 2 * p.stride + k * LANES);
@@ -69,7 +69,7 @@ struct Bfloat16Panels {
 };
 
 struct Int8Panels {
-  const std::uint32_t *base;
+  const uint32_t *base;
   i64 stride;
   TARFLOW_NATIVE_INLINE Floats read(const Int8Panels &p, i64 k, i64 v) {
     const Ints word = load(p.base + v / 2 * p.stride + k / 2 * LANES);
@@ -209,7 +209,7 @@ static void product(const Linear &linear, const unsigned char *packed, Rows rows
     Job job{rows, reinterpret_cast<const float *>(packed + linear.bias) + skip,
             reinterpret_cast<const float *>(packed + linear.scales) + panel * scale_stride, scale_stride, scratch.sums};
     job.rows.y += skip;
-    const auto *words = reinterpret_cast<const std::uint32_t *>(base);
+    const auto *words = reinterpret_cast<const uint32_t *>(base);
     if (linear.format == Format::float32)
       all_rows<Stage::whole, TALLEST>(job, Float32Panels{reinterpret_cast<const float *>(base), bytes / 4}, vectors, 0,
                                       linear.inputs);

@@ -3,7 +3,7 @@
 /// GCC's and Clang's vector extensions say everything but the fused multiply-add, the one line that differs by target.
 #pragma once
 
-#include <cstdint>
+#include <stdint.h>
 
 #include "layout.hpp"
 
@@ -36,7 +36,7 @@ constexpr int PARTS = 64 / REGISTER;         ///< registers of a vector
 constexpr int HELD = MACHINE.registers / PARTS; ///< vectors that all registers hold: 32, 8, 8, 4
 
 typedef float FloatPart __attribute__((vector_size(REGISTER)));
-typedef std::int32_t IntPart __attribute__((vector_size(REGISTER)));
+typedef int32_t IntPart __attribute__((vector_size(REGISTER)));
 typedef FloatPart AnyFloatPart __attribute__((aligned(4), may_alias));
 typedef IntPart AnyIntPart __attribute__((aligned(4), may_alias));
 
@@ -72,7 +72,7 @@ TARFLOW_NATIVE_INLINE float fma(float a, float b, float c) {
   const double product = static_cast<double>(a) * static_cast<double>(b), addend = static_cast<double>(c);
   double sum = product + addend;
   const double rest = sum - product, error = (product - (sum - rest)) + (addend - rest);
-  std::int64_t bits;
+  int64_t bits;
   __builtin_memcpy(&bits, &sum, 8);
   if ((error < 0 || error > 0) && (bits & 1) == 0) bits += (error > 0) == (sum > 0) ? 1 : -1;
   __builtin_memcpy(&sum, &bits, 8);
@@ -99,7 +99,7 @@ TARFLOW_NATIVE_INLINE Floats load(const float *from) {
   TARFLOW_NATIVE_PARTS a.part[i] = reinterpret_cast<const AnyFloatPart *>(from)[i];
   return a;
 }
-TARFLOW_NATIVE_INLINE Ints load(const std::uint32_t *from) {
+TARFLOW_NATIVE_INLINE Ints load(const uint32_t *from) {
   Ints a;
   TARFLOW_NATIVE_PARTS a.part[i] = reinterpret_cast<const AnyIntPart *>(from)[i];
   return a;
@@ -167,11 +167,11 @@ TARFLOW_NATIVE_INLINE Ints operator-(Ints a, Ints b) {
   TARFLOW_NATIVE_PARTS a.part[i] -= b.part[i];
   return a;
 }
-TARFLOW_NATIVE_INLINE Ints bits_and(Ints a, std::int32_t mask) {
+TARFLOW_NATIVE_INLINE Ints bits_and(Ints a, int32_t mask) {
   TARFLOW_NATIVE_PARTS a.part[i] &= mask;
   return a;
 }
-TARFLOW_NATIVE_INLINE Ints broadcast_int(std::int32_t value) {
+TARFLOW_NATIVE_INLINE Ints broadcast_int(int32_t value) {
   Ints a;
   TARFLOW_NATIVE_PARTS a.part[i] = value - IntPart{};
   return a;
@@ -179,9 +179,9 @@ TARFLOW_NATIVE_INLINE Ints broadcast_int(std::int32_t value) {
 
 /// a in the first `count` lanes, b in the others.
 TARFLOW_NATIVE_INLINE Floats first_lanes(Floats a, i64 count, Floats b) {
-  static constexpr std::int32_t NUMBERS[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const Ints lane = load(reinterpret_cast<const std::uint32_t *>(NUMBERS));
-  const Ints end = broadcast_int(static_cast<std::int32_t>(count < LANES ? count : LANES));
+  static constexpr int32_t NUMBERS[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Ints lane = load(reinterpret_cast<const uint32_t *>(NUMBERS));
+  const Ints end = broadcast_int(static_cast<int32_t>(count < LANES ? count : LANES));
   TARFLOW_NATIVE_PARTS b.part[i] = lane.part[i] < end.part[i] ? a.part[i] : b.part[i];
   return b;
 }

@@ -43,7 +43,7 @@ bool format_of(const char *precision, Format *format) {
   return false;
 }
 
-bool is_aligned(const void *pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % TARFLOW_NATIVE_ALIGNMENT == 0; }
+bool is_aligned(const void *pointer) { return reinterpret_cast<uintptr_t>(pointer) % TARFLOW_NATIVE_ALIGNMENT == 0; }
 
 /// The n-th kernel that this machine runs, the best first; null past the last.
 const Kernel *kernel_number(i64 number) {
@@ -162,7 +162,7 @@ int32_t tarflow_native_invert(const tarflow_native_run *given) {
   if (!is_aligned(run.packed) || run.packed_bytes < sizeof header) return TARFLOW_NATIVE_SMALL_BUFFER;
   __builtin_memcpy(&header, run.packed, sizeof header);
   bool is_packed = true;
-  for (std::size_t i = 0; i < sizeof MAGIC; ++i) is_packed = is_packed && header.magic[i] == MAGIC[i];
+  for (size_t i = 0; i < sizeof MAGIC; ++i) is_packed = is_packed && header.magic[i] == MAGIC[i];
   if (!is_packed || header.abi != TARFLOW_NATIVE_ABI ||
       !is_valid(header.shape) || !is_in(header.format, 0, 2))
     return TARFLOW_NATIVE_NOT_PACKED;
@@ -177,7 +177,7 @@ int32_t tarflow_native_invert(const tarflow_native_run *given) {
   const Groups groups = groups_of(shape, run.batch, run.branches, run.threads);
   const i64 bytes = workspace_of_thread(shape, run.branches, groups.images), dims = shape.patches * shape.values;
   i64 next = 0;
-  std::int32_t cancelled = 0;
+  int32_t cancelled = 0;
   side_by_side(groups.threads, [&](i64 thread) {
     for (i64 group; (group = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < groups.count;) {
       const i64 first = group * groups.images;
