@@ -28,6 +28,7 @@ using Shape = tarflow_native_shape;
 constexpr i64 LANES = 16;        ///< of a vector
 constexpr i64 PANEL = 32;        ///< outputs of a panel
 constexpr i64 SCALE_GROUP = 128; ///< int8 weights of an output that share a scale
+constexpr i64 SUMS_STRIDE = 128; ///< floats of a row's sums: the outputs of the widest tile
 constexpr i64 MLP_EXPANSION = 4;
 constexpr i64 HEADS_TOGETHER = 8; ///< of any rows, whose attention is computed side by side
 
@@ -172,7 +173,7 @@ static inline Workspace workspace_of(const Shape &shape, i64 rows) {
   space.logits_stride = position_blocks;
   space.logits = take(&end, HEADS_TOGETHER * space.logits_stride * 4);
   space.unpacked = take(&end, SCALE_GROUP * PANEL * 4);
-  space.sums = take(&end, rows * PANEL * 4);
+  space.sums = take(&end, rows * SUMS_STRIDE * 4);
   space.key_row = heads(shape) * position_blocks * shape.head_dim;
   space.value_row = heads(shape) * positions * head_values;
   space.keys = take(&end, shape.layers * rows * space.key_row * 4);

@@ -27,7 +27,7 @@ constexpr int vectors_of(int rows) {
   if (HELD == 8) return rows == 1 ? 4 : rows == 2 ? 2 : 1;
   return rows == 1 ? 2 : 1;
 }
-constexpr i64 WIDEST = vectors_of(1);
+static_assert(vectors_of(1) * LANES <= SUMS_STRIDE);
 
 /// Up to so many rows read bfloat16 and int8 weights as they are; more rows share a piece made float32 first.
 constexpr i64 DIRECT_ROWS = 2;
@@ -45,9 +45,8 @@ struct Rows {
 /// Room for a product, of the workspace.
 struct Scratch {
   float *piece; ///< [SCALE_GROUP][PANEL], weights made float32
-  float *sums;  ///< [rows][WIDEST * 16]
+  float *sums;  ///< [rows][SUMS_STRIDE]
 };
-constexpr i64 SUMS_STRIDE = WIDEST * LANES;
 
 // How a tile reads weight vector v of input k. `base` is the start of its first panel, `stride` leads to the next one.
 
