@@ -63,8 +63,8 @@ void embed(const Run &run, i64 step) {
 
 /// normed = norm(h). Gamma and beta are folded into what follows where the norm has none.
 void normalise_rows(const Run &run, const Norm &norm, const unsigned char *layer) {
-  const float *gamma = norm.gamma ? reinterpret_cast<const float *>(layer + norm.gamma) : nullptr;
-  const float *beta = norm.gamma ? reinterpret_cast<const float *>(layer + norm.beta) : nullptr;
+  const float *gamma = norm.gamma >= 0 ? reinterpret_cast<const float *>(layer + norm.gamma) : nullptr;
+  const float *beta = norm.gamma >= 0 ? reinterpret_cast<const float *>(layer + norm.beta) : nullptr;
   for (i64 row = 0; row < run.rows; ++row) {
     const i64 at = row * run.space.width_stride;
     normalise(run.h + at, gamma, beta, run.shape.width, run.normed + at);

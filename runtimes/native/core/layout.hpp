@@ -34,13 +34,14 @@ constexpr i64 HEADS_TOGETHER = 8; ///< of any rows, whose attention is computed 
 
 enum class Format : int32_t { float32, bfloat16, int8 };
 
-/// y = x W^T + b; offsets are in bytes, 0 for what is not there.
+/// y = x W^T + b; offsets are in bytes.
 struct Linear {
   Format format;
   i64 inputs, outputs;
   i64 panels, scales, bias;
 };
 
+/// Both -1 where they are folded into the matrix that follows.
 struct Norm {
   i64 gamma, beta;
 };
@@ -123,7 +124,7 @@ static inline Linear take_linear(i64 *end, Format format, i64 inputs, i64 output
 }
 
 static inline Norm take_norm(i64 *end, Format format, i64 width) {
-  if (format == Format::float32) return Norm{0, 0};
+  if (format == Format::float32) return Norm{-1, -1};
   const i64 gamma = take(end, round_up(width, PANEL) * 4);
   return Norm{gamma, take(end, round_up(width, PANEL) * 4)};
 }

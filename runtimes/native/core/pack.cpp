@@ -71,7 +71,7 @@ public:
     const i64 width = shape_.width;
     embeddings();
     linear(layout_.proj_in, -1, "proj_in", packed_, Fold{});
-    for (i64 layer = 0; layer < shape_.layers; ++layer) {
+    for (i64 layer = 0; layer < shape_.layers && status_ == TARFLOW_NATIVE_OK; ++layer) {
       unsigned char *base = packed_ + layout_.first_layer + layer * layout_.layer_bytes;
       const Layer &parts = layout_.layer;
       Fold fold = norm(parts.attention_norm, layer, "attention.norm", base);
@@ -150,7 +150,8 @@ private:
   Fold norm(const Norm &norm, i64 layer, const char *rest, unsigned char *base) {
     Fold fold{find({layer, rest, ".weight"}, Dtype::float32, 1, shape_.width),
               find({layer, rest, ".bias"}, Dtype::float32, 1, shape_.width)};
-    if (!fold.gamma.bytes || !fold.beta.bytes || format_ == Format::float32) return fold;
+    if (!fold.gamma.bytes || !fold.beta.bytes) return Fold{};
+    if (format_ == Format::float32) return fold;
     __builtin_memcpy(floats(base, norm.gamma), fold.gamma.bytes, static_cast<size_t>(shape_.width) * 4);
     __builtin_memcpy(floats(base, norm.beta), fold.beta.bytes, static_cast<size_t>(shape_.width) * 4);
     return Fold{};
