@@ -180,9 +180,9 @@ class Library:
         kernel: str | None = None,
         watch: Watch | None = None,
         out: Floats | None = None,
-        **changes: Any,
+        planted: Mapping[str, Any] | None = None,
     ) -> Floats:
-        """Noise [B, N, D] -> patches, in block order; `changes` are fields of `Run` that tests plant errors in."""
+        """Noise [B, N, D] -> patches, in block order; `planted` are fields of `Run` that a test makes wrong."""
         noise = np.ascontiguousarray(noise, np.float32)
         x = np.empty_like(noise) if out is None else out
         batch, patches, _ = noise.shape
@@ -216,7 +216,7 @@ class Library:
             cancel=None if watch is None else watch.cancel.ctypes.data,
             progress=None if watch is None else watch.progress.ctypes.data,
         )
-        for name, value in changes.items():
+        for name, value in (planted or {}).items():
             setattr(run, name, value)
         status = self._library.tarflow_native_invert(ctypes.byref(run))
         self._rooms.append(room)

@@ -112,7 +112,7 @@ def test_arguments_of_a_run(library, models):
         {"batch": 0}, {"batch": -1}, {"batch": 2**40}, {"steps": -1}, {"steps": 4}, {"threads": 0}, {"noise": None},
         {"x": None}, {"workspace": None}, {"packed": None}, {"struct_size": 8},
     ):  # fmt: skip
-        assert refusal(library.invert, block, noise, **{**given, **change}).status == BAD_ARGUMENT, change
+        assert refusal(library.invert, block, noise, **given, planted=change).status == BAD_ARGUMENT, change
     assert refusal(library.invert, block, noise, **{**given, "guidance": None}).status == BAD_ARGUMENT
     assert refusal(library.invert, block, noise, **{**given, "labels": None}).status == BAD_ARGUMENT
     for label in (-1, 4):
@@ -120,7 +120,7 @@ def test_arguments_of_a_run(library, models):
         labels[1, 2] = label
         assert refusal(library.invert, block, noise, **{**given, "labels": labels}).status == BAD_ARGUMENT
     for change in ({"workspace_bytes": 1000}, {"packed_bytes": 1000}, {"packed_bytes": 8}):
-        assert refusal(library.invert, block, noise, **given, **change).status == SMALL, change
+        assert refusal(library.invert, block, noise, **given, planted=change).status == SMALL, change
     assert refusal(library.invert, block, noise, **given, kernel="x86-64-v9").status == BAD_KERNEL
 
 

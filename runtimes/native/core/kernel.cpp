@@ -33,7 +33,7 @@ Run begin(const Images &images) {
   const auto at = [&](i64 offset) { return reinterpret_cast<float *>(images.workspace + offset); };
   return Run{images, *images.shape, space, rows, at(space.x), at(space.h), at(space.normed), at(space.wide),
              at(space.out), at(space.logits), at(space.z), at(space.keys), at(space.values),
-             Scratch{at(space.unpacked), at(space.sums)}};
+             Scratch{at(space.piece), at(space.sums)}};
 }
 
 const float *packed(const Run &run, i64 offset) {

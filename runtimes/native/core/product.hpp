@@ -2,18 +2,18 @@
 ///
 ///     y[r][n] = b[n] + sum_k x[r][k] W[n][k]
 ///
-/// Each output is one chain of fused multiply-adds over k = 0, 1, .., that starts at b[n]; with int8 weights a chain from
-/// 0 for each group of 128 k, and one over the groups from b[n]. So the bits of a row do not depend on the tile that it
-/// is computed in. In plain loops:
+/// Each output is summed in one order, whatever tile it is computed in: over groups of 64 k, and in each group by a chain
+/// of fused multiply-adds. (One chain over all k would be twice as far from float64.) In plain loops:
 ///
 ///     for each row r, output n:
 ///       s = b[n]
-///       float32, bfloat16:  for k:  s = fma(x[r][k], W[n][k], s)
-///       int8:               for g:  t = 0;  for k in group g:  t = fma(x[r][k], q[n][k], t);  s = fma(t, scale[n][g], s)
+///       for each group of 64 k:
+///         t = 0;  for k in the group:  t = fma(x[r][k], W[n][k], t)
+///         s = s + t;  int8, where W holds integers:  s = fma(t, scale[n][k / 128], s)
 ///       y[r][n] = s, or y[r][n] + s
 ///
-/// A tile of ROWS rows and VECTORS vectors of 16 outputs stays in registers over k: many rows take one panel, one or two
-/// rows several, so that enough chains run side by side to hide the latency of a multiply-add.
+/// A tile of ROWS rows and VECTORS vectors of 16 outputs stays in registers over a group: many rows take one panel, one
+/// or two rows several, so that enough chains run side by side to hide the latency of a multiply-add.
 #pragma once
 
 #include "simd.hpp"
@@ -48,174 +48,144 @@ struct Scratch {
   float *sums;  ///< [rows][SUMS_STRIDE]
 };
 
-// How a tile reads weight vector v of input k. `base` is the start of its first panel, `stride` leads to the next one.
+// How a tile reads weight vector v of input k. `base` is where input `origin` of its first panel lies, `stride` leads to
+// the next panel.
 
 struct Float32Panels {
   const float *base;
-  i64 stride;
+  i64 stride, origin;
   TARFLOW_NATIVE_INLINE Floats read(const Float32Panels &p, i64 k, i64 v) {
-    return load(p.base + v / 2 * p.stride + k * PANEL + v % 2 * LANES);
+    return load(p.base + v / 2 * p.stride + (k - p.origin) * PANEL + v % 2 * LANES);
   }
 };
 
 struct Bfloat16Panels {
   const uint32_t *base;
-  i64 stride;
+  i64 stride, origin;
   TARFLOW_NATIVE_INLINE Floats read(const Bfloat16Panels &p, i64 k, i64 v) {
-    const Ints word = load(p.base + v / 2 * p.stride + k * LANES);
+    const Ints word = load(p.base + v / 2 * p.stride + (k - p.origin) * LANES);
     return as_floats(v % 2 == 0 ? shift_left(word, 16) : bits_and(word, -65536));
   }
 };
 
 struct Int8Panels {
   const uint32_t *base;
-  i64 stride;
+  i64 stride, origin;
   TARFLOW_NATIVE_INLINE Floats read(const Int8Panels &p, i64 k, i64 v) {
-    const Ints word = load(p.base + v / 2 * p.stride + k / 2 * LANES);
+    const Ints word = load(p.base + v / 2 * p.stride + (k - p.origin) / 2 * LANES);
     return to_floats(shift_right(shift_left(word, static_cast<int>(24 - 8 * (k % 2 * 2 + v % 2))), 24));
   }
 };
 
-/// What a tile starts from and where it leaves its sums.
-enum class Stage {
-  whole,     ///< bias -> y
-  continued, ///< sums -> sums
-  scaled,    ///< 0 -> sums = fma(sum, scale, sums)
-};
-
+/// A product for the panels that are computed together.
 struct Job {
-  Rows rows;
-  const float *bias;   ///< of the vectors that are computed
-  const float *scales; ///< of these vectors and this group: [panels][32], `scale_stride` apart
-  i64 scale_stride;
-  float *sums; ///< [rows][SUMS_STRIDE]
+  Rows rows; ///< y begins at the first of these outputs
+  i64 inputs;
+  const float *bias;
+  const float *scales; ///< int8: [panels][groups of 128][32]; else null
+  i64 scale_stride;    ///< from one panel's scales to the next one's
+  float *sums;         ///< [rows][SUMS_STRIDE], s above between groups
 };
 
-/// Rows row .. row + ROWS - 1, vectors first .. first + VECTORS - 1, inputs offset .. offset + inputs - 1 of x.
-template <int ROWS, int VECTORS, Stage STAGE, class Panels>
-TARFLOW_NATIVE_INLINE void tile(const Job &job, const Panels &panels, i64 row, i64 first, i64 offset, i64 inputs) {
+TARFLOW_NATIVE_INLINE const float *scales_of(const Job &job, i64 vector, i64 k) {
+  return job.scales + vector / 2 * job.scale_stride + k / SCALE_GROUP * PANEL + vector % 2 * LANES;
+}
+
+/// Rows row .. row + ROWS - 1, vectors first .. first + VECTORS - 1, inputs begin .. end - 1; `begin` starts a group.
+template <int ROWS, int VECTORS, class Panels>
+TARFLOW_NATIVE_INLINE void tile(const Job &job, const Panels &panels, i64 row, i64 first, i64 begin, i64 end) {
   const Rows &rows = job.rows;
-  const Panels here{panels.base + first / 2 * panels.stride, panels.stride};
+  const Panels here{panels.base + first / 2 * panels.stride, panels.stride, panels.origin};
   const i64 half = VECTORS == 1 ? first % 2 : 0; // a single vector may be the second of its panel
-  const float *x = rows.x + row * rows.x_stride + offset;
-  float *sums = job.sums + row * SUMS_STRIDE + first * LANES;
-  Floats sum[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v)
-      sum[r][v] = STAGE == Stage::whole       ? load(job.bias + (first + v) * LANES)
-                  : STAGE == Stage::continued ? load(sums + r * SUMS_STRIDE + v * LANES)
-                                              : broadcast(0.0F);
-#pragma GCC unroll 2
-  for (i64 k = 0; k < inputs; ++k) {
-    Floats weight[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) weight[v] = Panels::read(here, k, half + v);
-    for (int r = 0; r < ROWS; ++r) {
-      const Floats input = broadcast(x[r * rows.x_stride + k]);
-      for (int v = 0; v < VECTORS; ++v) sum[r][v] = fma(input, weight[v], sum[r][v]);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < VECTORS; ++v) {
-      if constexpr (STAGE == Stage::whole) {
-        float *y = rows.y + (row + r) * rows.y_stride + (first + v) * LANES;
-        store(y, rows.add ? load(y) + sum[r][v] : sum[r][v]);
-      } else {
-        float *to = sums + r * SUMS_STRIDE + v * LANES;
-        if constexpr (STAGE == Stage::scaled) {
-          const float *scale = job.scales + (first + v) / 2 * job.scale_stride + (first + v) % 2 * LANES;
-          sum[r][v] = fma(sum[r][v], load(scale), load(to));
-        }
-        store(to, sum[r][v]);
+  const float *x = rows.x + row * rows.x_stride;
+  for (i64 group = begin; group < end; group += CHAIN) {
+    const i64 group_end = smaller(group + CHAIN, end);
+    Floats sum[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = broadcast(0.0F);
+#pragma GCC unroll 4
+    for (i64 k = group; k < group_end; ++k) {
+      Floats weight[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) weight[v] = Panels::read(here, k, half + v);
+      for (int r = 0; r < ROWS; ++r) {
+        const Floats input = broadcast(x[r * rows.x_stride + k]);
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = fma(input, weight[v], sum[r][v]);
       }
     }
+    // s of the groups before: the bias at first; s of this one: y at last.
+    const bool is_first = group == 0, is_last = group_end == job.inputs;
+    float *kept = job.sums + row * SUMS_STRIDE + first * LANES, *y = rows.y + row * rows.y_stride + first * LANES;
+    const float *from = is_first ? job.bias + first * LANES : kept;
+    float *to = is_last ? y : kept;
+    const i64 from_stride = is_first ? 0 : SUMS_STRIDE, to_stride = is_last ? rows.y_stride : SUMS_STRIDE;
+    for (int v = 0; v < VECTORS; ++v) {
+      const Floats scale = job.scales ? load(scales_of(job, first + v, group)) : broadcast(1.0F); // s + 1 t is s + t
+      for (int r = 0; r < ROWS; ++r) sum[r][v] = fma(sum[r][v], scale, load(from + r * from_stride + v * LANES));
+    }
+    if (is_last && rows.add)
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = load(y + r * rows.y_stride + v * LANES) + sum[r][v];
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECTORS; ++v) store(to + r * to_stride + v * LANES, sum[r][v]);
   }
 }
 
-/// ROWS rows of all vectors first .. end - 1, an even number, in tiles as wide as fit.
-template <int ROWS, int VECTORS, Stage STAGE, class Panels>
-static void strip(const Job &job, const Panels &panels, i64 row, i64 first, i64 end, i64 offset, i64 inputs) {
-  for (; first + VECTORS <= end; first += VECTORS) tile<ROWS, VECTORS, STAGE>(job, panels, row, first, offset, inputs);
-  if constexpr (VECTORS > 2) strip<ROWS, VECTORS / 2, STAGE>(job, panels, row, first, end, offset, inputs);
+/// ROWS rows of all vectors first .. last - 1, an even number, in tiles as wide as fit.
+template <int ROWS, int VECTORS, class Panels>
+static void strip(const Job &job, const Panels &panels, i64 row, i64 first, i64 last, i64 begin, i64 end) {
+  for (; first + VECTORS <= last; first += VECTORS) tile<ROWS, VECTORS>(job, panels, row, first, begin, end);
+  if constexpr (VECTORS > 2) strip<ROWS, VECTORS / 2>(job, panels, row, first, last, begin, end);
 }
 
-template <Stage STAGE, class Panels>
-using Strip = void (*)(const Job &, const Panels &, i64, i64, i64, i64, i64);
-
 /// The strip of `rows` <= ROWS rows.
-template <Stage STAGE, class Panels, int ROWS>
-static void strip_of(i64 rows, const Job &job, const Panels &panels, i64 row, i64 vectors, i64 offset, i64 inputs) {
-  if (rows == ROWS) return strip<ROWS, vectors_of(ROWS), STAGE>(job, panels, row, 0, vectors, offset, inputs);
-  if constexpr (ROWS > 1) strip_of<STAGE, Panels, ROWS - 1>(rows, job, panels, row, vectors, offset, inputs);
+template <int ROWS, class Panels>
+static void strip_of(i64 rows, const Job &job, const Panels &panels, i64 row, i64 vectors, i64 begin, i64 end) {
+  if (rows == ROWS) return strip<ROWS, vectors_of(ROWS)>(job, panels, row, 0, vectors, begin, end);
+  if constexpr (ROWS > 1) strip_of<ROWS - 1>(rows, job, panels, row, vectors, begin, end);
 }
 
 /// All rows, in as few tiles as possible, all but the last of the same height.
-template <Stage STAGE, int MOST, class Panels>
-static void all_rows(const Job &job, const Panels &panels, i64 vectors, i64 offset, i64 inputs) {
+template <int MOST, class Panels>
+static void all_rows(const Job &job, const Panels &panels, i64 vectors, i64 begin, i64 end) {
   const i64 count = job.rows.count, tiles = (count + MOST - 1) / MOST, height = (count + tiles - 1) / tiles;
   for (i64 row = 0; row < count; row += height)
-    strip_of<STAGE, Panels, MOST>(smaller(height, count - row), job, panels, row, vectors, offset, inputs);
+    strip_of<MOST>(smaller(height, count - row), job, panels, row, vectors, begin, end);
 }
 
-/// Weights k .. k + inputs - 1 of a panel made float32: [inputs][32].
+/// bfloat16 and int8: two rows read the panels as they are, more rows a piece of a panel made float32, [128][32].
 template <class Panels>
-static void unpack(const Panels &panel, i64 inputs, float *piece) {
-  for (i64 k = 0; k < inputs; ++k)
-    for (i64 v = 0; v < 2; ++v) store(piece + k * PANEL + v * LANES, Panels::read(panel, k, v));
-}
-
-static void begin_sums(const Job &job, i64 vectors) {
-  for (i64 r = 0; r < job.rows.count; ++r)
-    for (i64 v = 0; v < vectors; ++v) store(job.sums + r * SUMS_STRIDE + v * LANES, load(job.bias + v * LANES));
-}
-
-static void end_sums(const Job &job, i64 vectors) {
-  for (i64 r = 0; r < job.rows.count; ++r) {
-    for (i64 v = 0; v < vectors; ++v) {
-      const Floats sum = load(job.sums + r * SUMS_STRIDE + v * LANES);
-      float *y = job.rows.y + r * job.rows.y_stride + v * LANES;
-      store(y, job.rows.add ? load(y) + sum : sum);
-    }
+static void rounded(const Job &job, const Panels &panels, i64 vectors, float *piece) {
+  if (job.rows.count <= DIRECT_ROWS) return all_rows<DIRECT_ROWS>(job, panels, vectors, 0, job.inputs);
+  for (i64 begin = 0; begin < job.inputs; begin += SCALE_GROUP) {
+    const i64 end = smaller(begin + SCALE_GROUP, job.inputs);
+    for (i64 k = begin; k < end; ++k)
+      for (i64 v = 0; v < 2; ++v) store(piece + (k - begin) * PANEL + v * LANES, Panels::read(panels, k, v));
+    all_rows<TALLEST>(job, Float32Panels{piece, 0, begin}, vectors, begin, end);
   }
 }
 
-/// bfloat16 and int8: groups of 128 inputs, `PER_WORD` of which share a word. Two rows read the panels as they are.
-template <Stage STAGE, i64 PER_WORD, class Panels>
-static void grouped(Job job, const Panels &panels, i64 vectors, i64 inputs, float *piece) {
-  begin_sums(job, vectors);
-  for (i64 k = 0; k < inputs; k += SCALE_GROUP, job.scales += PANEL) {
-    const i64 count = smaller(SCALE_GROUP, inputs - k);
-    const Panels group{panels.base + k / PER_WORD * LANES, panels.stride};
-    if (job.rows.count <= DIRECT_ROWS) {
-      all_rows<STAGE, DIRECT_ROWS>(job, group, vectors, k, count);
-    } else {
-      unpack(group, count, piece);
-      all_rows<STAGE, TALLEST>(job, Float32Panels{piece, 0}, vectors, k, count);
-    }
-  }
-  end_sums(job, vectors);
-}
-
-/// The product with a linear layer of the packed block that begins at `packed`.
-static void product(const Linear &linear, const unsigned char *packed, Rows rows, const Scratch &scratch) {
+/// The product with a linear layer of the part of a packed block that begins at `packed`.
+static void product(const Linear &linear, const unsigned char *packed, const Rows &rows, const Scratch &scratch) {
   const i64 panels = round_up(linear.outputs, PANEL) / PANEL, bytes = panel_bytes(linear.format, linear.inputs);
   const i64 scale_stride = round_up(linear.inputs, SCALE_GROUP) / SCALE_GROUP * PANEL;
-  // Panels that are computed together: more than one where tiles are that wide.
+  // Panels that are computed together: as many as the tiles are wide.
   const bool direct = linear.format == Format::float32 || rows.count <= DIRECT_ROWS;
-  const i64 height = smaller(rows.count, TALLEST), together = direct ? larger(1, vectors_of(static_cast<int>(height)) / 2) : 1;
+  const i64 together = direct ? larger(1, vectors_of(static_cast<int>(smaller(rows.count, TALLEST))) / 2) : 1;
   for (i64 panel = 0; panel < panels; panel += together) {
-    const i64 vectors = 2 * smaller(together, panels - panel), skip = panel * PANEL;
+    const i64 vectors = 2 * smaller(together, panels - panel);
     const unsigned char *base = packed + linear.panels + panel * bytes;
-    Job job{rows, reinterpret_cast<const float *>(packed + linear.bias) + skip,
-            reinterpret_cast<const float *>(packed + linear.scales) + panel * scale_stride, scale_stride, scratch.sums};
-    job.rows.y += skip;
     const auto *words = reinterpret_cast<const uint32_t *>(base);
+    Job job{rows, linear.inputs, reinterpret_cast<const float *>(packed + linear.bias) + panel * PANEL, nullptr,
+            scale_stride, scratch.sums};
+    job.rows.y += panel * PANEL;
+    if (linear.format == Format::int8)
+      job.scales = reinterpret_cast<const float *>(packed + linear.scales) + panel * scale_stride;
     if (linear.format == Format::float32)
-      all_rows<Stage::whole, TALLEST>(job, Float32Panels{reinterpret_cast<const float *>(base), bytes / 4}, vectors, 0,
-                                      linear.inputs);
+      all_rows<TALLEST>(job, Float32Panels{reinterpret_cast<const float *>(base), bytes / 4, 0}, vectors, 0, linear.inputs);
     else if (linear.format == Format::bfloat16)
-      grouped<Stage::continued, 1>(job, Bfloat16Panels{words, bytes / 4}, vectors, linear.inputs, scratch.piece);
+      rounded(job, Bfloat16Panels{words, bytes / 4, 0}, vectors, scratch.piece);
     else
-      grouped<Stage::scaled, 2>(job, Int8Panels{words, bytes / 4}, vectors, linear.inputs, scratch.piece);
+      rounded(job, Int8Panels{words, bytes / 4, 0}, vectors, scratch.piece);
   }
 }
 
