@@ -61,3 +61,24 @@ format: $(VENV)/ready
 
 clean:
 	rm -rf $(VENV) build mnist.tarflow demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# make native   the native kernel, build/native/libtarflow_native.so (needs a C++ compiler)
+# make native-wasm   the same as a WebAssembly module (needs clang and lld)
+# make native-deps   what test-native runs besides, from Debian's packages
+# make test-native   its tests: exactness, bits, sanitizers, WebAssembly under Node, aarch64 under an emulator
+NATIVE_PACKAGES = clang cmake g++ g++-aarch64-linux-gnu libc6-dev-arm64-cross lld qemu-user
+
+.PHONY: native native-wasm native-deps test-native
+
+native:
+	$(PYTHON) runtimes/native/native_build.py --output build/native
+
+native-wasm:
+	$(PYTHON) runtimes/native/native_build.py --output build/native --wasm --compiler clang++
+
+native-deps:
+	dpkg --status $(NATIVE_PACKAGES) >/dev/null 2>&1 || { apt-get --quiet update && \
+		apt-get --quiet install --yes --no-install-recommends $(NATIVE_PACKAGES); }
+
+test-native: $(VENV)/ready
+	$(BIN)/python -m pytest tests/native $(PYTEST_OPTIONS)

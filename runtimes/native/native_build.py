@@ -30,7 +30,7 @@ KERNELS = {
     "x86_64": {"v4": AVX512, "v3": AVX2, **PORTABLE},
     "aarch64": {"neon": (), **PORTABLE},
 }
-"""Flags of each kernel, by architecture."""
+"""Flags of each kernel, by architecture; any other has the portable one alone."""
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -58,24 +58,43 @@ def objects(architecture: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     }
 
 
-def build(output: Path, *, cxx: str, architecture: str | None = None, flags: tuple[str, ...] = ()) -> Path:
-    """Compile into the folder `output`; returns the library. Raises subprocess.CalledProcessError."""
+def compile_objects(
+    output: Path, *, cxx: str, architecture: str | None = None, flags: tuple[str, ...] = ()
+) -> list[Path]:
+    """Compile into the folder `output`. Raises subprocess.CalledProcessError."""
     machine = platform.machine().lower()
-    architecture = architecture or ARCHITECTURES.get(machine, machine)
     output.mkdir(parents=True, exist_ok=True)
     common = (*COMMON, *WARNINGS, "-I", str(HERE / "include"), *flags)
 
-    def compile_one(item: tuple[str, tuple[str, tuple[str, ...]]]) -> str:
+    def compile_one(item: tuple[str, tuple[str, tuple[str, ...]]]) -> Path:
         name, (source, own) = item
-        made = str(output / name)
-        subprocess.run([cxx, *common, *own, "-c", str(HERE / source), "-o", made], check=True)
-        return made
+        subprocess.run([cxx, *common, *own, "-c", str(HERE / source), "-o", str(output / name)], check=True)
+        return output / name
 
     with ThreadPoolExecutor(2) as pool:
-        made = list(pool.map(compile_one, objects(architecture).items()))
+        parts = objects(architecture or ARCHITECTURES.get(machine, machine))
+        return list(pool.map(compile_one, parts.items()))
+
+
+def build(output: Path, *, cxx: str, architecture: str | None = None, flags: tuple[str, ...] = ()) -> Path:
+    """Compile and link into the folder `output`; returns the library. Raises subprocess.CalledProcessError."""
+    made = compile_objects(output, cxx=cxx, architecture=architecture, flags=flags)
     library = output / library_name()
-    subprocess.run([cxx, "-shared", *flags, *made, "-pthread", "-o", str(library)], check=True)
+    subprocess.run([cxx, "-shared", *flags, *map(str, made), "-pthread", "-o", str(library)], check=True)
     return library
+
+
+def build_wasm(output: Path, *, cxx: str, flags: tuple[str, ...] = ()) -> Path:
+    """The C ABI as a WebAssembly module without imports, one thread; `cxx` is a Clang. Raises as `build` does."""
+    output.mkdir(parents=True, exist_ok=True)
+    module = output / "tarflow_native.wasm"
+    sources = [str(HERE / source) for source in ("core/kernel.cpp", "core/pack.cpp", "src/api.cpp")]
+    own = ("-DTARFLOW_NATIVE_PORTABLE", "-DTARFLOW_NATIVE_NO_THREADS", "-I", str(HERE / "include"))
+    link = ("-nostdlib", "-Wl,--no-entry", "-Wl,--export-dynamic", "-Wl,--export=__heap_base")
+    common = [flag for flag in COMMON if flag not in ("-fPIC", "-fno-trapping-math")]
+    target = ("--target=wasm32", "-msimd128", "-mbulk-memory")
+    subprocess.run([cxx, *target, *common, *WARNINGS, *FREESTANDING, *own, *flags, *sources, *link, "-o", str(module)], check=True)
+    return module
 
 
 def main() -> None:
@@ -85,10 +104,14 @@ def main() -> None:
     parser.add_argument("--compiler", default=compiler())
     parser.add_argument("--architecture", help="x86_64, aarch64; by default this machine's")
     parser.add_argument("--flags", default="", help="more flags for compiling and linking")
+    parser.add_argument("--wasm", action="store_true", help="build the WebAssembly module instead; needs clang++ and lld")
     arguments = parser.parse_args()
     if not arguments.compiler:
         parser.error("no C++ compiler found: install g++ or clang++, or set CXX")
     flags = tuple(shlex.split(arguments.flags))
+    if arguments.wasm:
+        print(build_wasm(arguments.output, cxx=arguments.compiler, flags=flags))
+        return
     print(build(arguments.output, cxx=arguments.compiler, architecture=arguments.architecture, flags=flags))
 
 
