@@ -31,7 +31,9 @@ class NativeError(Exception):
 class Shape(ctypes.Structure):
     """`tarflow_native_shape`."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("patches", "values", "width", "layers", "head_dim", "classes", "nvp")]
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("patches", "values", "width", "layers", "head_dim", "classes", "nvp")
+    ]
 
 
 class Tensor(ctypes.Structure):

@@ -19,7 +19,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-COMMON = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+COMMON = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow")
 FREESTANDING = ("-ffreestanding", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics")
 
@@ -93,7 +101,9 @@ def build_wasm(output: Path, *, cxx: str, flags: tuple[str, ...] = ()) -> Path:
     link = ("-nostdlib", "-Wl,--no-entry", "-Wl,--export-dynamic", "-Wl,--export=__heap_base")
     common = [flag for flag in COMMON if flag not in ("-fPIC", "-fno-trapping-math")]
     target = ("--target=wasm32", "-msimd128", "-mbulk-memory")
-    subprocess.run([cxx, *target, *common, *WARNINGS, *FREESTANDING, *own, *flags, *sources, *link, "-o", str(module)], check=True)
+    subprocess.run(
+        [cxx, *target, *common, *WARNINGS, *FREESTANDING, *own, *flags, *sources, *link, "-o", str(module)], check=True
+    )
     return module
 
 
@@ -104,7 +114,9 @@ def main() -> None:
     parser.add_argument("--compiler", default=compiler())
     parser.add_argument("--architecture", help="x86_64, aarch64; by default this machine's")
     parser.add_argument("--flags", default="", help="more flags for compiling and linking")
-    parser.add_argument("--wasm", action="store_true", help="build the WebAssembly module instead; needs clang++ and lld")
+    parser.add_argument(
+        "--wasm", action="store_true", help="build the WebAssembly module instead; needs clang++ and lld"
+    )
     arguments = parser.parse_args()
     if not arguments.compiler:
         parser.error("no C++ compiler found: install g++ or clang++, or set CXX")

@@ -55,7 +55,7 @@ CONFIGS: dict[str, FlowConfig] = {
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A bundle with everything that computes its inverse; `precise` is the model in float64, of the bundle's weights."""
+    """A bundle with everything that computes its inverse; `precise` is the model of its weights in float64."""
 
     bundle: Bundle
     blocks: list[Block]
@@ -226,9 +226,9 @@ def write_job(path: Path, model: Model, block: int, noise: np.ndarray[Any, Any],
     def array(values: Any, dtype: str) -> bytes:
         return sized(b"" if values is None else np.ascontiguousarray(values, dtype).tobytes())
 
-    shape = (config.patches, config.patch_values, config.width, config.layers, config.head_dim, config.classes, config.nvp)
+    sizes = (config.patches, config.patch_values, config.width, config.layers, config.head_dim)
     counts = (len(noise), conditions.branches, config.patches - 1, len(bundle.tensors))
-    parts = [struct.pack("<11q", *shape, *counts), sized(bundle.precision.encode())]
+    parts = [struct.pack("<11q", *sizes, config.classes, config.nvp, *counts), sized(bundle.precision.encode())]
     for name, tensor in bundle.tensors.items():
         parts += [sized(name.encode()), sized(tensor.dtype.encode()), array(tensor.shape, "<i8")]
         parts.append(struct.pack("<q", tensor.offset))

@@ -40,9 +40,7 @@ def test_every_height_of_a_tile(models, rows):
     for precision in ("float32", "bfloat16", "int8"):
         model = models("heads_of_80", precision)
         noise, conditions = model.noise(20), model.conditions(20, "plain")
-        expected = np.concatenate(
-            [model.native(noise[i : i + 1], conditions.of(slice(i, i + 1))) for i in range(rows)]
-        )
+        expected = np.concatenate([model.native(noise[i : i + 1], conditions.of(slice(i, i + 1))) for i in range(rows)])
         for kernel in model.library.kernels:
             found = model.native(noise[:rows], conditions.of(slice(0, rows)), kernel=kernel)
             assert np.array_equal(found, expected), (precision, kernel)

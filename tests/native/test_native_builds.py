@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from native_binding import Library
 from native_build import build, build_wasm, compile_objects
 
@@ -35,7 +34,7 @@ def build_runner(folder, cxx, run, *, architecture=None, flags=()):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizers_find_nothing(models, job, cxx, tools, tmp_path, sanitizer):
+def test_sanitizers_find_nothing(models, job, cxx, tools, tmp_path, sanitizer):  # noqa: PLR0917 - fixtures
     _, run = tools
     flags = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1")
     runner = build_runner(tmp_path / "build", cxx, run, flags=flags)
@@ -105,7 +104,7 @@ def test_aarch64_makes_the_same_bits(models, job, tools, tmp_path):
 
 def test_webassembly_under_node(models, job, tools, tmp_path):
     command, run = tools
-    clang, node = command("clang++", why="apt-get install clang lld"), command("node", why="install Node.js 18 or newer")
+    clang, node = command("clang++", why="apt-get install clang lld"), command("node", why="install Node.js 18")
     command("wasm-ld", why="apt-get install lld")
     module = build_wasm(tmp_path, cxx=clang)
     assert module.stat().st_size < 200_000
@@ -119,7 +118,7 @@ def test_webassembly_under_node(models, job, tools, tmp_path):
 
 def test_webassembly_with_exact_multiply_adds_makes_the_same_bits(models, job, tools, tmp_path):
     command, run = tools
-    clang, node = command("clang++", why="apt-get install clang lld"), command("node", why="install Node.js 18 or newer")
+    clang, node = command("clang++", why="apt-get install clang lld"), command("node", why="install Node.js 18")
     command("wasm-ld", why="apt-get install lld")
     module = build_wasm(tmp_path, cxx=clang, flags=("-DTARFLOW_NATIVE_EXACT",))
     model = models("n16")
