@@ -22,8 +22,7 @@ struct Run {
   const Shape &shape;
   Workspace space;
   i64 rows;
-  float *x, *h, *normed, *wide, *out, *logits, *z, *keys, *values;
-  Scratch scratch;
+  float *x, *h, *normed, *wide, *out, *logits, *z, *sums, *keys, *values;
 };
 
 Run begin(const Images &images) {
@@ -32,8 +31,7 @@ Run begin(const Images &images) {
   __builtin_memset(images.workspace, 0, static_cast<size_t>(space.cleared));
   const auto at = [&](i64 offset) { return reinterpret_cast<float *>(images.workspace + offset); };
   return Run{images, *images.shape, space, rows, at(space.x), at(space.h), at(space.normed), at(space.wide),
-             at(space.out), at(space.logits), at(space.z), at(space.keys), at(space.values),
-             Scratch{at(space.piece), at(space.sums)}};
+             at(space.out), at(space.logits), at(space.z), at(space.sums), at(space.keys), at(space.values)};
 }
 
 const float *packed(const Run &run, i64 offset) {
@@ -45,7 +43,7 @@ void embed(const Run &run, i64 step) {
   const Images &images = run.images;
   const i64 stride = run.space.width_stride, row_bytes = round_up(run.shape.width, PANEL) * 4;
   product(images.layout->proj_in, images.packed,
-          Rows{run.x, run.space.value_stride, run.h, stride, images.count, false}, run.scratch);
+          Rows{run.x, run.space.value_stride, run.h, stride, images.count, false}, run.sums);
   const float *place = packed(run, images.layout->pos_embed + step * row_bytes);
   for (i64 branch = images.branches - 1; branch >= 0; --branch) { // the first one last: it is where the product lies
     for (i64 image = 0; image < images.count; ++image) {
@@ -128,15 +126,15 @@ void run_layer(const Run &run, i64 step, i64 layer) {
   const unsigned char *base = run.images.packed + run.images.layout->first_layer + layer * run.images.layout->layer_bytes;
   const i64 narrow = run.space.width_stride, wide = run.space.wide_stride;
   normalise_rows(run, parts.attention_norm, base);
-  product(parts.qkv, base, Rows{run.normed, narrow, run.wide, wide, run.rows, false}, run.scratch);
+  product(parts.qkv, base, Rows{run.normed, narrow, run.wide, wide, run.rows, false}, run.sums);
   attend(run, step, layer);
-  product(parts.proj, base, Rows{run.normed, narrow, run.h, narrow, run.rows, true}, run.scratch);
+  product(parts.proj, base, Rows{run.normed, narrow, run.h, narrow, run.rows, true}, run.sums);
   normalise_rows(run, parts.mlp_norm, base);
-  product(parts.expand, base, Rows{run.normed, narrow, run.wide, wide, run.rows, false}, run.scratch);
+  product(parts.expand, base, Rows{run.normed, narrow, run.wide, wide, run.rows, false}, run.sums);
   for (i64 row = 0; row < run.rows; ++row)
     for (i64 i = 0; i < MLP_EXPANSION * run.shape.width; i += LANES)
       store(run.wide + row * wide + i, gelu(load(run.wide + row * wide + i)));
-  product(parts.contract, base, Rows{run.wide, wide, run.h, narrow, run.rows, true}, run.scratch);
+  product(parts.contract, base, Rows{run.wide, wide, run.h, narrow, run.rows, true}, run.sums);
 }
 
 /// x_{i+1} = z_{i+1} exp(a) + b of each image.
@@ -144,7 +142,7 @@ void transform(const Run &run, i64 step) {
   const Images &images = run.images;
   const i64 values = run.shape.values, patches = run.shape.patches, stride = run.space.out_stride;
   product(images.layout->proj_out, images.packed, Rows{run.h, run.space.width_stride, run.out, stride, run.rows, false},
-          run.scratch);
+          run.sums);
   for (i64 image = 0; image < images.count; ++image) {
     const i64 at = (image * patches + step + 1) * values;
     const float *first = run.out + image * stride, *second = first + (images.branches - 1) * images.count * stride;

@@ -80,7 +80,7 @@ constexpr char MAGIC[8] = {'T', 'F', 'N', 'A', 'T', 'I', 'V', 'E'};
 ///     values [L][rows][H][positions][E']                    E' is E filled up to a multiple of 16
 struct Workspace {
   i64 width_stride, wide_stride, out_stride, value_stride, logits_stride;
-  i64 x, h, normed, wide, out, logits, z, piece, sums;
+  i64 x, h, normed, wide, out, logits, z, sums;
   i64 keys, values;
   i64 key_row, value_row; ///< floats of one layer and row
   i64 cleared;            ///< bytes that must be zero at first
@@ -174,7 +174,6 @@ static inline Workspace workspace_of(const Shape &shape, i64 rows) {
   space.cleared = end;
   space.logits_stride = position_blocks;
   space.logits = take(&end, HEADS_TOGETHER * space.logits_stride * 4);
-  space.piece = take(&end, SCALE_GROUP * PANEL * 4);
   space.sums = take(&end, rows * SUMS_STRIDE * 4);
   space.key_row = heads(shape) * position_blocks * shape.head_dim;
   space.value_row = heads(shape) * positions * head_values;

@@ -29,9 +29,6 @@ constexpr int vectors_of(int rows) {
 }
 static_assert(vectors_of(1) * LANES <= SUMS_STRIDE);
 
-/// Up to so many rows read bfloat16 and int8 weights as they are; more rows share a piece made float32 first.
-constexpr i64 DIRECT_ROWS = 2;
-
 /// x [count, inputs] and y [count, outputs]; a row of y is written up to a whole panel.
 struct Rows {
   const float *x;
@@ -42,38 +39,32 @@ struct Rows {
   bool add; ///< y += instead of y =
 };
 
-/// Room for a product, of the workspace.
-struct Scratch {
-  float *piece; ///< [SCALE_GROUP][PANEL], weights made float32
-  float *sums;  ///< [rows][SUMS_STRIDE]
-};
-
-// How a tile reads weight vector v of input k. `base` is where input `origin` of its first panel lies, `stride` leads to
-// the next panel.
+// How a tile reads weight vector v of input k, where k is even or odd. `base` is where the first of its panels begins,
+// `stride` leads to the next one.
 
 struct Float32Panels {
   const float *base;
-  i64 stride, origin;
-  TARFLOW_NATIVE_INLINE Floats read(const Float32Panels &p, i64 k, i64 v) {
-    return load(p.base + v / 2 * p.stride + (k - p.origin) * PANEL + v % 2 * LANES);
+  i64 stride;
+  TARFLOW_NATIVE_INLINE Floats read(const Float32Panels &p, i64 k, int, int v) {
+    return load(p.base + v / 2 * p.stride + k * PANEL + v % 2 * LANES);
   }
 };
 
 struct Bfloat16Panels {
   const uint32_t *base;
-  i64 stride, origin;
-  TARFLOW_NATIVE_INLINE Floats read(const Bfloat16Panels &p, i64 k, i64 v) {
-    const Ints word = load(p.base + v / 2 * p.stride + (k - p.origin) * LANES);
+  i64 stride;
+  TARFLOW_NATIVE_INLINE Floats read(const Bfloat16Panels &p, i64 k, int, int v) {
+    const Ints word = load(p.base + v / 2 * p.stride + k * LANES);
     return as_floats(v % 2 == 0 ? shift_left(word, 16) : bits_and(word, -65536));
   }
 };
 
 struct Int8Panels {
   const uint32_t *base;
-  i64 stride, origin;
-  TARFLOW_NATIVE_INLINE Floats read(const Int8Panels &p, i64 k, i64 v) {
-    const Ints word = load(p.base + v / 2 * p.stride + (k - p.origin) / 2 * LANES);
-    return to_floats(shift_right(shift_left(word, static_cast<int>(24 - 8 * (k % 2 * 2 + v % 2))), 24));
+  i64 stride;
+  TARFLOW_NATIVE_INLINE Floats read(const Int8Panels &p, i64 k, int odd, int v) {
+    const Ints word = load(p.base + v / 2 * p.stride + k / 2 * LANES);
+    return to_floats(shift_right(shift_left(word, 24 - 8 * (2 * odd + v % 2)), 24));
   }
 };
 
@@ -91,27 +82,32 @@ TARFLOW_NATIVE_INLINE const float *scales_of(const Job &job, i64 vector, i64 k) 
   return job.scales + vector / 2 * job.scale_stride + k / SCALE_GROUP * PANEL + vector % 2 * LANES;
 }
 
-/// Rows row .. row + ROWS - 1, vectors first .. first + VECTORS - 1, inputs begin .. end - 1; `begin` starts a group.
-template <int ROWS, int VECTORS, class Panels>
-TARFLOW_NATIVE_INLINE void tile(const Job &job, const Panels &panels, i64 row, i64 first, i64 begin, i64 end) {
+/// Rows row .. row + ROWS - 1, vectors first .. first + VECTORS - 1. A single vector is the first or second of its panel.
+template <int ROWS, int VECTORS, int SECOND, class Panels>
+TARFLOW_NATIVE_INLINE void tile(const Job &job, const Panels &panels, i64 row, i64 first) {
   const Rows &rows = job.rows;
-  const Panels here{panels.base + first / 2 * panels.stride, panels.stride, panels.origin};
-  const i64 half = VECTORS == 1 ? first % 2 : 0; // a single vector may be the second of its panel
+  const Panels here{panels.base + first / 2 * panels.stride, panels.stride};
   const float *x = rows.x + row * rows.x_stride;
-  for (i64 group = begin; group < end; group += CHAIN) {
-    const i64 group_end = smaller(group + CHAIN, end);
+  for (i64 group = 0; group < job.inputs; group += CHAIN) {
+    const i64 group_end = smaller(group + CHAIN, job.inputs);
     Floats sum[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
       for (int v = 0; v < VECTORS; ++v) sum[r][v] = broadcast(0.0F);
-#pragma GCC unroll 4
-    for (i64 k = group; k < group_end; ++k) {
+    const auto add_products = [&](i64 k, int odd) __attribute__((always_inline)) {
       Floats weight[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) weight[v] = Panels::read(here, k, half + v);
+      for (int v = 0; v < VECTORS; ++v) weight[v] = Panels::read(here, k, odd, v + SECOND);
       for (int r = 0; r < ROWS; ++r) {
         const Floats input = broadcast(x[r * rows.x_stride + k]);
         for (int v = 0; v < VECTORS; ++v) sum[r][v] = fma(input, weight[v], sum[r][v]);
       }
+    };
+    i64 k = group;
+#pragma GCC unroll 2
+    for (; k + 1 < group_end; k += 2) {
+      add_products(k, 0);
+      add_products(k + 1, 1);
     }
+    if (k < group_end) add_products(k, 0);
     // s of the groups before: the bias at first; s of this one: y at last.
     const bool is_first = group == 0, is_last = group_end == job.inputs;
     float *kept = job.sums + row * SUMS_STRIDE + first * LANES, *y = rows.y + row * rows.y_stride + first * LANES;
@@ -132,60 +128,54 @@ TARFLOW_NATIVE_INLINE void tile(const Job &job, const Panels &panels, i64 row, i
 
 /// ROWS rows of all vectors first .. last - 1, an even number, in tiles as wide as fit.
 template <int ROWS, int VECTORS, class Panels>
-static void strip(const Job &job, const Panels &panels, i64 row, i64 first, i64 last, i64 begin, i64 end) {
-  for (; first + VECTORS <= last; first += VECTORS) tile<ROWS, VECTORS>(job, panels, row, first, begin, end);
-  if constexpr (VECTORS > 2) strip<ROWS, VECTORS / 2>(job, panels, row, first, last, begin, end);
+static void strip(const Job &job, const Panels &panels, i64 row, i64 first, i64 last) {
+  if constexpr (VECTORS == 1) {
+    for (; first < last; first += 2) {
+      tile<ROWS, 1, 0>(job, panels, row, first);
+      tile<ROWS, 1, 1>(job, panels, row, first + 1);
+    }
+  } else {
+    for (; first + VECTORS <= last; first += VECTORS) tile<ROWS, VECTORS, 0>(job, panels, row, first);
+    if constexpr (VECTORS > 2) strip<ROWS, VECTORS / 2>(job, panels, row, first, last);
+  }
 }
 
 /// The strip of `rows` <= ROWS rows.
 template <int ROWS, class Panels>
-static void strip_of(i64 rows, const Job &job, const Panels &panels, i64 row, i64 vectors, i64 begin, i64 end) {
-  if (rows == ROWS) return strip<ROWS, vectors_of(ROWS)>(job, panels, row, 0, vectors, begin, end);
-  if constexpr (ROWS > 1) strip_of<ROWS - 1>(rows, job, panels, row, vectors, begin, end);
+static void strip_of(i64 rows, const Job &job, const Panels &panels, i64 row, i64 vectors) {
+  if (rows == ROWS) return strip<ROWS, vectors_of(ROWS)>(job, panels, row, 0, vectors);
+  if constexpr (ROWS > 1) strip_of<ROWS - 1>(rows, job, panels, row, vectors);
 }
 
 /// All rows, in as few tiles as possible, all but the last of the same height.
-template <int MOST, class Panels>
-static void all_rows(const Job &job, const Panels &panels, i64 vectors, i64 begin, i64 end) {
-  const i64 count = job.rows.count, tiles = (count + MOST - 1) / MOST, height = (count + tiles - 1) / tiles;
-  for (i64 row = 0; row < count; row += height)
-    strip_of<MOST>(smaller(height, count - row), job, panels, row, vectors, begin, end);
-}
-
-/// bfloat16 and int8: two rows read the panels as they are, more rows a piece of a panel made float32, [128][32].
 template <class Panels>
-static void rounded(const Job &job, const Panels &panels, i64 vectors, float *piece) {
-  if (job.rows.count <= DIRECT_ROWS) return all_rows<DIRECT_ROWS>(job, panels, vectors, 0, job.inputs);
-  for (i64 begin = 0; begin < job.inputs; begin += SCALE_GROUP) {
-    const i64 end = smaller(begin + SCALE_GROUP, job.inputs);
-    for (i64 k = begin; k < end; ++k)
-      for (i64 v = 0; v < 2; ++v) store(piece + (k - begin) * PANEL + v * LANES, Panels::read(panels, k, v));
-    all_rows<TALLEST>(job, Float32Panels{piece, 0, begin}, vectors, begin, end);
-  }
+static void all_rows(const Job &job, const Panels &panels, i64 vectors) {
+  const i64 count = job.rows.count, tiles = (count + TALLEST - 1) / TALLEST, height = (count + tiles - 1) / tiles;
+  for (i64 row = 0; row < count; row += height)
+    strip_of<TALLEST>(smaller(height, count - row), job, panels, row, vectors);
 }
 
-/// The product with a linear layer of the part of a packed block that begins at `packed`.
-static void product(const Linear &linear, const unsigned char *packed, const Rows &rows, const Scratch &scratch) {
+/// The product with a linear layer of the part of a packed block that begins at `packed`; `sums` is [rows][SUMS_STRIDE].
+static void product(const Linear &linear, const unsigned char *packed, const Rows &rows, float *sums) {
   const i64 panels = round_up(linear.outputs, PANEL) / PANEL, bytes = panel_bytes(linear.format, linear.inputs);
   const i64 scale_stride = round_up(linear.inputs, SCALE_GROUP) / SCALE_GROUP * PANEL;
   // Panels that are computed together: as many as the tiles are wide.
-  const bool direct = linear.format == Format::float32 || rows.count <= DIRECT_ROWS;
-  const i64 together = direct ? larger(1, vectors_of(static_cast<int>(smaller(rows.count, TALLEST))) / 2) : 1;
+  const i64 together = larger(1, vectors_of(static_cast<int>(smaller(rows.count, TALLEST))) / 2);
   for (i64 panel = 0; panel < panels; panel += together) {
     const i64 vectors = 2 * smaller(together, panels - panel);
     const unsigned char *base = packed + linear.panels + panel * bytes;
     const auto *words = reinterpret_cast<const uint32_t *>(base);
     Job job{rows, linear.inputs, reinterpret_cast<const float *>(packed + linear.bias) + panel * PANEL, nullptr,
-            scale_stride, scratch.sums};
+            scale_stride, sums};
     job.rows.y += panel * PANEL;
     if (linear.format == Format::int8)
       job.scales = reinterpret_cast<const float *>(packed + linear.scales) + panel * scale_stride;
     if (linear.format == Format::float32)
-      all_rows<TALLEST>(job, Float32Panels{reinterpret_cast<const float *>(base), bytes / 4, 0}, vectors, 0, linear.inputs);
+      all_rows(job, Float32Panels{reinterpret_cast<const float *>(base), bytes / 4}, vectors);
     else if (linear.format == Format::bfloat16)
-      rounded(job, Bfloat16Panels{words, bytes / 4, 0}, vectors, scratch.piece);
+      all_rows(job, Bfloat16Panels{words, bytes / 4}, vectors);
     else
-      rounded(job, Int8Panels{words, bytes / 4, 0}, vectors, scratch.piece);
+      all_rows(job, Int8Panels{words, bytes / 4}, vectors);
   }
 }
 
