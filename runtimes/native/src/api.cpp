@@ -16,9 +16,12 @@ constexpr i64 MOST_SIZE = i64{1} << 24, MOST_BYTES = sizeof(void *) == 8 ? i64{1
 /// values leave the last-level cache, which matters as long as the weights stay there.
 constexpr i64 MOST_ROWS = 16, FEWEST_ROWS = 4, GROUP_CACHE_BYTES = i64{13} << 20;
 
-/// Weights of a block that no last-level cache keeps, and rows below which a second thread, which reads all of them once
-/// more, makes a step slower: 4 rows of 226 MB took 9.0 ms whole and 17 ms cut in two.
-constexpr i64 LARGE_WEIGHT_BYTES = i64{24} << 20, LARGE_ROWS = 8;
+/// Rows from which another thread pays: few rows wait for the weights, which each thread reads anew. 4 rows of the digits
+/// took 9.1 ms whole and 8.6 ms cut in two, and on a busy machine 17 and 30; 16 rows 29 and 16, 57 and 31.
+constexpr i64 THREAD_ROWS = 4;
+
+/// The same where no last-level cache keeps a block's weights: 4 rows of 226 MB took 9 ms whole and 17 ms cut in two.
+constexpr i64 LARGE_WEIGHT_BYTES = i64{24} << 20, LARGE_THREAD_ROWS = 8;
 
 bool is_in(i64 value, i64 least, i64 most) { return value >= least && value <= most; }
 
@@ -80,8 +83,8 @@ Groups groups_of(const Shape &shape, i64 batch, i64 branches, i64 threads) {
   const i64 weights = (4 + 2 * MLP_EXPANSION) * shape.layers * shape.width * shape.width * 4;
   const i64 rows = larger(FEWEST_ROWS, smaller(MOST_ROWS, larger(GROUP_CACHE_BYTES, weights) / cache));
   const i64 most = larger(1, rows / branches);
-  threads = smaller(smaller(threads, MOST_THREADS), batch);
-  if (weights > LARGE_WEIGHT_BYTES) threads = smaller(threads, round_up(branches * batch, LARGE_ROWS) / LARGE_ROWS);
+  const i64 thread_rows = weights > LARGE_WEIGHT_BYTES ? LARGE_THREAD_ROWS : THREAD_ROWS;
+  threads = smaller(smaller(threads, MOST_THREADS), round_up(branches * batch, thread_rows) / thread_rows);
   i64 count = round_up(batch, most) / most;
   count = smaller(round_up(count, threads), batch);
   const i64 images = round_up(batch, count) / count;
@@ -101,9 +104,8 @@ tarflow_native_status check(const tarflow_native_run &run, const Shape &shape) {
     return TARFLOW_NATIVE_BAD_ARGUMENT;
   for (i64 i = 0; run.labels && i < run.branches * run.batch; ++i)
     if (!is_in(run.labels[i], 0, shape.classes)) return TARFLOW_NATIVE_BAD_ARGUMENT;
-  if (!is_aligned(run.workspace) ||
-      run.workspace_bytes < tarflow_native_workspace_bytes(&shape, run.batch, run.branches, run.threads))
-    return TARFLOW_NATIVE_SMALL_BUFFER;
+  const size_t needed = tarflow_native_workspace_bytes(&shape, run.batch, run.branches, run.threads);
+  if (!is_aligned(run.workspace) || needed == 0 || run.workspace_bytes < needed) return TARFLOW_NATIVE_SMALL_BUFFER;
   return TARFLOW_NATIVE_OK;
 }
 
@@ -158,7 +160,8 @@ size_t tarflow_native_workspace_bytes(const tarflow_native_shape *shape, int64_t
                                       int64_t threads) {
   if (!shape || !is_valid(*shape) || !is_in(batch, 1, MOST_SIZE) || !is_in(branches, 1, 2) || threads < 1) return 0;
   const Groups groups = groups_of(*shape, batch, branches, threads);
-  return static_cast<size_t>(groups.threads * workspace_of_thread(*shape, branches, groups.images));
+  const i64 bytes = groups.threads * workspace_of_thread(*shape, branches, groups.images);
+  return bytes < MOST_BYTES ? static_cast<size_t>(bytes) : 0;
 }
 
 int32_t tarflow_native_invert(const tarflow_native_run *given) {
