@@ -123,7 +123,8 @@ void attend(const Run &run, i64 step, i64 layer) {
 
 void run_layer(const Run &run, i64 step, i64 layer) {
   const Layer &parts = run.images.layout->layer;
-  const unsigned char *base = run.images.packed + run.images.layout->first_layer + layer * run.images.layout->layer_bytes;
+  const Layout &layout = *run.images.layout;
+  const unsigned char *base = run.images.packed + layout.first_layer + layer * layout.layer_bytes;
   const i64 narrow = run.space.width_stride, wide = run.space.wide_stride;
   normalise_rows(run, parts.attention_norm, base);
   product(parts.qkv, base, Rows{run.normed, narrow, run.wide, wide, run.rows, false}, run.sums);

@@ -119,7 +119,8 @@ static inline Linear take_linear(i64 *end, Format format, i64 inputs, i64 output
   const i64 panels = round_up(outputs, PANEL) / PANEL;
   Linear linear{format, inputs, outputs, 0, 0, 0};
   linear.panels = take(end, panels * panel_bytes(format, inputs));
-  if (format == Format::int8) linear.scales = take(end, panels * round_up(inputs, SCALE_GROUP) / SCALE_GROUP * PANEL * 4);
+  const i64 groups = round_up(inputs, SCALE_GROUP) / SCALE_GROUP;
+  if (format == Format::int8) linear.scales = take(end, panels * groups * PANEL * 4);
   linear.bias = take(end, panels * PANEL * 4);
   return linear;
 }

@@ -115,7 +115,8 @@ private:
       if (!tensor.name || !matches(tensor.name, name)) continue;
       const i64 bytes = first * second * third * DTYPE_BYTES[static_cast<int>(dtype)];
       bool fits = tensor.dtype && same(tensor.dtype, DTYPE_NAMES[static_cast<int>(dtype)]) && tensor.rank == rank &&
-                  tensor.shape && tensor.offset >= 0 && bytes <= weights_.size && tensor.offset <= weights_.size - bytes;
+                  tensor.shape && tensor.offset >= 0 && bytes <= weights_.size &&
+                  tensor.offset <= weights_.size - bytes;
       for (i64 axis = 0; fits && axis < rank; ++axis) fits = tensor.shape[axis] == axes[axis];
       if (fits) return Contents{weights_.bytes + tensor.offset, dtype};
       break;

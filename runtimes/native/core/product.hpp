@@ -2,8 +2,8 @@
 ///
 ///     y[r][n] = b[n] + sum_k x[r][k] W[n][k]
 ///
-/// Each output is summed in one order, whatever tile it is computed in: over groups of 64 k, and in each group by a chain
-/// of fused multiply-adds. (One chain over all k would be twice as far from float64.) In plain loops:
+/// Each output is summed in one order, whatever tile it is computed in: over groups of 64 k, and in each group by a
+/// chain of fused multiply-adds. (One chain over all k would be twice as far from float64.) In plain loops:
 ///
 ///     for each row r, output n:
 ///       s = b[n]
@@ -82,7 +82,28 @@ TARFLOW_NATIVE_INLINE const float *scales_of(const Job &job, i64 vector, i64 k) 
   return job.scales + vector / 2 * job.scale_stride + k / SCALE_GROUP * PANEL + vector % 2 * LANES;
 }
 
-/// Rows row .. row + ROWS - 1, vectors first .. first + VECTORS - 1. A single vector is the first or second of its panel.
+/// s = s + t of a tile: the bias at first, y at last, in between `sums`. `group` is the first input of t.
+template <int ROWS, int VECTORS>
+TARFLOW_NATIVE_INLINE void end_group(const Job &job, i64 row, i64 first, i64 group, bool is_last,
+                                     Floats (&sum)[ROWS][VECTORS]) {
+  const Rows &rows = job.rows;
+  float *kept = job.sums + row * SUMS_STRIDE + first * LANES, *y = rows.y + row * rows.y_stride + first * LANES;
+  const float *from = group == 0 ? job.bias + first * LANES : kept;
+  float *to = is_last ? y : kept;
+  const i64 from_stride = group == 0 ? 0 : SUMS_STRIDE, to_stride = is_last ? rows.y_stride : SUMS_STRIDE;
+  for (int v = 0; v < VECTORS; ++v) {
+    const Floats scale = job.scales ? load(scales_of(job, first + v, group)) : broadcast(1.0F); // s + 1 t is s + t
+    for (int r = 0; r < ROWS; ++r) sum[r][v] = fma(sum[r][v], scale, load(from + r * from_stride + v * LANES));
+  }
+  if (is_last && rows.add)
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = load(y + r * rows.y_stride + v * LANES) + sum[r][v];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECTORS; ++v) store(to + r * to_stride + v * LANES, sum[r][v]);
+}
+
+/// Rows row .. row + ROWS - 1, vectors first .. first + VECTORS - 1. A single vector is the first of its panel, or the
+/// SECOND.
 template <int ROWS, int VECTORS, int SECOND, class Panels>
 TARFLOW_NATIVE_INLINE void tile(const Job &job, const Panels &panels, i64 row, i64 first) {
   const Rows &rows = job.rows;
@@ -108,21 +129,7 @@ TARFLOW_NATIVE_INLINE void tile(const Job &job, const Panels &panels, i64 row, i
       add_products(k + 1, 1);
     }
     if (k < group_end) add_products(k, 0);
-    // s of the groups before: the bias at first; s of this one: y at last.
-    const bool is_first = group == 0, is_last = group_end == job.inputs;
-    float *kept = job.sums + row * SUMS_STRIDE + first * LANES, *y = rows.y + row * rows.y_stride + first * LANES;
-    const float *from = is_first ? job.bias + first * LANES : kept;
-    float *to = is_last ? y : kept;
-    const i64 from_stride = is_first ? 0 : SUMS_STRIDE, to_stride = is_last ? rows.y_stride : SUMS_STRIDE;
-    for (int v = 0; v < VECTORS; ++v) {
-      const Floats scale = job.scales ? load(scales_of(job, first + v, group)) : broadcast(1.0F); // s + 1 t is s + t
-      for (int r = 0; r < ROWS; ++r) sum[r][v] = fma(sum[r][v], scale, load(from + r * from_stride + v * LANES));
-    }
-    if (is_last && rows.add)
-      for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) sum[r][v] = load(y + r * rows.y_stride + v * LANES) + sum[r][v];
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECTORS; ++v) store(to + r * to_stride + v * LANES, sum[r][v]);
+    end_group<ROWS, VECTORS>(job, row, first, group, group_end == job.inputs, sum);
   }
 }
 
@@ -155,7 +162,7 @@ static void all_rows(const Job &job, const Panels &panels, i64 vectors) {
     strip_of<TALLEST>(smaller(height, count - row), job, panels, row, vectors);
 }
 
-/// The product with a linear layer of the part of a packed block that begins at `packed`; `sums` is [rows][SUMS_STRIDE].
+/// The product with a linear layer; offsets count from `packed`, `sums` is [rows][SUMS_STRIDE].
 static void product(const Linear &linear, const unsigned char *packed, const Rows &rows, float *sums) {
   const i64 panels = round_up(linear.outputs, PANEL) / PANEL, bytes = panel_bytes(linear.format, linear.inputs);
   const i64 scale_stride = round_up(linear.inputs, SCALE_GROUP) / SCALE_GROUP * PANEL;

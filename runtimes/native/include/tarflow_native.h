@@ -14,9 +14,9 @@
  * One set of bits: finite results depend on the weights, the noise and the conditions of an image alone, not on the
  * batch, the place in it, the number of threads or the kernel (WebAssembly, which has no fused multiply-add, excepted).
  *
- * Memory is the caller's: nothing is allocated but the stacks of threads, and no state outlives a call. Any function may
- * be called from any number of threads at once; calls that run at once need workspaces of their own and may share the
- * packed weights. Buffers `packed` and `workspace` begin at a multiple of TARFLOW_NATIVE_ALIGNMENT bytes.
+ * Memory is the caller's: nothing is allocated but the stacks of threads, and no state outlives a call. Any function
+ * may be called from any number of threads at once; calls that run at once need workspaces of their own and may share
+ * the packed weights. Buffers `packed` and `workspace` begin at a multiple of TARFLOW_NATIVE_ALIGNMENT bytes.
  */
 #ifndef TARFLOW_NATIVE_H
 #define TARFLOW_NATIVE_H

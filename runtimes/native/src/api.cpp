@@ -16,8 +16,8 @@ constexpr i64 MOST_SIZE = i64{1} << 24, MOST_BYTES = sizeof(void *) == 8 ? i64{1
 /// values leave the last-level cache, which matters as long as the weights stay there.
 constexpr i64 MOST_ROWS = 16, FEWEST_ROWS = 4, GROUP_CACHE_BYTES = i64{13} << 20;
 
-/// Rows from which another thread pays: few rows wait for the weights, which each thread reads anew. 4 rows of the digits
-/// took 9.1 ms whole and 8.6 ms cut in two, and on a busy machine 17 and 30; 16 rows 29 and 16, 57 and 31.
+/// Rows from which another thread pays: few rows wait for the weights, which each thread reads anew. 4 rows of the
+/// digits took 9.1 ms whole and 8.6 cut in two, and on a busy machine 17 and 30; 16 rows 29 and 16, 57 and 31.
 constexpr i64 THREAD_ROWS = 4;
 
 /// The same where no last-level cache keeps a block's weights: 4 rows of 226 MB took 9 ms whole and 17 ms cut in two.
@@ -34,8 +34,9 @@ bool is_valid(const Shape &shape) {
   // In floating point, where nothing overflows: weights, embeddings, and the caches of one image.
   const double width = static_cast<double>(shape.width) + PANEL, patches = static_cast<double>(shape.patches) + LANES;
   const double layers = static_cast<double>(shape.layers), values = static_cast<double>(shape.values) + PANEL;
-  const double bytes = 64 * width * (layers * width + values) + 8 * width * (patches + static_cast<double>(shape.classes)) +
-                       128 * layers * patches * width + 8 * patches * values;
+  const double rows = patches + static_cast<double>(shape.classes);
+  const double bytes = 64 * width * (layers * width + values) + 8 * width * rows + 128 * layers * patches * width +
+                       8 * patches * values;
   return bytes < static_cast<double>(MOST_BYTES);
 }
 
@@ -50,15 +51,18 @@ bool format_of(const char *precision, Format *format) {
   return false;
 }
 
-bool is_aligned(const void *pointer) { return reinterpret_cast<uintptr_t>(pointer) % TARFLOW_NATIVE_ALIGNMENT == 0; }
+bool is_aligned(const void *pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % TARFLOW_NATIVE_ALIGNMENT == 0;
+}
 
 /// The n-th kernel that this machine runs, the best first; null past the last.
 const Kernel *kernel_number(i64 number) {
 #if defined(TARFLOW_NATIVE_X86_64)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && number-- == 0)
-    return &X86_64_V4;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && number-- == 0) return &X86_64_V3;
+  const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_v4 = has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_v4 && number-- == 0) return &X86_64_V4;
+  if (has_v3 && number-- == 0) return &X86_64_V3;
 #elif defined(TARFLOW_NATIVE_AARCH64)
   if (number-- == 0) return &AARCH64;
 #endif
@@ -128,7 +132,7 @@ const char *tarflow_native_message(int32_t status) {
   case TARFLOW_NATIVE_BAD_PRECISION: return "the precision is not float32, bfloat16 or int8";
   case TARFLOW_NATIVE_BAD_TENSOR: return "a tensor is missing, has another dtype or shape, or leaves the file";
   case TARFLOW_NATIVE_BAD_ORDER: return "the order of patches is neither forward nor reversed";
-  case TARFLOW_NATIVE_SMALL_BUFFER: return "a buffer is smaller than needed, or does not begin at a multiple of 64 bytes";
+  case TARFLOW_NATIVE_SMALL_BUFFER: return "a buffer is too small, or does not begin at a multiple of 64 bytes";
   case TARFLOW_NATIVE_NOT_PACKED: return "the weights were not packed by this version";
   case TARFLOW_NATIVE_BAD_ARGUMENT: return "an argument is missing or out of range";
   case TARFLOW_NATIVE_BAD_KERNEL: return "no kernel of that name runs on this machine";
