@@ -187,7 +187,8 @@ def test_sanitizers(
 ) -> None:
     """Unit tests, parity and memory; reports end a test. Little optimised, which halves the time to compile."""
     name = f"cpp-{sanitizers.partition(',')[0]}"
-    folder = build(name, f"-DTARFLOW_SANITIZE={sanitizers}", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1")
+    settings = ("-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", "-DTARFLOW_BUILD_TOOL=OFF")
+    folder = build(name, f"-DTARFLOW_SANITIZE={sanitizers}", *settings)
     assert "parity_shipped" in _ctest(folder, "quick")
     options = f"suppressions={SOURCE / 'tests' / 'tsan.supp'}:halt_on_error=1"
     with pytest.MonkeyPatch.context() as patch:
