@@ -61,7 +61,7 @@ def cases(config: tfr.ModelConfig, *, small: bool) -> list[Case]:
     return found
 
 
-def compute(flow: tfr.Flow, case: Case, images: Floats | None = None, noise: Floats | None = None) -> dict[str, Floats]:
+def compute(flow: tfr.Flow, case: Case, images: Any = None, noise: Floats | None = None) -> dict[str, Floats]:
     """The arrays of a case. `noise` replaces the seed of a sample."""
     config, call, arguments = flow.config, case["call"], dict(case["arguments"])
     if call == "noise":
