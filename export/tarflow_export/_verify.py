@@ -28,6 +28,9 @@ PASS_BUDGET = 10**10
 
 MIN_STEPS = 8
 
+SESSIONS_BYTES = 1 << 30
+"""Weights of the sessions that stay open while the engine is compared."""
+
 SKIPPED: dict[str, Any] = {"status": "skipped", "engine": None, "extent": None, "floors": {}, "records": []}
 """The manifest's `verification` where nothing was compared."""
 
@@ -124,12 +127,12 @@ def verify_written(
 
 def _ort_cpu(bundle: Bundle, extent: Extent) -> tuple[Record, ...]:
     """The engine itself; the halves of the gradient run whatever memory they take, and few sessions stay open."""
-    limits = Limits(activations=1 << 40, sessions=4 * bundle.block_bytes)
+    limits = Limits(activations=1 << 40, sessions=SESSIONS_BYTES)
     records: list[Record] = []
     for block in extent.some:
         with contextlib.closing(OrtCpuEngine(bundle, limits)) as engine:
             records += verify(
                 bundle, engine, blocks=[block], stages=("gradient", "inverse", "window"), end_to_end=False
             )
-    with contextlib.closing(OrtCpuEngine(bundle)) as engine:
+    with contextlib.closing(OrtCpuEngine(bundle, Limits(sessions=SESSIONS_BYTES))) as engine:
         return (*records, *verify(bundle, engine, blocks=(), end_to_end=True))
