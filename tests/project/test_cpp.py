@@ -269,7 +269,7 @@ def test_pictures_of_the_tool(build: Callable[..., Path], cpp_library: Path, tmp
     flags = ["-n", "7", "--labels", "4,2", "--seed", "5", "--guidance", "1.5", "--guide", "a", "--anneal-guidance"]
     ours, theirs = tmp_path / "ours.png", tmp_path / "theirs.png"
     _run(build("cpp") / "tarflow-sample", BUNDLE, *flags, "-o", ours, TARFLOW_ORT_LIBRARY=cpp_library)
-    _run(sys.executable, "-c", "from tarflow_runtimes._cli.infer import main; main()", BUNDLE, *flags, "-o", theirs)
+    _run(Path(sys.executable).with_name("tarflow-infer"), BUNDLE, *flags, "-o", theirs)
     with Image.open(ours) as one, Image.open(theirs) as other:
         assert one.text == other.text  # type: ignore[attr-defined]
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
