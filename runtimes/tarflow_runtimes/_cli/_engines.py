@@ -22,6 +22,8 @@ Engine = Annotated[
     str, typer.Option(metavar="NAME", help="What runs the graphs: ort-cpu, ort-cuda, trt, trt-rtx, or auto.")
 ]
 
+Tf32 = Annotated[bool, typer.Option("--tf32", help="Let a GPU round the factors of float32 products to 11 bits.")]
+
 DTYPES = "float32|tf32|float16|bfloat16"
 
 Dtype = Annotated[
@@ -52,7 +54,7 @@ EngineDir = Annotated[
 DEFAULT_BATCH, DEFAULT_WINDOW, DEFAULT_BYTES = "1,8,64", "16", 20 << 30
 
 
-def load_options(dtype: str | None, engine_dir: Path | None) -> dict[str, Any]:
+def load_options(*, tf32: bool, engine_dir: Path | None) -> dict[str, Any]:
     """The arguments of `load` that go with an engine; builds are said on stderr, once each, with their reason."""
     told: set[tuple[int, str]] = set()
 
@@ -61,7 +63,7 @@ def load_options(dtype: str | None, engine_dir: Path | None) -> dict[str, Any]:
             told.add((building.block, building.kind))
             note(f"building the {building.kind} engine of block {building.block}: {building.reason}")
 
-    return {"dtype": dtype, "engine_dir": engine_dir, "on_building": on_building}
+    return {"tf32": tf32, "engine_dir": engine_dir, "on_building": on_building}
 
 
 def check_engine(engine: str) -> None:

@@ -1,4 +1,4 @@
-"""Image files to the model's range and shape: PNG and its like, `.npy`, `.npz`."""
+"""Image files to the model's range and shape: PNG and its like, `.npy`, `.npz`; tokens come as arrays only."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tarflow_runtimes._bundle import ModelConfig
 from tarflow_runtimes._errors import InputError
 
 CHANNELS_OF_MODE = {"L": 1, "RGB": 3}
@@ -20,11 +21,11 @@ CHANNELS_OF_MODE = {"L": 1, "RGB": 3}
 class ImageSet:
     """Images of one or more files and where each came from.
 
-    `pixels` is float32 [B, C, height, width] in the model's range; `sources` holds B pairs of a file and its place in
-    that file (None for a file of one image).
+    `values` is float32 [B, C, height, width] in the model's range, or [B, N, D] of a model of tokens; `sources` holds B
+    pairs of a file and its place in that file (None for a file of one image).
     """
 
-    pixels: npt.NDArray[np.float32]
+    values: npt.NDArray[np.float32]
     sources: tuple[tuple[Path, int | None], ...]
 
     def name(self, index: int) -> str:
@@ -33,32 +34,40 @@ class ImageSet:
         return str(path) if place is None else f"{path}[{place}]"
 
 
-def read_images(paths: Sequence[Path], *, channels: int, size: int) -> ImageSet:
+def read_images(paths: Sequence[Path], config: ModelConfig) -> ImageSet:
     """Read files in the order given; an array file holds any number of images.
 
     Raises:
-        InputError: on a file that cannot be read or does not have the model's size and channels.
+        InputError: on a file that cannot be read or does not have the shape of the model's data.
     """
+    takes = "image files, .npy or .npz" if config.data == "image" else f".npy or .npz files, float32 {_axes(config)}"
     arrays: list[npt.NDArray[np.float32]] = []
     sources: list[tuple[Path, int | None]] = []
     for path in paths:
         if not path.is_file():
-            raise InputError(
-                f"{path}: {'is a folder' if path.is_dir() else 'no such file'}", hint="give image files, .npy or .npz"
-            )
+            raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}", hint=f"give {takes}")
         if path.suffix.lower() in (".npy", ".npz"):
-            pixels = _read_array(path, channels, size)
-            sources += [(path, place) for place in range(len(pixels))]
+            values = _read_array(path, config)
+            sources += [(path, place) for place in range(len(values))]
+        elif config.data == "tokens":
+            raise InputError(f"{path}: the model's data are tokens, not pictures", hint=f"give {takes}")
         else:
-            pixels = _read_picture(path, channels, size)
+            values = _read_picture(path, config)
             sources.append((path, None))
-        arrays.append(pixels)
-    return ImageSet(pixels=np.concatenate(arrays), sources=tuple(sources))
+        arrays.append(values)
+    return ImageSet(values=np.concatenate(arrays), sources=tuple(sources))
 
 
-def _read_picture(path: Path, channels: int, size: int) -> npt.NDArray[np.float32]:
+def _axes(config: ModelConfig) -> str:
+    """The shape of an array of the model's data, in words."""
+    return f"[B, {', '.join(map(str, config.shape))}]"
+
+
+def _read_picture(path: Path, config: ModelConfig) -> npt.NDArray[np.float32]:
     """One image [1, C, height, width]; 0 .. 255 becomes -1 .. 1."""
     from PIL import Image
+
+    channels, size, _ = config.shape
 
     if channels not in CHANNELS_OF_MODE.values():
         raise InputError(
@@ -93,15 +102,14 @@ def _read_picture(path: Path, channels: int, size: int) -> npt.NDArray[np.float3
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]) / np.float32(127.5) - np.float32(1)
 
 
-def _read_array(path: Path, channels: int, size: int) -> npt.NDArray[np.float32]:
-    pixels = load_float32(path, key="images", what="images")
-    expected = (channels, size, size)
-    if pixels.ndim != 4 or pixels.shape[1:] != expected:
+def _read_array(path: Path, config: ModelConfig) -> npt.NDArray[np.float32]:
+    what, axes = ("images", "C, height, width") if config.data == "image" else ("tokens", "N, D")
+    values = load_float32(path, key="images", what=what)
+    if not values.ndim or values.shape[1:] != config.shape:
         raise InputError(
-            f"{path}: shape {list(pixels.shape)}, expected [B, {channels}, {size}, {size}]",
-            hint="images are [B, C, height, width]",
+            f"{path}: shape {list(values.shape)}, expected {_axes(config)}", hint=f"{what} are [B, {axes}]"
         )
-    return pixels
+    return values
 
 
 def load_float32(path: Path, *, key: str, what: str) -> npt.NDArray[np.float32]:
@@ -128,7 +136,7 @@ def load_float32(path: Path, *, key: str, what: str) -> npt.NDArray[np.float32]:
         raise InputError(
             f"{path}: dtype {array.dtype}, expected float32",
             hint="np.save(path, array.astype('float32')), in the model's range [-1, 1]"
-            if key == "images"
+            if what == "images"
             else "np.save(path, array.astype('float32'))",
         )
     if array.size == 0:

@@ -52,16 +52,22 @@ def _valid(classes: int, names: Sequence[str] | None) -> str:
     return listed if any(name.isdecimal() for name in names) else f"{listed}; or 0 to {classes - 1}"
 
 
-def spread(labels: Sequence[int] | None, n: int) -> list[int] | None:
-    """One label per image: a list shorter than `n` is repeated from its start; a longer one is an error."""
-    if labels is None:
-        return None
-    if len(labels) > n:
+def spread(labels: Sequence[int] | None, n: int, *, first_index: int = 0) -> list[int] | None:
+    """The labels of n images: that of the image with number i is labels[i mod len(labels)]."""
+    return None if labels is None else [labels[(first_index + place) % len(labels)] for place in range(n)]
+
+
+def check_labels(labels: Sequence[int] | None, n: int) -> None:
+    """Refuse more labels than there are images.
+
+    Raises:
+        InputError: when there are.
+    """
+    if labels is not None and len(labels) > n:
         raise InputError(
             f"--labels names {len(labels)} labels for {n} image{'s' * (n != 1)}",
             hint="give at most one label per image",
         )
-    return [labels[index % len(labels)] for index in range(n)]
 
 
 def label_name(label: int, names: Sequence[str] | None) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from tarflow_runtimes._bundle import ModelConfig
 from tarflow_runtimes._errors import InputError
 from tarflow_runtimes._image_files import grid, save_png, to_uint8
 
@@ -60,17 +61,22 @@ def check_output(text: str, *, kinds: Sequence[Kind], overwrite: bool, option: s
     return Output(path=path, kind=kind, overwrite=overwrite)
 
 
-def check_pictures(output: Output, *, channels: int, names: Sequence[str]) -> None:
-    """Make sure that images of these channels can be PNG files, and that a folder holds none of these names yet.
+def check_pictures(output: Output, config: ModelConfig, *, names: Sequence[str]) -> None:
+    """Make sure that the model's images can be PNG files, and that a folder holds none of these names yet.
 
     Raises:
         InputError: when not.
     """
     if output.kind not in (".png", "folder"):
         return
-    if channels not in (1, 3):
+    if config.data == "tokens":
         raise InputError(
-            f"-o {output.path}: PNG files have 1 or 3 channels, the model has {channels}",
+            f"-o {output.path}: the model's data are tokens, of which there is no picture",
+            hint="write them as an array: -o samples.npy",
+        )
+    if config.image_channels not in (1, 3):
+        raise InputError(
+            f"-o {output.path}: PNG files have 1 or 3 channels, the model has {config.image_channels}",
             hint="write the images as an array: -o images.npy",
         )
     if output.kind == "folder" and not output.overwrite:
@@ -83,7 +89,7 @@ def check_pictures(output: Output, *, channels: int, names: Sequence[str]) -> No
 
 def write_pictures(
     output: Output,
-    pixels: npt.NDArray[np.float32],
+    images: npt.NDArray[np.float32],
     *,
     names: Sequence[str],
     text: Mapping[str, str],
@@ -91,14 +97,14 @@ def write_pictures(
     columns: int | None = None,
     captions: Sequence[str] | None = None,
 ) -> list[Path]:
-    """Write images [B, C, height, width] as a grid, a folder of PNG files, or arrays; returns the files written.
+    """Write images as a grid, a folder of PNG files, or an array, and tokens as an array; returns the files written.
 
     `names` are the files in a folder, `text` goes into each PNG file, `arrays` joins the images in an `.npz` file,
     `columns` and `captions` shape the grid.
     """
     if output.kind in (".npy", ".npz"):
-        return write_arrays(output, pixels, key="images", arrays=arrays)
-    levels = to_uint8(pixels)
+        return write_arrays(output, images, key="images", arrays=arrays)
+    levels = to_uint8(images)
     if output.kind == ".png":
         sheet = grid(levels, columns=columns, captions=captions)
         publish(output.path, lambda path: save_png(path, sheet, text))
@@ -136,6 +142,11 @@ def write_arrays(output: Output, main: npt.NDArray[Any], *, key: str, arrays: Ma
 
     publish(output.path, save)
     return [output.path]
+
+
+def counted(n: int, config: ModelConfig) -> str:
+    """`3 images`, or `3 samples` of tokens."""
+    return f"{n} {'image' if config.data == 'image' else 'sample'}{'s' * (n != 1)}"
 
 
 def publish(path: Path, save: Callable[[Path], None]) -> None:

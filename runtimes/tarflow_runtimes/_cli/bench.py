@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tarflow_runtimes._cli._engines import Dtype, EngineDir, load_options
+from tarflow_runtimes._cli._engines import EngineDir, Tf32, load_options
 from tarflow_runtimes._cli._lists import count, items, weight
 from tarflow_runtimes._cli._shell import command, json_text, new_app, note, printable
 from tarflow_runtimes._errors import InputError
@@ -39,7 +39,7 @@ def bench(
     ] = None,
     *,
     engine: Annotated[str, typer.Option(metavar="LIST", help="What runs the graphs.")] = "ort-cpu",
-    dtype: Dtype = None,
+    tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     batch: Annotated[str, typer.Option(metavar="LIST", help="Images that run together.")] = "1,16",
     decode: Annotated[
@@ -96,7 +96,7 @@ def bench(
         result = run_bench(
             bundle,
             engines=engines,
-            options=load_options(dtype, engine_dir),
+            options=load_options(tf32=tf32, engine_dir=engine_dir),
             batches=batches,
             decodes=decodes,
             guidance=weights,

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tarflow_runtimes._cli._engines import Dtype, Engine, EngineDir, load_options
-from tarflow_runtimes._cli._shell import command, json_text, new_app, note, print_json, printable
-from tarflow_runtimes._errors import InputError
+from tarflow_runtimes._cli._engines import Engine, EngineDir, Tf32, load_options
+from tarflow_runtimes._cli._shell import command, new_app, note, print_json, printable
 
 if TYPE_CHECKING:
     from tarflow_runtimes._bundle import Bundle
@@ -47,35 +46,26 @@ def verify(
     bundle: BundleArgument = None,
     *,
     engine: Engine = "ort-cpu",
-    weights: Annotated[
-        str, typer.Option(metavar="stored|int8", help="int8: measure what rounding does, against the stored weights.")
-    ] = "stored",
-    dtype: Dtype = None,
+    tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     as_json: Json = False,
 ) -> None:
     """Run an engine on the inputs that a bundle carries and compare with PyTorch's outputs, without PyTorch.
 
     The exit code is 1 when a tolerance is missed. TensorRT's engines keep the outcome; those that missed are not used
-    again. With --weights int8, draw images from the same noise with rounded and stored weights instead, and write how
-    far they differ to NAME.int8.json beside the bundle.
+    again.
     """
-    if weights != "stored":
-        if dtype is not None:
-            raise InputError("--dtype is of engines on a GPU, --weights of ort-cpu", hint="leave one of them out")
-        _measure_effect(bundle, engine, weights, as_json=as_json)
-        return
     import tarflow_runtimes as tfr
     from tarflow_runtimes._cli._progress import StepClock
     from tarflow_runtimes._parity import require_passed
     from tarflow_runtimes._verify import verify as run_verification
 
-    options = load_options(dtype, engine_dir)
+    options = load_options(tf32=tf32, engine_dir=engine_dir)
     with tfr.load(bundle, engine=engine, **options) as flow, StepClock("verifying") as clock:
-        blocks = flow.config.blocks
+        blocks, precision = flow.config.blocks, flow.backend.precision
         records = run_verification(flow.bundle, flow.backend, on_block=lambda block: clock.show(block + 1, blocks))
-        facts = {"bundle": str(flow.bundle.path), "digest": flow.bundle.digest, "engine": flow.engine}
-        facts["dtype"] = str(flow.engine_report.get("dtype", flow.bundle.dtype))
+        facts = {"bundle": str(flow.bundle.path), "digest": flow.bundle.digest}
+        facts |= {"engine": flow.engine, "precision": precision}
         missed = [record.name for record in records if not record.passed]
         if facts["engine"] in {"trt", "trt-rtx"}:
             from tarflow_runtimes._engines.trt import record_verification
@@ -88,50 +78,16 @@ def verify(
         listed = [record.to_json() for record in records]
         print_json(facts | {"passed": passed, "seconds": clock.seconds, "records": listed})
     require_passed(records)
-    note(f"all {len(records)} comparisons passed on {facts['engine']}, {facts['dtype']} ({clock.seconds:.1f} s)")
-
-
-def _measure_effect(path: Path | None, engine: str, weights: str, *, as_json: bool) -> None:
-    """`verify` with other weights than the bundle stores: a table, and a file beside the bundle."""
-    import tarflow_runtimes as tfr
-    from tarflow_runtimes._cli._output import check_output, publish
-    from tarflow_runtimes._cli._progress import StepClock
-    from tarflow_runtimes._effect import measure_effect
-
-    with tfr.load(path, engine=engine, weights=weights) as changed:
-        bundle = changed.bundle
-        folder = bundle.path.resolve()
-        target = folder.with_name(f"{folder.name.removesuffix('.tarflow')}.{weights}.json")
-        try:
-            check_output(str(target), kinds=(".json",), overwrite=True, option="the measurement")
-        except InputError as error:
-            raise InputError(str(error), hint="copy the bundle to a folder that you may write to") from error
-        with tfr.load(path, engine=engine, verify_digests=False) as stored, StepClock("measuring") as clock:
-            effect = measure_effect(stored, changed, on_step=clock.show)
-        report = changed.engine_report
-    facts = {"digest": bundle.digest, "stored": bundle.dtype, "seconds": clock.seconds} | {
-        name: report[name] for name in ("engine", "weights", "onnxruntime", "device") if name in report
-    }
-    document = facts | effect.to_json()
-
-    def save(file: Path) -> None:
-        file.write_text(json_text(document) + "\n")
-
-    publish(target, save)
-    if as_json:
-        print_json({"bundle": str(bundle.path), "file": str(target)} | document)
-    note(f"{'measure':20}  {'mean':>8}  {'worst':>8}")
-    for name, (mean, worst) in effect.summary().items():
-        note(f"{name:20}  {mean:8.4f}  {worst:8.4f}")
-    note(f"wrote {target}: {weights} against stored weights, {len(effect.psnr)} images ({clock.seconds:.1f} s)")
+    note(f"all {len(records)} comparisons passed on {facts['engine']}, {precision} ({clock.seconds:.1f} s)")
 
 
 def comparison_table(records: Iterable[Record]) -> str:
-    """One comparison a line: its name, the measure with its value and bound, and whether it holds."""
-    header = ("comparison", "measure", "value", "tolerance", "")
+    """One comparison a line: its name, the graph's file, the measure with its value and bound, and whether it holds."""
+    header = ("comparison", "graph", "measure", "value", "tolerance", "")
     rows = [header] + [
         (
             record.name,
+            record.graph or "-",
             record.measure,
             "not finite" if record.value is None else f"{record.value:.2e}",
             f"{record.tolerance:.2e}",
@@ -146,6 +102,8 @@ def comparison_table(records: Iterable[Record]) -> str:
 
 
 def _facts(bundle: Bundle) -> dict[str, Any]:
+    from tarflow_runtimes._bundle import PORTABLE
+
     manifest, config = bundle.manifest, bundle.config
     sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
     verification, checkpoint = _object(manifest, "verification"), _object(manifest, "checkpoint")
@@ -153,7 +111,8 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
         "bundle": str(bundle.path),
         "digest": bundle.digest,
         "model": {
-            "image": [config.image_channels, config.image_size, config.image_size],
+            "data": config.data,
+            "shape": list(config.shape),
             "patches": config.patches,
             "patch_values": config.patch_values,
             "width": config.width,
@@ -168,16 +127,18 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
         "labels": None if config.labels is None else list(config.labels),
         "noise": config.noise,
         "noise_std": config.noise_std,
-        "dtype": bundle.dtype,
-        "precision": _object(manifest, "precision"),
+        "precision": bundle.precision,
+        "dtypes": _object(manifest, "dtypes"),
         "opset": manifest.get("opset"),
-        "graphs": sum(name.endswith(".onnx") for name in sizes),
+        "graphs": {PORTABLE: list(bundle.blocks[0].portable)}
+        | {provider: list(kinds) for provider, kinds in bundle.graphs.items()},
         "bytes": {
             "graphs": sum(size for name, size in sizes.items() if name.endswith(".onnx")),
             "weights": sum(size for name, size in sizes.items() if name.endswith(".bin")),
             "all": sum(sizes.values()),
         },
         "checkpoint": {name: checkpoint.get(name) for name in ("file", "sha256")},
+        "converted": _object(manifest, "converted") or None,
         "verification": {"status": verification.get("status"), "records": len(verification.get("records") or [])},
         "tools": _object(manifest, "tools"),
     }
@@ -192,31 +153,36 @@ def _object(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _print(facts: Mapping[str, Any]) -> None:
     """The same facts for a person: a name and a value on each line."""
     model, size, labels = facts["model"], facts["bytes"], facts["labels"]
-    channels, height, width = model["image"]
+    data = f"{model['patches']} tokens of {model['patch_values']} values"
+    if model["data"] == "image":
+        channels, height, width = model["shape"]
+        data = f"{height}x{width}, {channels} channel{'s' * (channels != 1)}, {data.replace('tokens', 'patches')}"
     classes = "none" if not facts["classes"] else str(facts["classes"])
     if labels is not None:
         classes += f": {', '.join(labels[:SHOWN_LABELS])}" + ", ..." * (len(labels) > SHOWN_LABELS)
     verified = f"{facts['verification']['status']}, {facts['verification']['records']} records"
     parameters = "" if model["parameters"] is None else f", {model['parameters']:,} parameters"
-    precision = ", ".join(f"{part} {dtype}" for part, dtype in facts["precision"].items() if dtype != facts["dtype"])
+    others = ", ".join(f"{part} {dtype}" for part, dtype in facts["dtypes"].items() if dtype != facts["precision"])
+    graphs = ", ".join(f"{len(kinds)} {provider}" for provider, kinds in facts["graphs"].items())
     checkpoint = facts["checkpoint"]
     lines = {
         "bundle": facts["bundle"],
         "digest": facts["digest"],
-        "images": f"{height}x{width}, {channels} channel{'s' * (channels != 1)}, "
-        f"{model['patches']} patches of {model['patch_values']} values",
+        "data": data,
         "model": f"{model['blocks']} blocks of {model['layers']} layers, width {model['width']}, "
         f"{model['heads']} heads of {model['head_dim']}{parameters}" + ("" if model["nvp"] else ", volume preserving"),
         "classes": classes,
         "training noise": f"{facts['noise']}, sigma {'unknown' if facts['noise_std'] is None else facts['noise_std']}",
-        "precision": facts["dtype"] + (f" ({precision})" if precision else ""),
-        "graphs": f"{facts['graphs']}, opset {facts['opset']}",
+        "precision": facts["precision"] + (f" ({others})" if others else ""),
+        "graphs": f"{graphs}, opset {facts['opset']}",
         "size": f"{_megabytes(size['all'])} (weights {_megabytes(size['weights'])}, "
         f"graphs {_megabytes(size['graphs'])})",
         "checkpoint": f"{checkpoint['file'] or 'unnamed'}, SHA-256 {checkpoint['sha256'] or 'unknown'}",
         "verification": verified,
         "tools": ", ".join(f"{name} {version}" for name, version in facts["tools"].items()),
     }
+    if made_from := facts["converted"]:
+        lines["converted"] = f"from {made_from.get('precision')}, digest {made_from.get('digest')}"
     for name, text in lines.items():
         typer.echo(f"{name:<14}  {printable(text)}")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tarflow_runtimes._cli._engines import Dtype, Engine, EngineDir, load_options
+from tarflow_runtimes._cli._engines import Engine, EngineDir, Tf32, load_options
 from tarflow_runtimes._cli._shell import command, new_app, note, print_json
 from tarflow_runtimes._errors import InputError
 
@@ -27,7 +27,8 @@ encode_app, denoise_app, score_app, classify_app = new_app(), new_app(), new_app
 Files = Annotated[
     list[Path],
     typer.Argument(
-        metavar="FILES", help="Image files of the model's size, or .npy and .npz arrays [B, C, h, w] in -1 .. 1."
+        metavar="FILES",
+        help="Image files of the model's size, or .npy and .npz arrays: [B, C, h, w] in -1 .. 1, or tokens [B, N, D].",
     ),
 ]
 BundleOption = Annotated[
@@ -56,7 +57,7 @@ def encode(
     ],
     bundle: BundleOption = None,
     engine: Engine = "ort-cpu",
-    dtype: Dtype = None,
+    tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     labels: LabelsOption = None,
     batch_size: BatchOption = BATCH_SIZE,
@@ -72,7 +73,7 @@ def encode(
     from tarflow_runtimes._cli._output import check_output, write_arrays
 
     target = check_output(output, kinds=(".npy", ".npz"), overwrite=overwrite)
-    options = {"engine": engine, **load_options(dtype, engine_dir)}
+    options = {"engine": engine, **load_options(tf32=tf32, engine_dir=engine_dir)}
     with _opened(files, bundle=bundle, options=options, labels=labels, batch_size=batch_size) as work:
         encoded = work.map(lambda flow, images, classes: flow.encode(images, labels=classes))
         z, log_det = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
@@ -87,12 +88,15 @@ def denoise(
     output: Annotated[
         str,
         typer.Option(
-            "-o", "--output", metavar="PATH", help="grid.png, folder/ (a PNG per image), images.npy or images.npz."
+            "-o",
+            "--output",
+            metavar="PATH",
+            help="images.npy or images.npz; of pictures also grid.png, or folder/ (a PNG per image).",
         ),
     ],
     bundle: BundleOption = None,
     engine: Engine = "ort-cpu",
-    dtype: Dtype = None,
+    tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     labels: LabelsOption = None,
     sigma: Annotated[
@@ -116,10 +120,10 @@ def denoise(
     if not math.isfinite(strength):
         raise InputError(f"--strength must be a finite number, got {strength}", hint="1 is the full step")
     target = check_output(output, kinds=(".png", "folder", ".npy", ".npz"), overwrite=overwrite)
-    options = {"engine": engine, **load_options(dtype, engine_dir)}
+    options = {"engine": engine, **load_options(tf32=tf32, engine_dir=engine_dir)}
     with _opened(files, bundle=bundle, options=options, labels=labels, batch_size=batch_size) as work:
         names = _png_names(work.images)
-        check_pictures(target, channels=work.flow.config.image_channels, names=names)
+        check_pictures(target, work.flow.config, names=names)
         images = np.concatenate(
             work.map(lambda flow, images, classes: flow.denoise(images, labels=classes, sigma=sigma, strength=strength))
         )
@@ -134,37 +138,42 @@ def score(
     *,
     bundle: BundleOption = None,
     engine: Engine = "ort-cpu",
-    dtype: Dtype = None,
+    tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     labels: LabelsOption = None,
     output: Annotated[
         str | None,
         typer.Option(
-            "-o", "--output", metavar="PATH", help="Also write log_prob.npy, or .npz with bits_per_dim beside it."
+            "-o",
+            "--output",
+            metavar="PATH",
+            help="Also write log_prob.npy, or .npz with bits_per_dim beside it where these are images.",
         ),
     ] = None,
     batch_size: BatchOption = BATCH_SIZE,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Print the log-probability in nats and the bits/dim of each image.
+    """Print the log-probability in nats of each image, and its bits/dim where it is no array of tokens.
 
     Images are scored as they are; no dequantisation noise is added.
     """
     import numpy as np
 
     from tarflow_runtimes._cli._output import check_output, write_arrays
+    from tarflow_runtimes._density import PIXEL_SCALE_BITS
 
     target = None if output is None else check_output(output, kinds=(".npy", ".npz"), overwrite=overwrite)
-    options = {"engine": engine, **load_options(dtype, engine_dir)}
+    options = {"engine": engine, **load_options(tf32=tf32, engine_dir=engine_dir)}
     with _opened(files, bundle=bundle, options=options, labels=labels, batch_size=batch_size) as work:
         log_prob = np.concatenate(work.map(lambda flow, images, classes: flow.log_prob(images, labels=classes)))
-        bits = -log_prob / (work.flow.config.dims * math.log(2.0)) + 7.0
-        written = (
-            [] if target is None else write_arrays(target, log_prob, key="log_prob", arrays={"bits_per_dim": bits})
-        )
-        rows = [{"log_prob": float(a), "bits_per_dim": float(b)} for a, b in zip(log_prob, bits, strict=True)]
-        work.finish(rows, written, as_json=as_json, table="{file}\t{log_prob:.3f}\t{bits_per_dim:.4f}")
+        columns, table = {"log_prob": log_prob}, "{file}\t{log_prob:.3f}"
+        if work.flow.config.data == "image":
+            columns["bits_per_dim"] = -log_prob / (work.flow.config.dims * math.log(2.0)) + PIXEL_SCALE_BITS
+            table += "\t{bits_per_dim:.4f}"
+        written = [] if target is None else write_arrays(target, log_prob, key="log_prob", arrays=columns)
+        rows = [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
+        work.finish(rows, written, as_json=as_json, table=table)
 
 
 @command(classify_app)
@@ -173,7 +182,7 @@ def classify(
     *,
     bundle: BundleOption = None,
     engine: Engine = "ort-cpu",
-    dtype: Dtype = None,
+    tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     output: Annotated[
         str | None,
@@ -192,7 +201,7 @@ def classify(
     from tarflow_runtimes._cli._output import check_output, write_arrays
 
     target = None if output is None else check_output(output, kinds=(".npy", ".npz"), overwrite=overwrite)
-    options = {"engine": engine, **load_options(dtype, engine_dir)}
+    options = {"engine": engine, **load_options(tf32=tf32, engine_dir=engine_dir)}
     with _opened(files, bundle=bundle, options=options, labels=None, batch_size=batch_size) as work:
         posteriors = np.concatenate(work.map(lambda flow, images, _: flow.classify(images)))
         written = [] if target is None else write_arrays(target, posteriors, key="log_posteriors", arrays={})
@@ -223,26 +232,33 @@ class _Work:
         """The function's result for each batch of images."""
         from tarflow_runtimes._cli._progress import StepClock
 
-        total = len(self.images.pixels)
+        total = len(self.images.values)
         results = []
         with StepClock("images") as clock:
             for start in range(0, total, self.batch_size):
                 part = slice(start, min(start + self.batch_size, total))
                 labels = None if self.labels is None else self.labels[part]
-                results.append(function(self.flow, self.images.pixels[part], labels))
+                results.append(function(self.flow, self.images.values[part], labels))
                 clock.show(part.stop, total)
         self.seconds = clock.seconds
         return results
 
     def facts(self) -> dict[str, Any]:
-        """What ran: bundle, digest, engine."""
-        return {"bundle": str(self.flow.bundle.path), "digest": self.flow.bundle.digest, "engine": self.flow.engine}
+        """What ran: bundle, digest, engine, precision."""
+        bundle, engine = self.flow.bundle, self.flow.backend
+        return {
+            "bundle": str(bundle.path),
+            "digest": bundle.digest,
+            "engine": engine.name,
+            "precision": engine.precision,
+        }
 
     def finish(
         self, rows: Sequence[dict[str, Any]], written: Sequence[Path], *, as_json: bool, table: str = ""
     ) -> None:
         """Say what came out: JSON, or a row of the table for each image, on stdout; a line about files on stderr."""
         from tarflow_runtimes._cli._labels import label_name
+        from tarflow_runtimes._cli._output import counted
 
         named = [{"file": self.images.name(index)} | row for index, row in enumerate(rows)]
         if self.labels is not None:
@@ -256,7 +272,7 @@ class _Work:
                 typer.echo(table.format(**row))
         if written:
             what = str(written[0]) if len(written) == 1 else f"{len(written)} files to {written[0].parent}"
-            count = f"{len(rows)} image{'s' * (len(rows) != 1)}"
+            count = counted(len(rows), self.flow.config)
             note(f"wrote {what} ({count}, {self.seconds:.1f} s, {self.flow.engine})")
 
 
@@ -270,13 +286,14 @@ def _opened(
 
     import tarflow_runtimes as tfr
     from tarflow_runtimes._cli._images import read_images
-    from tarflow_runtimes._cli._labels import parse_labels, spread
+    from tarflow_runtimes._cli._labels import check_labels, parse_labels, spread
 
     with tfr.load(bundle, **options) as flow:
         config = flow.config
-        classes = parse_labels(labels, classes=config.classes, names=config.labels)
-        images = read_images(paths, channels=config.image_channels, size=config.image_size)
-        classes = spread(classes, len(images.pixels))
+        listed = parse_labels(labels, classes=config.classes, names=config.labels)
+        images = read_images(paths, config)
+        check_labels(listed, len(images.values))
+        classes = spread(listed, len(images.values))
         yield _Work(flow=flow, images=images, labels=classes, batch_size=batch_size)
 
 

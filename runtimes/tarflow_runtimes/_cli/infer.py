@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tarflow_runtimes._cli._decode import check_decode, plan_of, warnings_told
-from tarflow_runtimes._cli._engines import Dtype, Engine, EngineDir, load_options
+from tarflow_runtimes._cli._engines import Engine, EngineDir, Tf32, load_options
 from tarflow_runtimes._cli._shell import command, new_app, note, print_json, run
 from tarflow_runtimes._errors import InputError
 
 if TYPE_CHECKING:
-    from tarflow_runtimes._cli._output import Output
+    from tarflow_runtimes._bundle import ModelConfig
+    from tarflow_runtimes._cli._output import Kind, Output
+    from tarflow_runtimes._engine import Floats
 
 DEFAULT_COUNT = 16
 GUIDES = ("a", "b", "ab")
@@ -31,10 +34,7 @@ def infer(
     ] = None,
     *,
     engine: Engine = "ort-cpu",
-    weights: Annotated[
-        str, typer.Option(metavar="stored|int8", help="int8: faster on wide models at small batches, not the same.")
-    ] = "stored",
-    dtype: Dtype = None,
+    tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     n: Annotated[
         int | None, typer.Option("-n", metavar="COUNT", help="Images to draw. [default: one per label, else 16]")
@@ -43,12 +43,13 @@ def infer(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Classes by number or name, as 0,1,2 or cat,dog; null for no class; all. Repeated up to -n.",
+            help="Classes by number or name, as 0,1,2 or cat,dog; null for no class; all. They repeat: image i has "
+            "label i mod their count.",
         ),
     ] = None,
     first_index: Annotated[
         int,
-        typer.Option(metavar="INDEX", help="Number of the first image: a job cut into ranges draws the same noise."),
+        typer.Option(metavar="INDEX", help="Number of the first image: a job cut into parts draws the same images."),
     ] = 0,
     batch_size: Annotated[
         int | None, typer.Option(metavar="COUNT", help="Images that run together. [default: 64]")
@@ -84,11 +85,15 @@ def infer(
     ] = None,
     no_denoise: Annotated[bool, typer.Option("--no-denoise", help="Leave the training noise in the images.")] = False,
     output: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "-o", "--output", metavar="PATH", help="grid.png, folder/ (a PNG per image), images.npy or images.npz."
+            "-o",
+            "--output",
+            metavar="PATH",
+            help="grid.png, folder/ (a PNG per image), images.npy or images.npz; tokens are arrays. "
+            "[default: samples.png, of tokens samples.npy]",
         ),
-    ] = "samples.png",
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     captions: Annotated[bool, typer.Option("--captions", help="Write the labels into the grid.")] = False,
     save_latents: Annotated[
@@ -100,7 +105,7 @@ def infer(
 
     The images are the same for the same seed, on every machine and in any batch size, up to rounding.
     """
-    options: dict[str, Any] = {
+    asked: dict[str, Any] = {
         "first_index": first_index,
         "guidance": guidance,
         "guide": guide,
@@ -109,57 +114,64 @@ def infer(
         "denoise": not no_denoise,
         "batch_size": batch_size,
     }
-    _check_options(n=n, seed=seed, noise=noise, **options)
+    _check_options(n=n, seed=seed, noise=noise, **asked)
     check_decode(decode, tolerance, window, plans)
 
     # These load NumPy and Pillow: not before --help and the checks above.
-    import numpy as np
-
     import tarflow_runtimes as tfr
-    from tarflow_runtimes._cli._images import load_float32
-    from tarflow_runtimes._cli._labels import label_name, parse_labels, spread
-    from tarflow_runtimes._cli._output import check_output, check_pictures, write_arrays, write_pictures
+    from tarflow_runtimes._bundle import open_bundle
+    from tarflow_runtimes._cli._labels import label_name, spread
+    from tarflow_runtimes._cli._output import counted, write_arrays, write_pictures
     from tarflow_runtimes._cli._progress import StepClock
+    from tarflow_runtimes._flow import shipped_bundle
     from tarflow_runtimes._noise import standard_normal
 
-    target = check_output(output, kinds=(".png", "folder", ".npy", ".npz"), overwrite=overwrite)
-    if captions and target.kind != ".png":
-        raise InputError("--captions are written into a grid only", hint="give -o grid.png, or leave --captions out")
-    latents = _latents_output(save_latents, target, overwrite=overwrite)
-    given = None if noise is None else load_float32(noise, key="noise", what="noise")
+    bundle = bundle or shipped_bundle()
+    config = open_bundle(bundle, verify_digests=False).config  # all that can be checked is, before an engine is opened
+    count, listed, given = _asked(n, labels, noise, config)
+    classes = spread(listed, count, first_index=first_index)
+    names = [f"{first_index + index:06d}.png" for index in range(count)]
+    target, latents = _outputs(output, save_latents, config, names=names, captions=captions, overwrite=overwrite)
 
     clock = StepClock("sampling")
     began = time.perf_counter()
-    with tfr.load(bundle, engine=engine, weights=weights, **load_options(dtype, engine_dir)) as flow:
-        config = flow.config
-        listed = parse_labels(labels, classes=config.classes, names=config.labels)
-        count = n or (len(np.atleast_1d(given)) if given is not None else len(listed or range(DEFAULT_COUNT)))
-        shape = (count, config.patches, config.patch_values)
-        if given is not None and given.shape != shape:
-            raise InputError(
-                f"--noise {noise}: shape {list(given.shape)}, expected {list(shape)}",
-                hint="noise is [COUNT, N, D]: images, patches, values per patch",
-            )
-        classes = spread(listed, count)
-        names = [f"{first_index + index:06d}.png" for index in range(count)]
-        check_pictures(target, channels=config.image_channels, names=names)
+    with tfr.load(bundle, engine=engine, **load_options(tf32=tf32, engine_dir=engine_dir)) as flow:
         loaded = time.perf_counter()
         if engine == "auto":
             note(str(flow.engine_report["chosen"]))
+        if listed is not None and len(listed) > count:
+            last = first_index + count - 1
+            note(f"{count} of the {len(listed)} labels are drawn: those of images {first_index} to {last}")
         plan = plan_of(flow, decode, tolerance, window, plans)
         with clock, warnings_told():
             sample = flow.sample(
-                count, labels=classes, seed=seed, noise=given, plan=plan, on_step=clock.on_step, **options
+                count,
+                labels=classes,
+                seed=seed,
+                noise=given,
+                first_index=first_index,
+                guidance=tfr.Guidance(
+                    weight=guidance,
+                    guide=guide,
+                    attention_temperature=attention_temperature,
+                    anneal=anneal_guidance,
+                ),
+                denoise=not no_denoise,
+                plan=plan,
+                batch_size=batch_size,
+                on_step=clock.on_step,
             )
         facts: dict[str, Any] = {
+            "bundle": str(flow.bundle.path),
             "engine": flow.engine,
             "chosen": flow.engine_report["chosen"],
-            "weights": sample.metadata["weights"],
+            "precision": sample.metadata["precision"],
             "digest": flow.bundle.digest,
+            "seed": sample.seed,
+            "count": count,
+            **asked,
+            "decode": {"asked": decode} | sample.report.to_json(),
         }
-        facts |= {"seed": sample.seed, "count": count} | options
-        facts["decode"] = {"asked": decode} | sample.report.to_json()
-        bundle = flow.bundle.path
     words = [label_name(label, config.labels) for label in classes or [-1] * count]
     files = write_pictures(
         target,
@@ -171,12 +183,12 @@ def infer(
         arrays={"labels": classes or [-1] * count} | ({} if sample.seed is None else {"seed": sample.seed}),
     )
     if latents is not None:
-        used: Any = given if sample.seed is None else standard_normal(sample.seed, first_index, *shape)
+        shape = (count, config.patches, config.patch_values)
+        used: Any = given if given is not None else standard_normal(facts["seed"], first_index, *shape)
         write_arrays(latents, used, key="noise", arrays={})
     if as_json:
         print_json(
-            {"bundle": str(bundle)}
-            | facts
+            facts
             | {
                 "labels": None if classes is None else words,
                 "files": [str(file) for file in files],
@@ -187,7 +199,7 @@ def infer(
         )
     source = f"seed {sample.seed}" if noise is None else f"noise of {noise}"
     pace = f"{clock.seconds:.1f} s, {1e3 * clock.per_step:.2f} ms per step"
-    note(f"wrote {output}: {count} image{'s' * (count != 1)}, {source}, {flow.engine}, {pace}")
+    note(f"wrote {target.path}: {counted(count, config)}, {source}, {flow.engine}, {pace}")
 
 
 def _columns(count: int, *, period: int) -> int | None:
@@ -197,16 +209,54 @@ def _columns(count: int, *, period: int) -> int | None:
     return columns if 1 < period < count and columns <= 3 * side else None
 
 
-def _latents_output(text: str | None, target: Output, *, overwrite: bool) -> Output | None:
-    """`--save-latents`, checked like `-o` and against it."""
-    from tarflow_runtimes._cli._output import check_output
+def _asked(
+    n: int | None, labels: str | None, noise: Path | None, config: ModelConfig
+) -> tuple[int, list[int] | None, Floats | None]:
+    """How many images are asked for, the labels listed, and the noise given; checked against the model."""
+    from tarflow_runtimes._cli._images import load_float32
+    from tarflow_runtimes._cli._labels import check_labels, parse_labels
 
-    if text is None:
-        return None
-    latents = check_output(text, kinds=(".npy",), overwrite=overwrite, option="--save-latents")
+    listed = parse_labels(labels, classes=config.classes, names=config.labels)
+    if noise is None:
+        return n or len(listed or range(DEFAULT_COUNT)), listed, None
+    given = load_float32(noise, key="noise", what="noise")
+    count = n or (len(given) if given.ndim else 1)
+    shape = (count, config.patches, config.patch_values)
+    if given.shape != shape:
+        raise InputError(
+            f"--noise {noise}: shape {list(given.shape)}, expected {list(shape)}",
+            hint="noise is [COUNT, N, D]: images, patches, values per patch",
+        )
+    check_labels(listed, count)
+    return count, listed, given
+
+
+def _outputs(
+    output: str | None,
+    save_latents: str | None,
+    config: ModelConfig,
+    *,
+    names: Sequence[str],
+    captions: bool,
+    overwrite: bool,
+) -> tuple[Output, Output | None]:
+    """`-o` and `--save-latents`, checked against the model and each other."""
+    from tarflow_runtimes._cli._output import check_output, check_pictures
+
+    is_image = config.data == "image"
+    default = "samples.png" if is_image else "samples.npy"
+    kinds: Sequence[Kind] = (".png", "folder", ".npy", ".npz")
+    target = check_output(default if output is None else output, kinds=kinds, overwrite=overwrite)
+    check_pictures(target, config, names=names)
+    if captions and target.kind != ".png":
+        mend = "give -o grid.png, or leave --captions out" if is_image else "leave --captions out"
+        raise InputError("--captions are written into a grid only", hint=mend)
+    if save_latents is None:
+        return target, None
+    latents = check_output(save_latents, kinds=(".npy",), overwrite=overwrite, option="--save-latents")
     if latents.path.resolve() == target.path.resolve():
         raise InputError(f"-o and --save-latents both name {latents.path}", hint="give them different names")
-    return latents
+    return target, latents
 
 
 def _check_options(

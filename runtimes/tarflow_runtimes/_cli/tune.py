@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tarflow_runtimes._cli._engines import Dtype, Engine, EngineDir, load_options
+from tarflow_runtimes._cli._engines import Engine, EngineDir, Tf32, load_options
 from tarflow_runtimes._cli._lists import count, items, weight
 from tarflow_runtimes._cli._shell import command, new_app, note, print_json
 from tarflow_runtimes._errors import InputError
@@ -25,7 +25,7 @@ def tune(
     ] = None,
     *,
     engine: Engine = "ort-cpu",
-    dtype: Dtype = None,
+    tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     batch: Annotated[str, typer.Option(metavar="LIST", help="Images that run together, as 1,16.")] = "1,16",
     guidance: Annotated[
@@ -54,7 +54,7 @@ def tune(
     from tarflow_runtimes._plan import DEFAULT_TOLERANCE
     from tarflow_runtimes._tuned import plans_path, read_plans, write_plans
 
-    with tfr.load(bundle, engine=engine, **load_options(dtype, engine_dir)) as flow:
+    with tfr.load(bundle, engine=engine, **load_options(tf32=tf32, engine_dir=engine_dir)) as flow:
         path = output or plans_path(flow.bundle.path)
         if not path.parent.is_dir():
             raise InputError(f"{path.parent}: no such folder", hint="choose another file with --output")
