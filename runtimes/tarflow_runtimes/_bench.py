@@ -11,15 +11,16 @@ import itertools
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
-from tarflow_runtimes._arguments import integer, real
+from tarflow_runtimes._arguments import integer
 from tarflow_runtimes._bench_machine import machine_header, model_header, peak_bytes, resident_bytes
 from tarflow_runtimes._bench_results import (
     BenchResult,
@@ -31,9 +32,9 @@ from tarflow_runtimes._bench_results import (
     sequential_work,
 )
 from tarflow_runtimes._ceilings import measure_ceilings
-from tarflow_runtimes._engine import Engine, Floats, HostEngine, Stepper
 from tarflow_runtimes._errors import DecodeWarning, InputError
 from tarflow_runtimes._flow import Flow, load
+from tarflow_runtimes._guidance import Guidance, real
 from tarflow_runtimes._noise import standard_normal
 from tarflow_runtimes._plan import DEFAULT_TOLERANCE, BlockReport, Parallel, Sequential, strategy_json
 from tarflow_runtimes._sample import Sample
@@ -45,10 +46,13 @@ PROFILES: Final = 3
 TEMPERATURE: Final = 0.5
 """Attention temperature of guided runs of models without classes, which guide by temperature alone."""
 
+WEIGHT_BYTES: Final = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0 + 4 / 128}
+"""Bytes of a weight by the bundle's precision: int8 has a float32 scale for every 128."""
+
 DECODES: Final = ("sequential", "parallel", "auto")
 
 OnProgress = Callable[[int, int], object]
-"""Hears calls done and calls in all; an error that it raises ends the benchmark."""
+"""Called with the number of calls done and of all; an error that it raises ends the benchmark."""
 
 
 def bench(
@@ -68,7 +72,7 @@ def bench(
     """Measure every combination of the lists; nothing is written. `options` are further arguments of `load`.
 
     Raises:
-        BundleError: when the bundle is missing, damaged, unsafe or too new.
+        BundleError: when the bundle is missing, damaged, unsafe or of another version.
         EngineError: when an engine is unknown or not installed.
         InputError: on an argument out of range.
     """
@@ -193,28 +197,26 @@ class _Runner:
         self.max_difference = 0.0
         self.non_finite = 0
         self._first = 0.0
-        self._block_seconds: list[dict[int, float]] = []
-        self._step_seconds: list[dict[int, Floats]] = []
+        self._step_seconds: list[dict[int, npt.NDArray[np.float64]]] = []
         self._plan: Any = parallel_of(case.decode, tolerance)
         if case.decode == "auto":
             plans = flow.tuned_plans()
             self._plan = plans if tolerance is None else plans.with_tolerance(tolerance)
 
-    def draw(
-        self, number: int, *, images: int | None = None, flow: Flow | None = None, on_step: OnStep | None = None
-    ) -> tuple[float, Sample]:
+    def draw(self, number: int, *, images: int | None = None, on_step: OnStep | None = None) -> tuple[float, Sample]:
         """Decode one batch of the noise called `number`: (seconds, the images)."""
         config, count = self.flow.config, self.case.batch if images is None else images
         noise = standard_normal(self.seed, number * count, count, config.patches, config.patch_values)
-        options: dict[str, Any] = {
-            "labels": [i % config.classes for i in range(count)] if config.classes else None,
-            "guidance": self.case.guidance,
-            "attention_temperature": 1.0 if config.classes or not self.case.guidance else TEMPERATURE,
-        }
-        chosen = flow or self.flow
         began = time.perf_counter()
-        sample = chosen.sample(
-            count, noise=noise, denoise=False, plan=self._plan, batch_size=count, on_step=on_step, **options
+        sample = self.flow.sample(
+            count,
+            labels=[i % config.classes for i in range(count)] if config.classes else None,
+            noise=noise,
+            guidance=Guidance(weight=self.case.guidance, attention_temperature=1.0 if config.classes else TEMPERATURE),
+            denoise=False,
+            plan=self._plan,
+            batch_size=count,
+            on_step=on_step,
         )
         return time.perf_counter() - began, sample
 
@@ -223,19 +225,15 @@ class _Runner:
         self._first, _ = self.draw(0)
         tick()
         for number in range(PROFILES):
-            clock = _ClockedEngine(self.flow.backend)
-            ends: dict[int, float] = {}
+            marks: dict[int, list[tuple[int, float]]] = {}
 
-            def on_step(step: Step, ends: dict[int, float] = ends) -> None:
-                ends[step.block] = time.perf_counter()  # the last report of a block is made when it is done
+            def on_step(step: Step, marks: dict[int, list[tuple[int, float]]] = marks) -> None:
+                marks.setdefault(step.block, []).append((step.step, time.perf_counter()))
 
             began = time.perf_counter()
-            self.draw(number, flow=Flow(self.flow.bundle, cast("Engine", clock)), on_step=on_step)
-            starts = (began, *ends.values())
-            self._block_seconds.append(
-                {block: end - start for (block, end), start in zip(ends.items(), starts[:-1], strict=True)}
-            )
-            self._step_seconds.append(clock.steps())
+            self.draw(number, on_step=on_step)
+            times = step_times(marks.values(), self.flow.config.patches - 1, began)
+            self._step_seconds.append(dict(zip(marks, times, strict=True)))
             tick()
 
     def result(self) -> CaseResult:
@@ -248,7 +246,7 @@ class _Runner:
         work = sequential_work(
             config,
             rows=self.case.batch * (2 if self.case.guidance else 1),
-            weight_bytes=np.dtype(bundle.dtype).itemsize,
+            weight_bytes=WEIGHT_BYTES[bundle.precision],
             cache_bytes=np.dtype(bundle.cache_dtype).itemsize,
         )
         return CaseResult(
@@ -271,18 +269,18 @@ class _Runner:
         reports = [one for blocks in self.reports for one in blocks if one.block == block]
         calls = [count for report in reports for count in report.calls]
         sequential = isinstance(reports[0].strategy, Sequential)
-        times = [one[block] for one in self._step_seconds if block in one]
+        times = [one[block] for one in self._step_seconds]
         committed = [one for report in reports for one in report.committed]
         return BlockResult(
             block=block,
-            ms=1e3 * statistics.median(one[block] for one in self._block_seconds),
+            ms=1e3 * statistics.median(float(one.sum()) for one in times),
             strategy=strategy_json(reports[0].strategy),
             calls_mean=statistics.fmean(calls),
             calls_max=max(calls),
             settled=settled_curve(committed, self.flow.config.patches),
             residual=max(report.residual for report in reports),
             sequential_images=sum(len(report.sequential_images) for report in reports),
-            step_us=tuple((1e6 * np.median(times, axis=0)).tolist()) if sequential and times else (),
+            step_us=tuple((1e6 * np.median(times, axis=0)).tolist()) if sequential else (),
         )
 
 
@@ -300,6 +298,19 @@ def settled_curve(committed: Sequence[Sequence[int]], patches: int) -> tuple[flo
     return tuple(curves.mean(axis=0).tolist())
 
 
+def step_times(
+    marks: Iterable[Sequence[tuple[int, float]]], steps: int, began: float
+) -> Iterator[npt.NDArray[np.float64]]:
+    """Seconds of each of the steps of each block, from its reports: (steps done by the run, when), the last at its end.
+
+    Steps that were reported together share the time.
+    """
+    for turn, block in enumerate(marks):
+        done, when = zip((turn * steps, began), *block, strict=True)
+        yield np.diff(np.interp(turn * steps + np.arange(steps + 1), done, when))
+        began = when[-1]
+
+
 def slope(step_us: Sequence[Sequence[float]]) -> float | None:
     """Microseconds by which a step [K, N - 1] grows from one index to the next; None where a block has a single step.
 
@@ -309,51 +320,3 @@ def slope(step_us: Sequence[Sequence[float]]) -> float | None:
     fastest = np.min(step_us, axis=0)
     first, second = np.triu_indices(len(fastest), 1)
     return float(np.median((fastest[second] - fastest[first]) / (second - first))) if len(first) else None
-
-
-class _ClockedEngine:
-    """An engine whose sequential steps are timed; everything else goes to the engine itself.
-
-    On a device steps are not taken one by one, so that there is nothing to time.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._seconds: dict[int, list[list[float]]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def stepper(self, block: int, **inputs: Any) -> Stepper:
-        """The engine's stepper, with a clock for each of its steps."""
-        seconds: list[float] = []
-        self._seconds.setdefault(block, []).append(seconds)
-        return _ClockedStepper(cast("HostEngine", self._engine).stepper(block, **inputs), seconds)
-
-    def steps(self) -> dict[int, Floats]:
-        """Seconds of the steps [N - 1] of each sequential block for the whole batch.
-
-        A batch that is cut runs in parts side by side: the batch's share of a step is the sum over the parts divided by
-        the number that run at once.
-        """
-        return {
-            block: np.sum(parts, axis=0) / min(self._engine.workers, len(parts))
-            for block, parts in self._seconds.items()
-        }
-
-
-class _ClockedStepper:
-    """A stepper that writes down the seconds of each step."""
-
-    def __init__(self, stepper: Stepper, seconds: list[float]) -> None:
-        self._stepper, self._seconds = stepper, seconds
-
-    def advance(self) -> None:
-        """Finish the next patch."""
-        began = time.perf_counter()
-        self._stepper.advance()
-        self._seconds.append(time.perf_counter() - began)
-
-    def result(self) -> Floats:
-        """The patches."""
-        return self._stepper.result()

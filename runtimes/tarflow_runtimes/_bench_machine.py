@@ -33,8 +33,9 @@ def model_header(bundle: Bundle) -> dict[str, Any]:
     return {
         "bundle": bundle.path.name,
         "digest": bundle.digest,
-        "dtype": bundle.dtype,
-        "image": [config.image_channels, config.image_size, config.image_size],
+        "precision": bundle.precision,
+        "data": config.data,
+        "shape": list(config.shape),
         "patches": config.patches,
         "width": config.width,
         "blocks": config.blocks,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from tarflow_runtimes._bench_results import BenchResult, BlockResult, CaseResult
 
@@ -178,12 +179,17 @@ def _step_panel(cases: Sequence[CaseResult]) -> Panel | None:
     lines = [
         Line(
             name=_name(one, cases, decode=False) + _slope_text(one),
-            values=tuple(np.median([block.step_us for block in one.blocks], axis=0) / one.case.batch),
+            values=_cut(np.median([block.step_us for block in one.blocks], axis=0) / one.case.batch),
             colour=_colour(index),
         )
         for index, one in enumerate(shown)
     ]
-    return Panel(title="Sequential step, us per image", across="index of the step", lines=lines)
+    return Panel(title="Sequential step, us per image", across="index of the step; the first is cut", lines=lines)
+
+
+def _cut(steps: npt.NDArray[np.float64]) -> tuple[float, ...]:
+    """The times without the peak of the first step, in which the block starts."""
+    return tuple(np.minimum(steps, steps[1:].max()).tolist())
 
 
 def _slope_text(one: CaseResult) -> str:

@@ -35,7 +35,8 @@ class BlockResult:
     evaluations of the block that an image took, `settled[j]` the mean number of patches that were final after j calls
     (empty when sequential), `residual` the largest move of a value that a settled patch was computed from,
     `sequential_images` how many images of all rounds went on sequentially, `step_us[i]` the time of step i of a batch
-    (empty unless sequential).
+    (empty unless sequential), from one report of progress to the next: the first with what the block needs to start, and
+    where parts of a batch wait for others, each step that of the mean progress.
     """
 
     block: int
@@ -132,7 +133,7 @@ class Work:
     bytes: float
 
 
-def sequential_work(config: ModelConfig, *, rows: int, weight_bytes: int = 4, cache_bytes: int = 4) -> Work:
+def sequential_work(config: ModelConfig, *, rows: int, weight_bytes: float = 4, cache_bytes: int = 4) -> Work:
     """The work of `rows` = G * B rows through all K blocks; the formula is that of `Work`."""
     width, layers, values = config.width, config.layers, config.patch_values
     weights = 12 * layers * width**2 + values * width + width * values * (2 if config.nvp else 1)

@@ -13,7 +13,7 @@ import pytest
 
 import tarflow_runtimes as tfr
 from tarflow_runtimes import _bench, _bench_plot
-from tarflow_runtimes._bench import bench, parallel_of, settled_curve, slope
+from tarflow_runtimes._bench import bench, parallel_of, settled_curve, slope, step_times
 from tarflow_runtimes._bench_plot import COLOURS, draw_plot
 from tarflow_runtimes._bench_results import BenchResult, Case, sequential_work
 from tarflow_runtimes._ceilings import measure_ceilings
@@ -183,32 +183,16 @@ def test_a_model_without_classes_is_guided_by_temperature(exported: Callable) ->
     assert found.cases[0].gflops is not None
 
 
-def test_steps_of_a_batch_that_is_cut() -> None:
-    class Stepper:
-        def advance(self) -> None:
-            pass
+def test_steps_are_the_times_between_reports() -> None:
+    """Two blocks of three steps; the second block reports its last two at once, as a device does."""
+    marks = [[(1, 2.0), (2, 3.0), (3, 5.0)], [(4, 6.0), (6, 10.0)]]
+    times = list(step_times(marks, 3, 1.0))
+    assert [block.tolist() for block in times] == [[1.0, 1.0, 2.0], [1.0, 2.0, 2.0]]
 
-        def result(self) -> str:
-            return "patches"
 
-    class Engine:
-        workers = 2
-        name = "fake"
-
-        def stepper(self, block: int, **_: Any) -> Stepper:
-            return Stepper()
-
-    clock = _bench._ClockedEngine(Engine())  # type: ignore[arg-type]
-    assert clock.name == "fake"
-    for _ in range(4):
-        stepper = clock.stepper(1)
-        for _ in range(3):
-            stepper.advance()
-        assert stepper.result() == "patches"
-    clock._seconds[1] = [[1.0, 2.0, 3.0]] * 4
-    assert clock.steps()[1].tolist() == [2.0, 4.0, 6.0]
-    clock._seconds[1] = [[1.0, 2.0, 3.0]]
-    assert clock.steps()[1].tolist() == [1.0, 2.0, 3.0]
+def test_a_parallel_block_takes_until_its_last_report() -> None:
+    [times] = step_times([[(2, 3.0), (3, 4.0)]], 5, 1.0)
+    assert times.sum() == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(

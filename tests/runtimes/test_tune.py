@@ -78,24 +78,12 @@ class Charged:
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
-    def stepper(self, *arguments, **options):
-        made = self.engine.stepper(*arguments, **options)
-        self._charge(made, "advance", 1.0)
-        return made
-
-    def windows(self, *arguments, **options):
-        made = self.engine.windows(*arguments, **options)
-        self._charge(made, "evaluate", self.cost)
-        return made
-
-    def _charge(self, made, name, cost) -> None:
-        method = getattr(made, name)
-
-        def charged(*arguments):
-            self.clock.now += cost
-            return method(*arguments)
-
-        setattr(made, name, charged)
+    def invert(self, *given):
+        made, reports = self.engine.invert(*given)
+        for one in reports:
+            cost = 1.0 if isinstance(one.strategy, tfr.Sequential) else self.cost
+            self.clock.now += cost * max(one.calls)
+        return made, reports
 
 
 def test_auto_without_plans_is_sequential(flow):

@@ -159,7 +159,7 @@ def _print(result: BenchResult) -> None:
 
 def _facts(result: BenchResult) -> Iterable[tuple[str, str]]:
     head, memory = result.header, result.memory
-    yield "bundle", f"{head['bundle']}, {head['dtype']}, {head['patches']} patches, {head['blocks']} blocks"
+    yield "bundle", f"{head['bundle']}, {head['precision']}, {head['patches']} patches, {head['blocks']} blocks"
     yield "machine", f"{head['processor']}, {head['cpus']} CPUs, {head['system']}"
     if result.ceilings is not None:
         for threads, rates in ((1, result.ceilings.one_thread), (result.ceilings.threads, result.ceilings.all_threads)):
