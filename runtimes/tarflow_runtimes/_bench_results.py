@@ -35,8 +35,8 @@ class BlockResult:
     evaluations of the block that an image took, `settled[j]` the mean number of patches that were final after j calls
     (empty when sequential), `residual` the largest move of a value that a settled patch was computed from,
     `sequential_images` how many images of all rounds went on sequentially, `step_us[i]` the time of step i of a batch
-    (empty unless sequential), from one report of progress to the next: the first with what the block needs to start, and
-    where parts of a batch wait for others, each step that of the mean progress.
+    (empty unless sequential), between two reports of progress: the first with what the block needs to start, and where
+    parts of a batch wait for others, each a step of their mean progress.
     """
 
     block: int

@@ -66,8 +66,8 @@ def test_the_cotangent_is_asked_for_at_z(exported, flows, activations):
         z, gradient = engine.vjp([1], x, labels, cotangent)
         np.testing.assert_allclose(z, engine.forward(1, x, labels)[0], rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal([asked[image] for image in range(len(x))], z)
-        alone = [engine.vjp([1], x[i : i + 1], labels[i : i + 1], lambda _, __: expected[i : i + 1]) for i in (0, 4)]
-    np.testing.assert_allclose(np.concatenate([g for _, g in alone]), gradient[[0, 4]], rtol=1e-5, atol=1e-5)
+        _, last = engine.vjp([1], x[4:], labels[4:], lambda _, __: expected[4:])
+    np.testing.assert_allclose(last, gradient[4:], rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_is_cut_to_what_may_be_kept(exported, flows):
