@@ -24,6 +24,11 @@ VERBS = {
         summary="Turn a checkpoint into a verified bundle (needs PyTorch).",
         extra="export",
     ),
+    "convert": Verb(
+        target="tarflow_export._convert_cli:app",
+        summary="Make a bundle one of half precision or int8.",
+        extra="convert",
+    ),
     "build": Verb(
         target="tarflow_runtimes._cli.build:app", summary="Build a bundle's engines for TensorRT.", extra="trt-rtx"
     ),
