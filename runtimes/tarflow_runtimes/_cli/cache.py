@@ -11,11 +11,11 @@ from tarflow_runtimes._cli._engines import (
     DEFAULT_BATCH,
     DEFAULT_WINDOW,
     Batch,
-    Dtype,
     EngineDir,
     Guidance,
     Shapes,
     Target,
+    Tf32,
     Window,
     check_engine,
     shapes_of,
@@ -45,7 +45,7 @@ def cache(
     engine: Annotated[
         str | None, typer.Option(metavar="trt|trt-rtx", help="explain: of which package; needed with BUNDLE.")
     ] = None,
-    dtype: Dtype = None,
+    tf32: Tf32 = False,
     batch: Batch = DEFAULT_BATCH,
     guidance: Guidance = None,
     window: Window = DEFAULT_WINDOW,
@@ -80,7 +80,7 @@ def cache(
         facts, lines = _explain_every(kept)
     else:
         check_engine(engine)
-        facts, lines = _explain(bundle, engine, dtype, shapes, targets=targets, engine_dir=engine_dir)
+        facts, lines = _explain(bundle, engine, shapes, tf32=tf32, targets=targets, engine_dir=engine_dir)
     if as_json:
         print_json({"folder": str(kept.path)} | facts)
         return
@@ -153,9 +153,9 @@ def _unusable(kept: EngineCache, sidecar: Sidecar, gpu: Gpu | None) -> str:
 def _explain(
     path: Path,
     engine: str,
-    dtype: str | None,
     shapes: Shapes,
     *,
+    tf32: bool,
     targets: list[str] | None,
     engine_dir: Path | None,
 ) -> Told:
@@ -165,7 +165,7 @@ def _explain(
     from tarflow_runtimes._trt._supply import Supply, wanted_engines
 
     package, bundle = import_package(engine), open_bundle(path)
-    supply = Supply(package, bundle, dtype or bundle.dtype, gpu=gpu_for(package), targets=targets, folder=engine_dir)
+    supply = Supply(package, bundle, gpu=gpu_for(package), tf32=tf32, targets=targets, folder=engine_dir)
     engines = [
         {"block": block, "graph": kind} | supply.explain(block, kind, profiles).to_json()
         for block, kind, profiles in wanted_engines(bundle, shapes.profiles(bundle.config))

@@ -143,18 +143,17 @@ class ProgramMaker(Protocol):
 
     name: str
     """The engine's name."""
+    provider: str
+    """The provider whose run-ready graphs it builds, as in the bundle."""
+    precision: str
+    """What linear layers and caches are computed in: the bundle's precision, or tf32."""
     device: Device
-    dtype: str
-    """What linear layers and caches are computed in: float32, float16 or bfloat16."""
 
-    def advance(self, block: int, *, images: int, branches: int, window: int) -> Program:
-        """The advance graph of a block for B images, G branches and S = `window` patches at once."""
+    def program(self, block: int, kind: str, *, images: int, branches: int = 1, window: int = 1) -> Program:
+        """A graph of a block for B images: `step`, or `window` with S patches at once; `forward` or `gradient`.
 
-    def forward(self, block: int, *, images: int) -> Program:
-        """The forward graph of a block for B images: `patches`, `labels` -> `z`, `log_det`."""
-
-    def gradient(self, block: int, *, images: int) -> Program:
-        """The gradient graph of a block for B images: `patches`, `cotangent`, `labels` -> `gradient`."""
+        G branches are of the first two. What graphs take and yield is in docs/BUNDLE.md.
+        """
 
     def report(self) -> Mapping[str, Any]:
         """What builds and runs the graphs: versions, libraries and files. JSON values."""

@@ -7,49 +7,27 @@ per step.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from tarflow_runtimes._bundle import Bundle, ModelConfig
+from tarflow_runtimes._device.array import DeviceArray, to_device, to_host
 from tarflow_runtimes._device.device import Device, Program, ProgramMaker
 from tarflow_runtimes._device.loop import DeviceDecoder
-from tarflow_runtimes._engine import Floats, Integers
-from tarflow_runtimes._errors import EngineError, InputError
-
-DTYPES: Final = ("float32", "tf32", "float16", "bfloat16")
-"""What linear layers and caches can be computed in on a device; everything else is float32. With tf32 all is stored in
-float32, and the GPU may round the factors of products to 11 bits."""
+from tarflow_runtimes._engine import Conditions, Cotangent, Floats, Integers, OnTurn, Turn, vjp_recomputed
+from tarflow_runtimes._errors import EngineError
+from tarflow_runtimes._plan import BlockReport
 
 ACTIVATION_BYTES: Final = 2 << 30
 """Activations of one run of a forward or gradient program; larger batches are run in pieces."""
 
 PROGRAM_BYTES: Final = 4 << 30
 """Weights of the forward and gradient programs that are kept together."""
-
-
-def chosen_dtype(bundle: Bundle, dtype: str | None) -> str:
-    """What to compute linear layers in: one of DTYPES, by default what the bundle's are stored in.
-
-    Raises:
-        InputError: for another name.
-        EngineError: when the bundle's weights have been rounded to something else.
-    """
-    if dtype is None:
-        return bundle.dtype
-    if dtype not in DTYPES:
-        raise InputError(
-            f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}", hint="leave it out for the bundle's own"
-        )
-    if bundle.dtype not in {"float32", dtype}:
-        raise EngineError(
-            f"bundle {bundle.path.name} is of {bundle.dtype}, it cannot run in {dtype}",
-            hint=f"use {bundle.dtype}, or export the checkpoint with --dtype float32",
-        )
-    return dtype
 
 
 def density_images(config: ModelConfig) -> int:
@@ -79,56 +57,48 @@ class _Call:
 
 
 class DeviceEngine:
-    """The programs of `maker` as an `Engine`; `dtype` and everything about the device are the maker's."""
-
-    workers = 1
+    """The programs of `maker` as an `Engine`; everything about the device is the maker's."""
 
     def __init__(self, bundle: Bundle, maker: ProgramMaker) -> None:
-        self.name = maker.name
-        self.device = maker.device
-        self.decoder = DeviceDecoder(bundle, maker)
-        self._bundle, self.maker = bundle, maker
+        self.name, self.provider, self.precision = maker.name, maker.provider, maker.precision
+        self.device, self.maker = maker.device, maker
+        self._config = bundle.config
+        self._decoder = DeviceDecoder(bundle, maker)
         self._calls: OrderedDict[tuple[int, str, int], _Call] = OrderedDict()
+        self._kept = max(2, PROGRAM_BYTES // bundle.block_bytes)
         self._closed = False
-        weights = max(1, *(block.weights.stat().st_size for block in bundle.blocks))
-        self._kept = max(2, PROGRAM_BYTES // weights)
+
+    @property
+    def to_device(self) -> Callable[[npt.NDArray[Any]], DeviceArray]:
+        """Copies an array to the device, for others to take; it holds the device and nothing of this."""
+        return functools.partial(to_device, self.device)
+
+    def to_host(self, given: object) -> object:
+        """A copy on the host of an array in the device's memory, whoever's; anything else comes back as it is."""
+        return to_host(self.device, given)
+
+    def invert(
+        self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
+    ) -> tuple[Floats, tuple[BlockReport, ...]]:
+        """Invert blocks one after the other, each from what the one before made: noise -> patches, and how."""
+        return self._decoder.invert(turns, noise, conditions, on_step)
 
     def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
         """Patches [B, N, D], labels [B] -> (z [B, N, D], log|det| [B], nats) of one block."""
         made = self._run(block, "forward", {"patches": patches, "labels": labels})
         return made["z"], made["log_det"]
 
-    def gradient(self, block: int, patches: Floats, cotangent: Floats, labels: Integers | None) -> Floats:
-        """Derivative of (cotangent . z + log|det|) of one block with respect to its `patches`, [B, N, D]."""
-        arrays = {"patches": patches, "cotangent": cotangent, "labels": labels}
-        return self._run(block, "gradient", arrays)["gradient"]
-
-    def vjp_images(self) -> int:
-        """0: what the way back needs is not kept."""
-        return 0
-
     def vjp(
-        self,
-        block: int,
-        patches: Floats,
-        labels: Integers | None,
-        *,
-        alone: bool,  # noqa: ARG002 - part of the protocol; calls take turns anyway
-    ) -> tuple[Floats, Callable[[Floats], Floats]]:
-        """Patches [B, N, D] -> z [B, N, D] and the way back, which computes the forward pass again."""
-        z, _ = self.forward(block, patches, labels)
-        return z, lambda cotangent: self.gradient(block, patches, cotangent, labels)
-
-    def window(self, block: int, patches: Floats, noise: Floats, labels: Integers | None) -> Floats:
-        """One evaluation of finished patches [B, N, D] -> patches 1 .. N-1 in block order, [B, N-1, D]."""
-        return self.decoder.window(block, patches, noise, labels)
+        self, blocks: Sequence[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
+    ) -> tuple[Floats, Floats]:
+        """Patches -> (z after these blocks, d/d patches of (c . z + sum of log|det|)) with c = `cotangent`(z)."""
+        return vjp_recomputed(self.forward, self._gradient, blocks, patches, labels, cotangent)
 
     def report(self) -> Mapping[str, Any]:
-        """Engine, dtype, device and what the maker says of itself."""
+        """Engine, precision, device and what the maker says of itself."""
         return {
             "engine": self.name,
-            "dtype": self.maker.dtype,
-            "weights": self.maker.dtype,
+            "weights": self.precision,
             "device": self.device.name,
             **self.maker.report(),
         }
@@ -138,15 +108,20 @@ class DeviceEngine:
         with self.device.lock:
             self._closed = True
             self._calls.clear()
-        self.decoder.close()
+        self._decoder.close()
         with self.device.lock, contextlib.suppress(EngineError):  # a device that has failed gives nothing back
             self.device.synchronize()
+
+    def _gradient(self, block: int, patches: Floats, cotangent: Floats, labels: Integers | None) -> Floats:
+        """Derivative of (cotangent . z + log|det|) of one block with respect to its `patches`, [B, N, D]."""
+        arrays = {"patches": patches, "cotangent": cotangent, "labels": labels}
+        return self._run(block, "gradient", arrays)["gradient"]
 
     def _run(self, block: int, kind: str, arrays: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
         """Run a forward or gradient program on a batch, in pieces of one size; the last piece is filled up."""
         batch = len(arrays["patches"])
-        size = min(batch, density_images(self._bundle.config))
-        given = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
+        size = min(batch, density_images(self._config))
+        given = {name: array for name, array in arrays.items() if array is not None}
         made: list[dict[str, npt.NDArray[Any]]] = []
         for start in range(0, batch, size):
             rows = np.minimum(np.arange(start, start + size), batch - 1)
@@ -162,7 +137,6 @@ class DeviceEngine:
         if key not in self._calls:
             while len(self._calls) >= self._kept:
                 self._calls.popitem(last=False)
-            make = self.maker.forward if kind == "forward" else self.maker.gradient
-            self._calls[key] = _Call(self.device, make(block, images=images))
+            self._calls[key] = _Call(self.device, self.maker.program(block, kind, images=images))
         self._calls.move_to_end(key)
         return self._calls[key]

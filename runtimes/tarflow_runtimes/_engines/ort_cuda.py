@@ -10,22 +10,20 @@ from tarflow_runtimes._bundle import Bundle
 from tarflow_runtimes._device.cuda import CudaDevice
 from tarflow_runtimes._engines._installed import owners
 from tarflow_runtimes._engines._ort_import import INSTALL, import_onnxruntime
-from tarflow_runtimes._engines.device_engine import DeviceEngine, chosen_dtype
-from tarflow_runtimes._engines.ort_programs import OrtMaker
+from tarflow_runtimes._engines.device_engine import DeviceEngine
+from tarflow_runtimes._engines.ort_programs import NAME, OrtMaker
 from tarflow_runtimes._errors import EngineError
 
-NAME: Final = "ort-cuda"
 PROVIDER: Final = "CUDAExecutionProvider"
 
 
-def open_ort_cuda(bundle: Bundle, dtype: str | None = None) -> DeviceEngine:
-    """The engine, computing in `dtype` or what the bundle is stored in.
+def open_ort_cuda(bundle: Bundle, *, tf32: bool = False) -> DeviceEngine:
+    """The engine; with `tf32` the factors of a float32 bundle's products may be rounded to 11 bits.
 
     Raises:
-        EngineError: when ONNX Runtime is missing or built without CUDA, or there is no driver or GPU.
-        InputError: for an unknown dtype.
+        EngineError: when ONNX Runtime is missing or built without CUDA, there is no driver or GPU, or the bundle has no
+            graphs for this engine.
     """
-    dtype = chosen_dtype(bundle, dtype)
     ort = import_onnxruntime(NAME)
     if PROVIDER not in ort.get_available_providers():
         found = owners("onnxruntime")
@@ -38,7 +36,8 @@ def open_ort_cuda(bundle: Bundle, dtype: str | None = None) -> DeviceEngine:
         ort.preload_dlls()  # CUDA's libraries as pip installs them lie where the loader does not look
     options = {
         "user_compute_stream": str(device.stream),
-        "use_tf32": str(int(dtype == "tf32")),
+        "use_tf32": str(int(tf32)),
         "arena_extend_strategy": "kSameAsRequested",
     }
-    return DeviceEngine(bundle, OrtMaker(bundle, device, name=NAME, dtype=dtype, provider=PROVIDER, options=options))
+    precision = "tf32" if tf32 else bundle.precision
+    return DeviceEngine(bundle, OrtMaker(bundle, device, precision=precision, execution=PROVIDER, options=options))

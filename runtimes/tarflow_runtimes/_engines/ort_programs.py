@@ -1,8 +1,8 @@
-"""`OrtMaker`: programs made by ONNX Runtime, for the GPU or, with the host's memory as the device, for the CPU.
+"""`OrtMaker`: programs made by ONNX Runtime for the GPU, the graphs of `ort-cuda` with every axis frozen.
 
-Inputs and outputs are bound to addresses of the device; nothing is copied. On the GPU ONNX Runtime works on the
-device's stream and does not wait for it, no node may run on the CPU, and recordings are ONNX Runtime's own CUDA
-graphs, one per binding: the stream cannot be captured around its runs, which it may synchronise or allocate in.
+Inputs and outputs are bound to addresses of the device; nothing is copied. ONNX Runtime works on the device's stream
+and does not wait for it, no node may run on the CPU, and recordings are ONNX Runtime's own CUDA graphs, one per
+binding: the stream cannot be captured around its runs, which it may synchronise or allocate in.
 
 Source: onnxruntime docs, CUDA execution provider; onnxruntime_run_options_config_keys.h.
 """
@@ -11,24 +11,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes import _onnx_proto as proto
-from tarflow_runtimes._bundle import Bundle, ModelConfig
+from tarflow_runtimes._bundle import PORTABLE, Bundle, ModelConfig
 from tarflow_runtimes._device.device import Bound, Device, Replay, TensorSpec
 from tarflow_runtimes._device.workspace import IN_PLACE
 from tarflow_runtimes._engines._ort_import import import_onnxruntime
 from tarflow_runtimes._engines._session import first_line
 from tarflow_runtimes._errors import EngineError
-from tarflow_runtimes._rewrites import half
-from tarflow_runtimes._rewrites.advance import advance_graph
+
+NAME: Final = "ort-cuda"
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -37,6 +35,12 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "tensor(int64)": np.dtype(np.int64),
 }
 """ONNX Runtime's names of the types that our graphs have."""
+
+BFLOAT16: Final = 16
+"""TensorProto.DataType, which a binding takes where NumPy has no type."""
+
+LOOPS: Final = ("step", "window")
+"""The kinds of graphs that are launched again and again."""
 
 NO_GRAPH: Final = -1
 """The graph id with which ONNX Runtime neither records nor replays."""
@@ -50,12 +54,16 @@ class OrtBound:
     """A session with everything bound; `graph` is the id under which its launches are recorded, or NO_GRAPH."""
 
     def __init__(self, program: OrtProgram, binding: Any, graph: int) -> None:
+        from onnxruntime import RunOptions
+
         self.program, self.binding = program, binding
         self.recorded: OrtBound | None = None
-        self._options = program.run_options(graph)
+        self._options = RunOptions()
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._options.add_run_config_entry("gpu_graph_id", str(graph))
 
     def launch(self) -> None:
-        """Run once; on the GPU without waiting for it."""
+        """Run once, without waiting for the GPU."""
         self.program.on_thread(self.run)
 
     def run(self) -> None:
@@ -83,23 +91,20 @@ class OrtReplay:
 
 
 class OrtProgram:
-    """One session of static shapes; only `reach`, in graphs that have it, may be of any length up to N."""
+    """One session of static shapes, which runs in `thread`; `graphs` says whether it records."""
 
-    def __init__(
-        self, session: Any, device: Device, *, patches: int, graphs: bool, thread: ThreadPoolExecutor | None
-    ) -> None:
-        self.session, self._device, self._graphs, self._thread = session, device, graphs, thread
-        self.inputs = {value.name: _spec(value, patches) for value in session.get_inputs()}
-        self.outputs = {value.name: _spec(value, patches) for value in session.get_outputs()}
+    def __init__(self, session: Any, device: Device, thread: ThreadPoolExecutor, *, graphs: bool) -> None:
+        self.session, self._device, self._thread, self._graphs = session, device, thread, graphs
+        self.inputs = {value.name: _spec(value) for value in session.get_inputs()}
+        self.outputs = {value.name: _spec(value) for value in session.get_outputs()}
         self._numbers = itertools.count(1)
 
-    def bind(self, addresses: Mapping[str, int], *, reach: int | None = None) -> OrtBound:
+    def bind(self, addresses: Mapping[str, int], *, reach: int | None = None) -> OrtBound:  # noqa: ARG002 - these graphs read whole caches
         """Bind every input and output."""
         binding = self.session.io_binding()
         kind = self._device.kind
         for name, spec in self.inputs.items():
-            shape = (reach,) if name == "reach" else spec.shape
-            binding.bind_input(name, kind, 0, _element_type(spec), shape, addresses[name])
+            binding.bind_input(name, kind, 0, _element_type(spec), spec.shape, addresses[name])
         for name, spec in self.outputs.items():
             binding.bind_output(name, kind, 0, _element_type(spec), spec.shape, addresses[name])
         return OrtBound(self, binding, NO_GRAPH)
@@ -111,25 +116,11 @@ class OrtProgram:
 
     def on_thread(self, work: Callable[[], None]) -> None:
         """Do something in the thread that runs all sessions of the maker; it is done, however this ends."""
-        if self._thread is None:
-            work()
-            return
         doing = self._thread.submit(work)
         try:
             doing.result()
         finally:
             wait([doing])
-
-    def run_options(self, graph: int) -> Any:
-        """None on the CPU; on the GPU, not to wait, and the graph id."""
-        if self._device.kind == "cpu":
-            return None
-        from onnxruntime import RunOptions
-
-        options = RunOptions()
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        options.add_run_config_entry("gpu_graph_id", str(graph))
-        return options
 
     def _with_graph(self, bound: OrtBound) -> OrtBound:
         bound.recorded = bound.recorded or OrtBound(self, bound.binding, next(self._numbers))
@@ -137,142 +128,116 @@ class OrtProgram:
 
 
 def _element_type(spec: TensorSpec) -> Any:
-    """What a binding calls a dtype: NumPy's type, or the number of ONNX's for bfloat16."""
-    return proto.BFLOAT16 if spec.dtype == np.uint16 else spec.dtype.type
+    """What a binding calls a dtype."""
+    return BFLOAT16 if spec.dtype == np.uint16 else spec.dtype.type
 
 
-def _spec(value: Any, patches: int) -> TensorSpec:
-    """Shape and dtype of an input or output; an axis that is left open is that of `reach`."""
-    return TensorSpec(tuple(size if isinstance(size, int) else patches for size in value.shape), DTYPES[value.type])
+def _spec(value: Any) -> TensorSpec:
+    """Shape and dtype of an input or output."""
+    return TensorSpec(tuple(value.shape), DTYPES[value.type])
 
 
 class OrtMaker:
-    """ONNX Runtime on a device, through one execution provider with its options.
+    """ONNX Runtime on a device, through an execution provider of its own, `execution`, with its `options`.
 
     Raises:
-        EngineError: when ONNX Runtime refuses a graph, would run a node of it on the CPU, or updates a cache wrongly.
+        EngineError: when the bundle has no graphs for this engine, or ONNX Runtime refuses one, would run a node of it
+            on the CPU, or updates a cache wrongly.
     """
 
+    name = provider = NAME
+    required: ClassVar[Mapping[str, str]] = {"session.disable_cpu_ep_fallback": "1"}
+    """Entries of every session but the one that finds out which nodes would run on the CPU."""
+
     def __init__(
-        self, bundle: Bundle, device: Device, *, name: str, dtype: str, provider: str, options: Mapping[str, str]
+        self, bundle: Bundle, device: Device, *, precision: str, execution: str, options: Mapping[str, str]
     ) -> None:
-        self.name, self.device, self.dtype = name, device, dtype
-        self._ort = import_onnxruntime(name)
-        self._bundle, self._provider, self._options = bundle, provider, dict(options)
-        self._without_graphs = "" if device.kind != "cpu" else "on the CPU there are none"
+        bundle.graph(self.provider, "step", 0)
+        self.device, self.precision = device, precision
+        self._ort = import_onnxruntime(NAME)
+        self._bundle, self._execution, self._options = bundle, execution, dict(options)
+        self._without_graphs = ""
         self._in_place = False
-        # For every thread that runs it, a session on a GPU has handles and recordings of its own, as long as it lives.
-        self._thread = None if device.kind == "cpu" else ThreadPoolExecutor(1, thread_name_prefix="tarflow-ort")
-        self._reach: int | None = bundle.config.patches
+        # For every thread that runs it, a session has handles and recordings of its own, as long as it lives.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tarflow-ort")
 
-    def advance(self, block: int, *, images: int, branches: int, window: int) -> OrtProgram:
-        """The advance graph of a block, all sizes frozen, the reach of attention too.
-
-        To read a part of a cache, ONNX Runtime copies it (Slice): three times its bytes, and the half on average.
-        """
+    def program(self, block: int, kind: str, *, images: int, branches: int = 1, window: int = 1) -> OrtProgram:
+        """A graph of a block, every axis frozen; the decode loop records, or else the report says why it does not."""
+        sizes = {"B": images, "G": branches, "R": branches * images, "S": window, "S + 1": window + 1}
+        if kind not in LOOPS:
+            return self._open(block, PORTABLE, kind, sizes, graphs=False)
         if not self._in_place:  # once, where it takes little memory
-            check_in_place(self.device, self._advance(block, 1, 1, 1), self._bundle.config)
+            check_in_place(self.device, self._loop(block, "step", {"B": 1, "G": 1, "R": 1}), self._bundle.config)
             self._in_place = True
-        return self._advance(block, images, branches, window)
-
-    def forward(self, block: int, *, images: int) -> OrtProgram:
-        """The forward graph of a block."""
-        return self._density(block, self._bundle.blocks[block].forward, images)
-
-    def gradient(self, block: int, *, images: int) -> OrtProgram:
-        """The gradient graph of a block."""
-        return self._density(block, self._bundle.blocks[block].gradient, images)
+        return self._loop(block, kind, sizes)
 
     def report(self) -> Mapping[str, Any]:
         """Versions, provider, whether CUDA graphs are used, and the libraries of CUDA that are loaded."""
         return {
             "onnxruntime": self._ort.__version__,
-            "provider": self._provider,
-            "step_graph": "advance",
+            "provider": self._execution,
             "cuda_graphs": self._without_graphs or "on",
             "libraries": loaded_libraries(),
         }
 
-    def _advance(self, block: int, images: int, branches: int, window: int) -> OrtProgram:
-        model, config = self._parse(block, self._bundle.blocks[block].step), self._bundle.config
-        sizes = {"images": images, "branches": branches, "window": window}
-        return self._open_with_graphs(advance_graph(model, config, **sizes, reach=self._reach), block)
-
-    def _density(self, block: int, path: Path, images: int) -> OrtProgram:
-        model: bytes = self._parse(block, path).SerializeToString()
-        return self._open(model, block, images=images, graphs=False)
-
-    def _parse(self, block: int, path: Path) -> Any:
-        """The graph as a ModelProto, all of its external tensors in the block's weights."""
-        model = proto.parse_model(path.read_bytes(), where=str(path))
-        proto.check_external_data(model, self._bundle.blocks[block].weights, where=str(path))
-        return model
-
-    def _open_with_graphs(self, model: bytes, block: int) -> OrtProgram:
-        """A program that records, or where ONNX Runtime refuses to, one that does not; the report says why."""
+    def _loop(self, block: int, kind: str, sizes: Mapping[str, int]) -> OrtProgram:
         if not self._without_graphs:
             try:
-                return self._open(model, block, graphs=True)
+                return self._open(block, self.provider, kind, sizes, graphs=True)
             except EngineError as error:
                 if "graph capture" not in str(error):
                     raise
                 self._without_graphs = str(error)
-        return self._open(model, block, graphs=False)
+        return self._open(block, self.provider, kind, sizes, graphs=False)
 
-    def _open(self, model: bytes, block: int, *, images: int | None = None, graphs: bool) -> OrtProgram:
-        """The program of a graph of a block in the maker's dtype; `images` freezes its batch."""
-        weights = self._bundle.blocks[block].weights
-        if self.dtype in half.DTYPES and self._bundle.dtype == "float32":
-            with tempfile.TemporaryDirectory(prefix="tarflow-", ignore_cleanup_errors=True) as name:
-                model = half.rewrite(model, self.dtype, weights, folder=Path(name))
-                session = self._session(model, Path(name), images, graphs=graphs)
-        else:
-            session = self._session(model, weights.parent, images, graphs=graphs)
-        patches = self._bundle.config.patches
-        return OrtProgram(session, self.device, patches=patches, graphs=graphs, thread=self._thread)
-
-    def _session(self, model: bytes, folder: Path, images: int | None, *, graphs: bool) -> Any:
-        options = self._session_options(folder, images)
-        if self.device.kind != "cpu":
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    def _open(self, block: int, provider: str, kind: str, sizes: Mapping[str, int], *, graphs: bool) -> OrtProgram:
+        """The program of a graph of a block, its axes frozen to `sizes`."""
+        path = self._bundle.graph(provider, kind, block)
+        model = self._bundle.read(path)
+        options = self._session_options(block, sizes)
+        for name, value in self.required.items():
+            options.add_session_config_entry(name, value)
         given = self._options | ({"enable_cuda_graph": "1"} if graphs else {})
         try:
-            session = self._ort.InferenceSession(model, options, providers=[(self._provider, given)])
+            session = self._ort.InferenceSession(model, options, providers=[(self._execution, given)])
         except Exception as error:
             if "fallback to CPU EP" in str(error):
                 raise EngineError(
                     f"ONNX Runtime {self._ort.__version__} would run nodes on the CPU:"
-                    f" {self._nodes_on_cpu(model, folder, images)}",
+                    f" {self._nodes_on_cpu(model, block, sizes)}",
                     hint="update onnxruntime-gpu, or use another engine",
                 ) from error
-            raise EngineError(f"ONNX Runtime cannot open a graph of {folder}: {first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime cannot open {path} for block {block}: {first_line(error)}") from error
         self._check_provider(session)
-        return session
+        return self._made(session, graphs=graphs)
+
+    def _made(self, session: Any, *, graphs: bool) -> OrtProgram:
+        return OrtProgram(session, self.device, self._thread, graphs=graphs)
 
     def _check_provider(self, session: Any) -> None:
         """A provider that does not load is logged, and ONNX Runtime goes on with what is left."""
         providers = session.get_providers()
-        if providers[0] != self._provider:
+        if providers[0] != self._execution:
             raise EngineError(
-                f"ONNX Runtime did not take {self._provider}: it runs {', '.join(providers)}",
+                f"ONNX Runtime did not take {self._execution}: it runs {', '.join(providers)}",
                 hint="tarflow doctor says what is missing",
             )
 
-    def _session_options(self, folder: Path, images: int | None) -> Any:
+    def _session_options(self, block: int, sizes: Mapping[str, int]) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 4  # refusals are raised
-        if self.device.kind != "cpu":
-            options.intra_op_num_threads = 1  # nothing runs on the host, and every session has threads of its own
+        options.intra_op_num_threads = 1  # nothing runs on the host, and every session has threads of its own
+        folder = self._bundle.blocks[block].weights.parent
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        if images is not None:
-            options.add_free_dimension_override_by_name("B", images)
+        for axis, size in sizes.items():
+            options.add_free_dimension_override_by_name(axis, size)
         return options
 
-    def _nodes_on_cpu(self, model: bytes, folder: Path, images: int | None) -> str:
+    def _nodes_on_cpu(self, model: bytes, block: int, sizes: Mapping[str, int]) -> str:
         """Names of the nodes that ONNX Runtime would run on the CPU; raises where those are all."""
-        options = self._session_options(folder, images)
+        options = self._session_options(block, sizes)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        session = self._ort.InferenceSession(model, options, providers=[(self._provider, self._options)])
+        session = self._ort.InferenceSession(model, options, providers=[(self._execution, self._options)])
         self._check_provider(session)
         parts = session.get_provider_graph_assignment_info()
         nodes = [node for part in parts if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()]
@@ -298,7 +263,7 @@ def check_in_place(device: Device, program: OrtProgram, config: ModelConfig) -> 
             alias = in_place and updated.startswith(IN_PLACE)
             buffers[name] = buffers[updated] if alias else device.allocate(spec.nbytes)
         addresses = {name: buffer.address for name, buffer in buffers.items()}
-        program.bind(addresses, reach=config.patches).launch()
+        program.bind(addresses).launch()
         return {n: device.download(addresses[n], s.shape, s.dtype) for n, s in program.outputs.items()}
 
     aliased, apart = launch(in_place=True), launch(in_place=False)
@@ -313,8 +278,6 @@ def check_in_place(device: Device, program: OrtProgram, config: ModelConfig) -> 
 
 def _made_up(name: str, spec: TensorSpec, random: np.random.Generator, config: ModelConfig) -> npt.NDArray[Any]:
     """Values that an input may have in the middle of a block."""
-    if name == "reach":
-        return np.arange(config.patches)
     if name == "position":
         return np.full(spec.shape, config.patches // 2, spec.dtype)
     if spec.dtype == np.int64:

@@ -21,6 +21,7 @@ from tarflow_runtimes._device.device import Bound, Buffer, Device, Replay, Tenso
 from tarflow_runtimes._engine import Engine
 from tarflow_runtimes._engines.device_engine import DeviceEngine
 from tarflow_runtimes._trt._gpu import gpu_of
+from tarflow_runtimes._trt._graphs import PROVIDER
 from tarflow_runtimes._trt._log import listen
 from tarflow_runtimes._trt._package import import_package
 from tarflow_runtimes._trt._profiles import Profile, shape_of
@@ -32,22 +33,22 @@ from tarflow_runtimes._trt._supply import OnBuilding, Supply
 def open_trt(
     bundle: Bundle,
     engine: str,
-    dtype: str | None = None,
     *,
+    tf32: bool = False,
     folder: Path | None = None,
     on_building: OnBuilding | None = None,
 ) -> DeviceEngine:
-    """Engine `trt` or `trt-rtx`, computing in `dtype` or what the bundle is stored in.
+    """Engine `trt` or `trt-rtx`; with `tf32` the factors of a float32 bundle's products may be rounded to 11 bits.
 
     TensorRT's engines are kept in `folder`, or in the user's cache folder. Those that are missing are built when they
-    are first needed, which `on_building` hears of and may cancel.
+    are first needed, while `on_building` is called and may cancel.
 
     Raises:
         EngineError: when the package, its libraries, the driver or the GPU is missing, when the package cannot build
-            for this GPU, or the bundle cannot have this dtype.
-        InputError: for an unknown dtype.
+            for this GPU, or the bundle has no graphs for TensorRT.
+        InputError: for tf32 on a bundle that is not of float32.
     """
-    return DeviceEngine(bundle, TrtMaker(bundle, engine, dtype or bundle.dtype, folder=folder, on_building=on_building))
+    return DeviceEngine(bundle, TrtMaker(bundle, engine, tf32=tf32, folder=folder, on_building=on_building))
 
 
 def record_verification(engine: Engine, *, passed: bool, facts: Mapping[str, Any]) -> int:
@@ -69,21 +70,24 @@ class TrtMaker:
     Raises as `open_trt`.
     """
 
+    provider = PROVIDER
+
     def __init__(
         self,
         bundle: Bundle,
         engine: str,
-        dtype: str,
         *,
+        tf32: bool = False,
         folder: Path | None = None,
         on_building: OnBuilding | None = None,
     ) -> None:
-        self.name, self.dtype = engine, dtype
+        self.name = engine
         self._package = import_package(engine)
         self._cuda = CudaDevice()
         self.device: Device = self._cuda
         self.gpu = gpu_of(self._cuda)
-        self._supply = Supply(self._package, bundle, dtype, gpu=self.gpu, folder=folder, on_building=on_building)
+        self._supply = Supply(self._package, bundle, gpu=self.gpu, tf32=tf32, folder=folder, on_building=on_building)
+        self.precision = self._supply.precision
         self._kernels = Kernels(self._supply.cache, self._package, self.gpu.target)
         self._loaded: weakref.WeakValueDictionary[str, LoadedEngine] = weakref.WeakValueDictionary()
         self._places: dict[tuple[int, str], set[str]] = {}
@@ -91,17 +95,14 @@ class TrtMaker:
         self._scratch: Buffer | None = None
         self._patches = bundle.config.patches
 
-    def advance(self, block: int, *, images: int, branches: int, window: int) -> TrtProgram:
-        """The advance graph of a block for B images, G branches and S = `window` patches at once."""
-        return self._program(block, "advance", images, branches, window)
-
-    def forward(self, block: int, *, images: int) -> TrtProgram:
-        """The forward graph of a block for B images."""
-        return self._program(block, "forward", images, 1, 1)
-
-    def gradient(self, block: int, *, images: int) -> TrtProgram:
-        """The gradient graph of a block for B images."""
-        return self._program(block, "gradient", images, 1, 1)
+    def program(self, block: int, kind: str, *, images: int, branches: int = 1, window: int = 1) -> TrtProgram:
+        """A graph of a block for B images, G branches and S = `window` patches at once."""
+        engine, profile = self._engine(block, kind, images, branches, window)
+        nbytes = engine.scratch_bytes
+        if self._scratch is None or self._scratch.nbytes < nbytes:
+            self._scratch = self.device.allocate(max(nbytes, 1))  # programs keep the one they began with
+        sizes = engine.profiles[profile].sizes(images, self._patches)
+        return TrtProgram(engine, profile, self._cuda, self._scratch, sizes)
 
     def report(self) -> Mapping[str, Any]:
         """The package, the GPU, and the engines in use."""
@@ -118,14 +119,6 @@ class TrtMaker:
         for key, sidecar in self._used.items():
             self._used[key] = self._supply.cache.record_verification(sidecar, verification)
         return len(self._used)
-
-    def _program(self, block: int, kind: str, images: int, branches: int, window: int) -> TrtProgram:
-        engine, profile = self._engine(block, kind, images, branches, window)
-        nbytes = engine.scratch_bytes
-        if self._scratch is None or self._scratch.nbytes < nbytes:
-            self._scratch = self.device.allocate(max(nbytes, 1))  # programs keep the one they began with
-        sizes = engine.profiles[profile].sizes(images, self._patches)
-        return TrtProgram(engine, profile, self._cuda, self._scratch, sizes)
 
     def _engine(self, block: int, kind: str, images: int, branches: int, patches: int) -> tuple[LoadedEngine, int]:
         """An engine that takes calls of these sizes, and the number of its profile: loaded, kept or built."""

@@ -26,7 +26,7 @@ from tarflow_runtimes._trt._package import Package
 from tarflow_runtimes._trt._profiles import Profile
 
 OnBuild = Callable[[float], object]
-"""Hears, in the caller's thread, which share of a build is done, 0 to 1; returning False cancels."""
+"""Called in the caller's thread with the share of a build that is done, 0 to 1; returning False cancels."""
 
 WORKER: Final = "tarflow_runtimes._trt._worker"
 
@@ -89,7 +89,7 @@ def build(
     if "built" not in head or len(engine) != head["nbytes"]:
         raise EngineError(
             f"{package.name} ended while it built the {graph.name}: {last or f'exit code {process.returncode}'}",
-            hint="there may be too little memory; else use another engine or dtype",
+            hint="there may be too little memory; else use another engine, or tarflow convert the bundle to float16",
         )
     facts = head["built"]
     return Built(

@@ -18,7 +18,7 @@ from tarflow_runtimes._trt._package import Package
 from tarflow_runtimes._trt._profiles import Profile
 
 OnShare = Callable[[float], object]
-"""Hears, from threads of the library, which share of a build is done, 0 to 1; returning False cancels."""
+"""Called in threads of the library with the share of a build that is done, 0 to 1; returning False cancels."""
 
 DROPPED: Final = "Unused Input"
 """How TensorRT warns that it leaves an input out, which changes what is computed."""
@@ -37,7 +37,7 @@ class Built:
 def builder_flags(package: Package, precision: str) -> tuple[str, ...]:
     """The builder flags that are set, by name; all others are cleared.
 
-    Comparisons with NaN must be false, for that is how the advance graph finds it. TensorRT for RTX must not allocate
+    Comparisons with NaN must be false, for that is how the decode loop finds it. TensorRT for RTX must not allocate
     memory itself: a launch is captured into a CUDA graph.
     """
     own = ("REQUIRE_USER_ALLOCATION",) if package.ahead else ()
@@ -79,7 +79,7 @@ def compile_engine(
     dropped = [line for line in heard.warnings if DROPPED in line]
     if engine is None or dropped:
         why = next(iter((*heard.errors, *dropped)), "no reason given")
-        raise EngineError(f"{package.name} cannot build the {graph.name}: {why}", hint="use another engine or dtype")
+        raise EngineError(f"{package.name} cannot build the {graph.name}: {why}", hint="use another engine")
     return Built(
         engine=bytes(memoryview(engine)),
         layers=network.layers,

@@ -20,9 +20,9 @@ from tarflow_runtimes._trt._profiles import Profile
 class Graph:
     """A graph that is ready to be built: block `block`'s `kind` at `precision`.
 
-    `model` is the serialised ONNX model, whose external tensors lie in `folder`; `digest` is the SHA-256 of both.
-    `inputs` and `outputs` have the shape of each, symbolic axes by their letters; `cache_updates` is the number of
-    tensors that the graph updates in place, `cache_entries` is N.
+    `model` is the serialised ONNX model, whose external tensors lie in `folder`; `digest` is that of both. `inputs` and
+    `outputs` have the shape of each, symbolic axes by their letters; `cache_updates` is the number of tensors that the
+    graph updates in place, `cache_entries` is N.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""`Supply`: the engines of one bundle at one precision, from the cache, or built and put there."""
+"""`Supply`: the engines of one bundle, from the cache, or built and put there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tarflow_runtimes._bundle import Bundle
-from tarflow_runtimes._engines.device_engine import chosen_dtype, density_images
-from tarflow_runtimes._errors import Cancelled, EngineError
+from tarflow_runtimes._engines.device_engine import density_images
+from tarflow_runtimes._errors import Cancelled, EngineError, InputError
 from tarflow_runtimes._trt._build import build
 from tarflow_runtimes._trt._cache import MAX_BYTES, EngineCache
 from tarflow_runtimes._trt._compile import builder_flags
 from tarflow_runtimes._trt._explain import Explanation
 from tarflow_runtimes._trt._gpu import Gpu
-from tarflow_runtimes._trt._graphs import open_graph
+from tarflow_runtimes._trt._graphs import PROVIDER, open_graph
 from tarflow_runtimes._trt._network import Graph
 from tarflow_runtimes._trt._package import PORTABLE_TARGETS, Package
 from tarflow_runtimes._trt._profiles import Profile
@@ -34,7 +34,7 @@ class Building:
 
 
 OnBuilding = Callable[[Building], object]
-"""Hears of builds, and of waiting for another process that builds the same, in the caller's thread; False cancels."""
+"""Called in the caller's thread during builds and while another process builds the same; False cancels."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,26 +53,32 @@ class Supplied:
 class Supply:
     """Engines of `bundle` for `targets`, or for `gpu`, or where both are None for the targets of PORTABLE_TARGETS.
 
+    They compute in the bundle's precision, or with `tf32` round the factors of a float32 bundle's products to 11 bits.
+
     Raises:
-        EngineError: when the bundle cannot have this precision, the package cannot build for these targets, or the
+        EngineError: when the bundle has no graphs for TensorRT, the package cannot build for these targets, or the
             folder of engines is not safe.
+        InputError: for tf32 on a bundle that is not of float32.
     """
 
     def __init__(
         self,
         package: Package,
         bundle: Bundle,
-        precision: str,
         *,
         gpu: Gpu | None,
+        tf32: bool = False,
         targets: Sequence[str] | None = None,
         folder: Path | None = None,
         workspace: int | None = None,
         max_bytes: int = MAX_BYTES,
         on_building: OnBuilding | None = None,
     ) -> None:
-        chosen_dtype(bundle, precision)
-        self.package, self.bundle, self.precision, self.gpu = package, bundle, precision, gpu
+        bundle.graph(PROVIDER, "step", 0)
+        if tf32 and bundle.precision != "float32":
+            raise InputError(f"tf32 is of float32 bundles, this one is of {bundle.precision}", hint="leave tf32 out")
+        self.package, self.bundle, self.gpu = package, bundle, gpu
+        self.precision: str = "tf32" if tf32 else bundle.precision
         self.targets = targets_of(package, gpu, targets)
         self.cache = EngineCache(folder)
         self._workspace, self._max_bytes, self._on_building = workspace, max_bytes, on_building
@@ -80,8 +86,8 @@ class Supply:
 
     def explain(self, block: int, kind: str, profiles: Sequence[Profile]) -> Explanation:
         """The engine for this graph and these shapes, or why there is none; builds nothing."""
-        with open_graph(self.bundle, block, kind, self.precision) as graph:
-            return self.cache.explain(self._wanted(graph, profiles), self._source(block), self.gpu)
+        graph = open_graph(self.bundle, block, kind, self.precision)
+        return self.cache.explain(self._wanted(graph, profiles), self._source(block), self.gpu)
 
     def get(
         self,
@@ -100,29 +106,29 @@ class Supply:
             EngineError: when it cannot be built or kept, or failed its verification on this GPU.
             Cancelled: when `on_building` returned False.
         """
-        with open_graph(self.bundle, block, kind, self.precision) as graph:
-            wanted, source = self._wanted(graph, profiles), self._source(block)
-            made = wanted if wider is None else self._wanted(graph, wider)
+        graph = open_graph(self.bundle, block, kind, self.precision)
+        wanted, source = self._wanted(graph, profiles), self._source(block)
+        made = wanted if wider is None else self._wanted(graph, wider)
 
-            def find() -> Supplied | str:
-                """The engine that is there and whole, or why there is none."""
-                if rebuild:
-                    return "asked to build it again"
-                found = self._unbarred(self.cache.explain(wanted, source, self.gpu))
-                if found.hit is None:
-                    return found.reason
-                try:
-                    return self._supply(graph, found.hit, self.cache.load(found.hit), reason="")
-                except EngineError as error:
-                    if found.hit.key != made.key:  # else it is replaced
-                        self.cache.remove(found.hit.key)
-                    return str(error)
+        def find() -> Supplied | str:
+            """The engine that is there and whole, or why there is none."""
+            if rebuild:
+                return "asked to build it again"
+            found = self._unbarred(self.cache.explain(wanted, source, self.gpu))
+            if found.hit is None:
+                return found.reason
+            try:
+                return self._supply(graph, found.hit, self.cache.load(found.hit), reason="")
+            except EngineError as error:
+                if found.hit.key != made.key:  # else it is replaced
+                    self.cache.remove(found.hit.key)
+                return str(error)
 
-            if isinstance(found := find(), Supplied):
-                return found
-            with self.cache.lock(made.key, lambda: self._tell(graph, 0.0, "another process builds it")):
-                found = find()  # that process may have built it
-                return found if isinstance(found, Supplied) else self._build(graph, made, source, found)
+        if isinstance(found := find(), Supplied):
+            return found
+        with self.cache.lock(made.key, lambda: self._tell(graph, 0.0, "another process builds it")):
+            found = find()  # that process may have built it
+            return found if isinstance(found, Supplied) else self._build(graph, made, source, found)
 
     def _wanted(self, graph: Graph, profiles: Sequence[Profile]) -> Wanted:
         flags = builder_flags(self.package, self.precision)
@@ -180,7 +186,7 @@ class Supply:
             raise EngineError(
                 f"the engine of {found.nearest.name} failed its verification on this {self.gpu.name} with"
                 f" {self.gpu.driver}",
-                hint="build it again (tarflow build --rebuild) and run tarflow verify, or use another engine or dtype",
+                hint="build it again (tarflow build --rebuild) and run tarflow verify, or use another engine",
             )
         return found
 
@@ -211,7 +217,7 @@ def targets_of(package: Package, gpu: Gpu | None, targets: Sequence[str] | None)
 
 
 def wanted_engines(bundle: Bundle, profiles: Sequence[Profile]) -> Iterator[tuple[int, str, tuple[Profile, ...]]]:
-    """Every graph of a bundle for these shapes of the advance graph: block, kind, profiles.
+    """Every graph of a bundle that these shapes of the decode loop need: block, kind, profiles.
 
     Forward and gradient run large batches in pieces, so that they need no larger profiles.
     """
@@ -219,7 +225,11 @@ def wanted_engines(bundle: Bundle, profiles: Sequence[Profile]) -> Iterator[tupl
     whole = tuple(
         dict.fromkeys(Profile(least=one.least, most=min(one.most, limit)) for one in profiles if one.least <= limit)
     )
+    kinds = {
+        "step": tuple(one for one in profiles if one.patches == 1),
+        "window": tuple(one for one in profiles if one.patches > 1),
+        "forward": whole,
+        "gradient": whole,
+    }
     for block in range(len(bundle.blocks)):
-        yield block, "advance", tuple(profiles)
-        yield block, "forward", whole
-        yield block, "gradient", whole
+        yield from ((block, kind, wanted) for kind, wanted in kinds.items() if wanted)

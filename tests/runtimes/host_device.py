@@ -1,4 +1,7 @@
-"""`HostDevice`: the host's memory as a device. It is how everything above `Device` is tested without a GPU."""
+"""The host's memory as a device, and ONNX Runtime's CPU provider as what makes its programs.
+
+It is how everything above `Device` is tested without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,17 @@ import ctypes
 import dataclasses
 import platform
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from tarflow_runtimes._bundle import Bundle, open_bundle
 from tarflow_runtimes._device.device import ALIGNMENT, Transfers
+from tarflow_runtimes._engines.device_engine import DeviceEngine
+from tarflow_runtimes._engines.ort_programs import OrtMaker
+from tarflow_runtimes._flow import Flow
 
 
 class HostBuffer:
@@ -78,3 +85,24 @@ class HostDevice:
 
     def synchronize(self, *, everything: bool = False) -> None:
         """Nothing is ever under way."""
+
+
+class HostMaker(OrtMaker):
+    """The graphs of `ort-cuda` on the CPU."""
+
+    required: ClassVar[Mapping[str, str]] = {}  # all nodes run on the CPU
+
+    def __init__(self, bundle: Bundle, device: Any = None) -> None:
+        given: dict[str, Any] = {"execution": "CPUExecutionProvider", "options": {}}
+        super().__init__(bundle, device or HostDevice(), precision=bundle.precision, **given)
+
+
+def open_host(bundle: Bundle, **_: Any) -> DeviceEngine:
+    """In place of `open_ort_cuda`."""
+    return DeviceEngine(bundle, HostMaker(bundle))
+
+
+def open_flow(path: Any, maker: Callable[[Bundle], OrtMaker] = HostMaker) -> Flow:
+    """A bundle on the host's memory."""
+    bundle = open_bundle(path)
+    return Flow(bundle, DeviceEngine(bundle, maker(bundle)))
