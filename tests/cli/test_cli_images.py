@@ -50,6 +50,7 @@ def test_encode_and_back(tarflow: Callable, class_bundle: Path, files: list[str]
     assert [row["label"] for row in report["images"]] == ["bee"] * 5
     assert np.allclose([row["log_det"] for row in report["images"]], log_det, atol=1e-4)
     assert report["files"] == ["z.npz"]
+    assert (report["engine"], report["precision"]) == ("ort-cpu", "float32")
     np.save("z.npy", saved["z"])
     back = tarflow("infer", class_bundle, "--labels", "bee", "--noise", "z.npy", "--no-denoise", "-o", "x.npy")
     assert back.code == 0
@@ -111,6 +112,49 @@ def test_files_of_the_same_name_are_numbered(tarflow: Callable, class_bundle: Pa
     Path("a.png").rename("other/b.png")
     assert tarflow("denoise", "b.png", "other/b.png", "--bundle", class_bundle, "-o", "clean/").code == 0
     assert sorted(path.name for path in Path("clean").iterdir()) == ["000000_b.png", "000001_b.png"]
+
+
+def test_tokens(tarflow: Callable, token_bundle: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((3, 5, 3), dtype=np.float32)
+    np.save("x.npy", values)
+    names = ["x.npy[0]", "x.npy[1]", "x.npy[2]"]
+    with tfr.load(token_bundle) as flow:
+        z, log_det = flow.encode(values, labels=[1] * 3)
+        log_prob, clean = flow.log_prob(values, labels=[1] * 3), flow.denoise(values, labels=[1] * 3)
+        best = flow.classify(values).argmax(axis=1)
+    options = ("--bundle", token_bundle, "--labels", "bee")
+    assert tarflow("encode", "x.npy", *options, "-o", "z.npz").err.startswith("wrote z.npz (3 samples, ")
+    np.testing.assert_allclose(np.load("z.npz")["z"], z, atol=1e-5)
+    np.testing.assert_allclose(np.load("z.npz")["log_det"], log_det, atol=1e-4)
+    assert tarflow("denoise", "x.npy", *options, "-o", "clean.npz").code == 0
+    np.testing.assert_allclose(np.load("clean.npz")["images"], clean, atol=1e-5)
+    assert tarflow("denoise", "clean.npz", *options, "-o", "cleaner.npy").code == 0  # what is written can be read
+
+    rows = [line.split("\t") for line in tarflow("score", "x.npy", *options).out.splitlines()]
+    assert [(row[0], len(row)) for row in rows] == [(name, 2) for name in names]
+    np.testing.assert_allclose([float(row[1]) for row in rows], log_prob, atol=1e-3)
+    report = json.loads(tarflow("score", "x.npy", *options, "-o", "s.npz", "--json").out)
+    assert [sorted(row) for row in report["images"]] == [["file", "label", "log_prob"]] * 3
+    assert np.load("s.npz").files == ["log_prob"]
+
+    rows = [line.split("\t") for line in tarflow("classify", "x.npy", "--bundle", token_bundle).out.splitlines()]
+    assert [row[1] for row in rows] == [("ant", "bee", "cat")[index] for index in best]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("score", "a.png"), "a.png: the model's data are tokens, not pictures"),
+        (("encode", "c.npy", "-o", "z.npy"), "shape [3, 1, 8, 8], expected [B, 5, 3]"),
+        (("denoise", "x.npy", "-o", "x.png"), "-o x.png: the model's data are tokens"),
+        (("denoise", "x.npy", "-o", "x/"), "-o x: the model's data are tokens"),
+    ],
+)
+def test_there_are_no_pictures_of_tokens(
+    refused: Callable, token_bundle: Path, files: list[str], arguments: tuple[str, ...], message: str
+) -> None:
+    np.save("x.npy", np.zeros((1, 5, 3), np.float32))
+    assert message in refused(*arguments, "--bundle", token_bundle).err
 
 
 @pytest.mark.parametrize(
