@@ -24,11 +24,6 @@ Engine = Annotated[
 
 Tf32 = Annotated[bool, typer.Option("--tf32", help="Let a GPU round the factors of float32 products to 11 bits.")]
 
-DTYPES = "float32|tf32|float16|bfloat16"
-
-Dtype = Annotated[
-    str | None, typer.Option(metavar=DTYPES, help="What matrix products are of. [default: the bundle's own]")
-]
 Batch = Annotated[
     str, typer.Option(metavar="LIST", help="Batches to choose kernels for; the largest is the most that runs at once.")
 ]
