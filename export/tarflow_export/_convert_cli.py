@@ -35,7 +35,7 @@ def convert(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")] = False,
 ) -> None:
-    """Make a bundle one of another precision, compared with what PyTorch computed when the first was exported.
+    """Make a bundle one of another precision, compared with what PyTorch computed when it was exported.
 
     Give --dtype or --weights. The bundle appears complete and verified, or not at all; bfloat16 is verified on a GPU,
     by tarflow verify. Exit codes: 0 done, 1 a comparison missed its tolerance, 2 bad input.
