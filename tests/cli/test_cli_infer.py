@@ -29,6 +29,12 @@ def picture(path: str | Path) -> Image.Image:
     return image
 
 
+def arrays(path: str) -> dict[str, np.ndarray]:
+    """An .npz file, read and closed."""
+    with np.load(path) as file:
+        return dict(file)
+
+
 def test_a_grid(tarflow: Callable, class_bundle: Path) -> None:
     result = tarflow(
         "infer", class_bundle, "--labels", "all", "-n", 7, "--seed", 3, "--guidance", 1.5, "-o", "grid.png"
@@ -97,7 +103,7 @@ def test_a_job_cut_into_parts_draws_what_the_whole_draws(tarflow: Callable, clas
         options = ("-n", count, "--first-index", first, "--labels", labels, "--seed", 5, "--guidance", 1.5)
         result = tarflow("infer", class_bundle, *options, "-o", f"{name}.npz", "--json")
         assert result.code == 0, result.err
-        saved = np.load(f"{name}.npz")
+        saved = arrays(f"{name}.npz")
         drawn.append((json.loads(result.out)["labels"], saved["labels"].tolist(), saved["images"]))
         cut = f"{count} of the {labels.count(',') + 1} labels are drawn: those of images {first} to {first + count - 1}"
         assert (cut in result.err) == (labels.count(",") >= count)
@@ -118,7 +124,7 @@ def test_tokens(tarflow: Callable, token_bundle: Path) -> None:
     np.testing.assert_allclose(np.load("samples.npy"), expected, atol=1e-5)
     options = ("--labels", "all", "--noise", "u.npy", "-o", "again.npz")
     assert tarflow("infer", token_bundle, *options).code == 0
-    np.testing.assert_allclose(np.load("again.npz")["images"], expected, atol=1e-5)
+    np.testing.assert_allclose(arrays("again.npz")["images"], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +150,7 @@ def test_arrays_and_json(tarflow: Callable, class_bundle: Path) -> None:
     with tfr.load(class_bundle) as flow:
         sample = flow.sample(2, labels=[2, None], seed=1, denoise=False)
         assert report["digest"] == flow.bundle.digest
-    saved = np.load("images.npz")
+    saved = arrays("images.npz")
     assert np.abs(saved["images"] - sample.images).max() < 1e-5
     assert saved["labels"].tolist() == [2, -1]
     assert saved["seed"] == 1
