@@ -28,7 +28,7 @@ IDENTITY = Identity(
     host=host(),
     flags=("REQUIRE_USER_ALLOCATION",),
     precision="float32",
-    graph="advance",
+    graph="step",
     graph_digest="a" * 64,
 )
 WANTED = Wanted(identity=IDENTITY, targets=("sm_89",), profiles=(Profile(least=1, most=8),))
