@@ -75,7 +75,7 @@ def test_explain_says_what_differs(
 ) -> None:
     assert [one["reason"] for one in explained(tarflow, kept, own_bundle)] == ["built for this"] * 6
     for options, reason in (
-        (("--dtype", "float16"), "precision: built float32, wanted float16"),
+        (("--tf32",), "precision: built float32, wanted tf32"),
         (("--batch", "3"), "profiles: built B 1 to 2, G 1, S 1, wanted B 1 to 3, G 1, S 1"),
         (("--target", "sm_86"), "built with 1.7"),
     ):
@@ -115,7 +115,7 @@ def test_a_flipped_byte_of_a_graph_is_a_miss_of_that_graph(
 
 
 def test_a_truncated_engine_is_a_miss_and_built_again(tarflow: Callable, kept: EngineCache, own_bundle: Path) -> None:
-    sidecar = next(one for one in kept.entries() if one.source.block == 0 and one.made.identity.graph == "advance")
+    sidecar = next(one for one in kept.entries() if one.source.block == 0 and one.made.identity.graph == "step")
     path = kept.path / f"{sidecar.key}.engine"
     path.write_bytes(path.read_bytes()[:100])
     found = explained(tarflow, kept, own_bundle)
@@ -147,7 +147,7 @@ def test_prune(tarflow: Callable, kept: EngineCache) -> None:
     (kept.path / f".{'0' * 32}.engine.partial").write_bytes(bytes(10))
     largest = max(map(kept.nbytes, kept.entries()))
     result = tarflow("cache", "prune", "--max-size", largest, "--engine-dir", kept.path)
-    assert "removed tiny.tarflow block 0 advance float32" in result.out
+    assert "removed tiny.tarflow block 0 step float32" in result.out
     assert "and 1 other files" in result.out
     facts = json.loads(tarflow("cache", "prune", "--max-size", "0", "--engine-dir", kept.path, "--json").out)
     assert facts["bytes"] <= largest
