@@ -178,6 +178,7 @@ def test_there_are_no_pictures_of_tokens(
         (("encode", "a.png", "-o", "c.npy"), "exists already"),
         (("denoise", "a.png", "-o", "x.npy", "--sigma", 0), "--sigma must be a positive number"),
         (("denoise", "a.png", "-o", "x.npy", "--strength", "inf"), "--strength must be a finite number"),
+        (("denoise", "a.png", "-o", "x.npy", "--strength", -1), "not negative, got -1"),
         (("denoise", "a.png", "-o", "./"), "holds a.png already"),
         (("classify", "a.png", "-o", "p.png"), "cannot tell what to write"),
     ],

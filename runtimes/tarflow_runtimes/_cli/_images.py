@@ -120,7 +120,7 @@ def load_float32(path: Path, *, key: str, what: str) -> npt.NDArray[np.float32]:
     """
     if not path.is_file():
         raise InputError(
-            f"{path}: {'is a folder' if path.is_dir() else 'no such file'}", hint=f"{what} come as a float32 .npy file"
+            f"{path}: {'is a folder' if path.is_dir() else 'no such file'}", hint="give a float32 .npy file"
         )
     try:
         with path.open("rb") as file:
@@ -129,9 +129,7 @@ def load_float32(path: Path, *, key: str, what: str) -> npt.NDArray[np.float32]:
     except KeyError:
         raise InputError(f"{path}: holds no array named {key!r}", hint=f"save it as np.savez(..., {key}=...)") from None
     except Exception as error:  # damaged files raise ValueError, BadZipFile, EOFError, zlib.error, ...
-        raise InputError(
-            f"{path}: not a NumPy file that can be read", hint=f"{what} come as a float32 .npy file"
-        ) from error
+        raise InputError(f"{path}: not a NumPy file that can be read", hint="give a float32 .npy file") from error
     if array.dtype != np.float32:
         raise InputError(
             f"{path}: dtype {array.dtype}, expected float32",

@@ -22,7 +22,9 @@ def items(option: str, text: str, read: Callable[[str], T]) -> list[T]:
         try:
             found.append(read(item.strip()))
         except ValueError as error:
-            raise InputError(f"{option} {text}: {error}", hint="separate items by commas") from None
+            raise InputError(
+                f"{option} {text}: {error}", hint=f"numbers separated by commas, as {option} 1,16"
+            ) from None
         if not item.strip():
             raise InputError(f"{option} {text!r}: an item is empty", hint="separate items by commas")
     return list(dict.fromkeys(found))

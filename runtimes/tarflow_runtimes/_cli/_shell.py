@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 
 import typer
 
+from tarflow_runtimes._errors import InputError
+
 USAGE_ERROR: Any = (
     typer.BadParameter.__base__
 )  # typer's own before 0.26, or click's: the name moved, the class is the same
@@ -102,6 +104,16 @@ def _code_of(error: Exception) -> int:
     if "Cancelled" in names:
         return INTERRUPTED
     return FAILED if names & WORK_FAILED else BAD_INPUT
+
+
+def require(right: bool, message: str, hint: str) -> None:
+    """Refuse an option that is not right.
+
+    Raises:
+        InputError: with the message and the hint.
+    """
+    if not right:
+        raise InputError(message, hint=hint)
 
 
 def report(message: str, *, hint: str = "", code: int = BAD_INPUT) -> int:

@@ -14,8 +14,7 @@ import typer
 
 from tarflow_runtimes._cli._engines import EngineDir, Tf32, load_options
 from tarflow_runtimes._cli._lists import count, items, weight
-from tarflow_runtimes._cli._shell import command, json_text, new_app, note, printable
-from tarflow_runtimes._errors import InputError
+from tarflow_runtimes._cli._shell import command, json_text, new_app, note, printable, require
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,10 +74,10 @@ def bench(
     batches = items("--batch", batch, count)
     decodes = items("--decode", decode, str)
     weights = items("--guidance", guidance, weight)
-    _check(rounds >= 1, f"--rounds must be at least 1, got {rounds}", "7 is usual")
-    _check(0 <= seed < 2**64, f"--seed must be in 0 .. 2^64 - 1, got {seed}", "leave it out for 0")
+    require(rounds >= 1, f"--rounds must be at least 1, got {rounds}", "7 is usual")
+    require(0 <= seed < 2**64, f"--seed must be in 0 .. 2^64 - 1, got {seed}", "leave it out for 0")
     good = tolerance is None or (math.isfinite(tolerance) and tolerance >= 0.0)
-    _check(good, f"--tolerance must be a finite number and not negative, got {tolerance}", "1e-5 is usual")
+    require(good, f"--tolerance must be a finite number and not negative, got {tolerance}", "1e-5 is usual")
 
     # These load NumPy: not before --help and the checks above.
     from tarflow_runtimes._bench import bench as run_bench
@@ -113,11 +112,6 @@ def bench(
     for output in (data, plot):
         if output is not None:
             note(f"wrote {output.path}")
-
-
-def _check(right: bool, message: str, hint: str) -> None:
-    if not right:
-        raise InputError(message, hint=hint)
 
 
 def _write(result: BenchResult, data: Output | None, plot: Output | None) -> None:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tarflow_runtimes._cli._engines import Engine, EngineDir, Tf32, load_options
-from tarflow_runtimes._cli._shell import command, new_app, note, print_json
-from tarflow_runtimes._errors import InputError
+from tarflow_runtimes._cli._shell import command, new_app, note, print_json, require
 
 if TYPE_CHECKING:
     from tarflow_runtimes import Flow
@@ -115,10 +114,10 @@ def denoise(
 
     from tarflow_runtimes._cli._output import check_output, check_pictures, write_pictures
 
-    if sigma is not None and not (sigma > 0.0 and math.isfinite(sigma)):
-        raise InputError(f"--sigma must be a positive number, got {sigma}", hint="leave it out for the training noise")
-    if not math.isfinite(strength):
-        raise InputError(f"--strength must be a finite number, got {strength}", hint="1 is the full step")
+    good = sigma is None or (sigma > 0.0 and math.isfinite(sigma))
+    require(good, f"--sigma must be a positive number, got {sigma}", "leave it out for the training noise")
+    good = strength >= 0.0 and math.isfinite(strength)
+    require(good, f"--strength must be a finite number and not negative, got {strength}", "1 is the full step")
     target = check_output(output, kinds=(".png", "folder", ".npy", ".npz"), overwrite=overwrite)
     options = {"engine": engine, **load_options(tf32=tf32, engine_dir=engine_dir)}
     with _opened(files, bundle=bundle, options=options, labels=labels, batch_size=batch_size) as work:
@@ -281,8 +280,7 @@ def _opened(
     paths: list[Path], *, bundle: Path | None, options: dict[str, Any], labels: str | None, batch_size: int
 ) -> Iterator[_Work]:
     """Open the model; read the images and labels that a verb was given."""
-    if batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, got {batch_size}", hint=f"leave it out for {BATCH_SIZE}")
+    require(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}", f"leave it out for {BATCH_SIZE}")
 
     import tarflow_runtimes as tfr
     from tarflow_runtimes._cli._images import read_images

@@ -13,7 +13,7 @@ import typer
 
 from tarflow_runtimes._cli._decode import check_decode, plan_of, warnings_told
 from tarflow_runtimes._cli._engines import Engine, EngineDir, Tf32, load_options
-from tarflow_runtimes._cli._shell import command, new_app, note, print_json, run
+from tarflow_runtimes._cli._shell import command, new_app, note, print_json, require, run
 from tarflow_runtimes._errors import InputError
 
 if TYPE_CHECKING:
@@ -274,7 +274,11 @@ def _check_options(
     """Refuse what is wrong with any bundle, before anything is loaded."""
     checks = [
         (n is None or n >= 1, f"-n must be at least 1, got {n}", "leave it out for one image per label"),
-        (first_index >= 0, f"--first-index must not be negative, got {first_index}", "images are numbered from 0"),
+        (
+            0 <= first_index < 2**64,
+            f"--first-index must be in 0 .. 2^64 - 1, got {first_index}",
+            "images are numbered from 0",
+        ),
         (
             batch_size is None or batch_size >= 1,
             f"--batch-size must be at least 1, got {batch_size}",
@@ -300,8 +304,7 @@ def _check_options(
         ),
     ]
     for right, message, hint in checks:
-        if not right:
-            raise InputError(message, hint=hint)
+        require(right, message, hint)
 
 
 def main() -> None:

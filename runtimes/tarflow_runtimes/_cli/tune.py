@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from tarflow_runtimes._cli._engines import Engine, EngineDir, Tf32, load_options
 from tarflow_runtimes._cli._lists import count, items, weight
-from tarflow_runtimes._cli._shell import command, new_app, note, print_json
+from tarflow_runtimes._cli._shell import command, new_app, note, print_json, require
 from tarflow_runtimes._errors import InputError
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ def tune(
     """
     batches = items("--batch", batch, count)
     weights = items("--guidance", guidance, weight)
+    require(draws >= 1, f"--draws must be at least 1, got {draws}", "3 is usual")
+    require(0 <= seed < 2**63, f"--seed must be in 0 .. 2^63 - 1, got {seed}", "leave it out for 0")
+    good = tolerance is None or (math.isfinite(tolerance) and tolerance >= 0.0)
+    require(good, f"--tolerance must be a finite number and not negative, got {tolerance}", "1e-5 is usual")
 
     import tarflow_runtimes as tfr
     from tarflow_runtimes._plan import DEFAULT_TOLERANCE
