@@ -177,10 +177,23 @@ def test_rounds_go_there_and_back_and_images_change(exported: Callable, monkeypa
     assert rounds == [(1, 0), (1, 0), (2, 0), (2, 0), (2, 1), (2, 1), (1, 1), (1, 1)]
 
 
-def test_a_model_without_classes_is_guided_by_temperature(exported: Callable) -> None:
+@pytest.mark.parametrize("name", ["unconditional", "tokens"])
+def test_a_model_without_classes_is_guided_by_temperature(exported: Callable, name: str) -> None:
     options = {"decodes": ("sequential",), "guidance": (1.0,), "rounds": 1, "ceilings": False}
-    found = bench(exported("unconditional").path, batches=(2,), **options)  # type: ignore[arg-type]
+    found = bench(exported(name).path, batches=(2,), **options)  # type: ignore[arg-type]
     assert found.cases[0].gflops is not None
+    assert found.header["shape"] == list(exported(name).config.shape)
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_rounded_weights_are_fewer_bytes(exported: Callable, precision: str) -> None:
+    options = {"batches": (1,), "decodes": ("sequential",), "rounds": 1, "ceilings": False}
+    found = bench(exported("class", precision).path, **options)  # type: ignore[arg-type]
+    exact = sequential_work(exported("class").config, rows=1)
+    [case] = found.cases
+    assert found.header["precision"] == precision
+    assert case.gbs is not None
+    assert 1e6 * case.gbs * case.p50_ms < 0.6 * exact.bytes
 
 
 def test_steps_are_the_times_between_reports() -> None:
