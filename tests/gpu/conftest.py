@@ -94,7 +94,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if precision in {"float32", "tf32"}:
             return shipped_bundle()
         path = tmp_path_factory.mktemp("digits") / f"{precision}.tarflow"
-        convert_bundle(shipped_bundle(), path, precision=precision, verify=False)
+        convert_bundle(shipped_bundle(), path, precision=precision)
         return path
 
     return get
