@@ -165,7 +165,7 @@ def close(target: Target, record_property: Callable[[str, object], None]) -> Cal
         difference = images.astype(np.float64) - expected
         assert np.isfinite(difference).all()
         square = float(np.square(difference).mean())
-        psnr = 10 * np.log10(4 / square) if square else np.inf
+        psnr = float(10 * np.log10(4 / square)) if square else float("inf")
         largest = float(np.abs(difference).max())
         record_property("psnr_db", psnr)
         record_property("max_difference", largest)
