@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -18,7 +19,7 @@ PACKAGES = {
 FORBIDDEN = {
     "tarflow_sdk": {"tarflow_export", "tarflow_runtimes", "onnx", "onnx_ir", "onnxruntime"},
     "tarflow_export": set(),
-    "tarflow_runtimes": {"tarflow_sdk", "tarflow_export", "torch", "onnx", "onnx_ir", "onnxscript", "safetensors"},
+    "tarflow_runtimes": {"tarflow_sdk", "tarflow_export", "torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "google"},
 }
 
 
@@ -44,6 +45,11 @@ def test_imports_run_one_way(package: str) -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_package_is_typed(package: str) -> None:
     assert (PACKAGES[package] / "py.typed").is_file()
+
+
+def test_the_runtime_needs_onnxruntime_and_nothing_else_of_onnx() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [requirement.split(">=")[0] for requirement in extras["ort"]] == ["onnxruntime"]
 
 
 @pytest.mark.slow
