@@ -48,7 +48,7 @@ def say(text: str) -> None:
 def tune(work: Work, batches: list[int], guidances: list[float]) -> None:
     """Write tuned plans beside the bundle for what has none yet."""
     import tarflow_runtimes as tfr
-    from tarflow_runtimes._tuned import plans_path, write_plans
+    from tarflow_runtimes.decode.tuned import plans_path, write_plans
 
     with tfr.load(work.bundle) as flow:
         for guidance in guidances:

@@ -53,7 +53,7 @@ def serve_ours(folder: str, precision: str) -> None:
     import onnxruntime as ort
 
     import tarflow_runtimes as tfr
-    from tarflow_runtimes._engine import Conditions, Turn
+    from tarflow_runtimes.decode.turn import Conditions, Turn
 
     imported = resident("VmRSS")
     flow = tfr.load(Path(folder) / f"{precision}.tarflow", verify_digests=False)

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._engine import Turn
-from tarflow_runtimes._guidance import conditions_of
+from tarflow_runtimes.decode.turn import Turn
+from tarflow_runtimes.model.guidance import conditions_of
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from tarflow_runtimes._cli._engines import EngineDir
-from tarflow_runtimes._cli._shell import command, new_app, note, print_json, run
-from tarflow_runtimes._cli.build import build_engines, check_builds
-from tarflow_runtimes._trt._folder import EngineFolder
+from tarflow_runtimes.cli.build import build_engines, check_builds
+from tarflow_runtimes.cli.engine_options import EngineDir
+from tarflow_runtimes.cli.shell import command, new_app, note, print_json, run
+from tarflow_runtimes.engines.trt.folder import EngineFolder
 
 if TYPE_CHECKING:
     from tarflow_export._report import ExportReport, OnProgress

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tarflow_export._cli import progress_bar, show_table, summarise
-from tarflow_runtimes._cli._shell import command, new_app, print_json
-from tarflow_runtimes._errors import InputError
+from tarflow_runtimes.cli.shell import command, new_app, print_json
+from tarflow_runtimes.errors import InputError
 
 if TYPE_CHECKING:
-    from tarflow_runtimes._bundle import Precision
+    from tarflow_runtimes.bundle.reader import Precision
 
 app = new_app()
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from tarflow_runtimes._bundle import PORTABLE, Bundle
-from tarflow_runtimes._engine import Conditions, Cotangent, Floats, Integers, OnTurn, Turn
-from tarflow_runtimes._plan import BlockReport, Parallel
+from tarflow_runtimes.bundle.reader import PORTABLE, Bundle
+from tarflow_runtimes.decode.plan import BlockReport, Parallel
+from tarflow_runtimes.decode.turn import Conditions, Floats, Integers, OnTurn, Turn
+from tarflow_runtimes.engines.api import Cotangent
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tarflow_export._errors import ExportError
-from tarflow_runtimes._bundle import FORMAT, MANIFEST
+from tarflow_runtimes.bundle.reader import FORMAT, MANIFEST
 
 SUFFIX = ".tarflow"
 

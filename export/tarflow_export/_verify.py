@@ -15,10 +15,10 @@ from typing import Any
 
 from tarflow_export._runners import DecodeLoopRunner, PortableRunner
 from tarflow_export._weights import block_shapes
-from tarflow_runtimes._bundle import Bundle, ModelConfig, open_bundle
-from tarflow_runtimes._engines.ort_cpu import Limits, OrtCpuEngine
-from tarflow_runtimes._parity import Record
-from tarflow_runtimes._verify import verify
+from tarflow_runtimes.bundle.reader import Bundle, ModelConfig, open_bundle
+from tarflow_runtimes.bundle.tolerances import Record
+from tarflow_runtimes.engines.ort_cpu.engine import Limits, OrtCpuEngine
+from tarflow_runtimes.measure.verify import verify
 
 STEP_BUDGET = 4 * 10**9
 """Weights read by the sequential steps of one pass over all blocks, which is what bounds their time."""

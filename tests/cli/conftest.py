@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tarflow_runtimes._cli.umbrella import dispatch
+from tarflow_runtimes.cli.main import dispatch
 
 ANIMALS = ("ant", "bee", "cat")
 

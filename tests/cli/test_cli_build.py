@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from tarflow_runtimes._device import cuda_import
-from tarflow_runtimes._errors import EngineError
-from tarflow_runtimes._flow import shipped_bundle
-from tarflow_runtimes._trt import _gpu, _package
-from tarflow_runtimes._trt._cache import EngineCache
-from tarflow_runtimes._trt._gpu import Gpu
+from tarflow_runtimes.engines.gpu import cuda_import
+from tarflow_runtimes.engines.trt import gpu as _gpu
+from tarflow_runtimes.engines.trt import package as _package
+from tarflow_runtimes.engines.trt.cache import EngineCache
+from tarflow_runtimes.engines.trt.gpu import Gpu
+from tarflow_runtimes.errors import EngineError
+from tarflow_runtimes.model.flow import shipped_bundle
 
 QUICK = ("--engine", "trt-rtx", "--batch", "2", "--window", "1", "--guidance", "0", "--target", "sm_89")
 
@@ -184,7 +185,7 @@ def test_export_builds_what_it_has_exported_with_the_defaults(tarflow: Callable,
 
 
 def start(bundle: Path, *options: str) -> subprocess.Popen[str]:
-    code = "from tarflow_runtimes._cli.umbrella import main; main()"
+    code = "from tarflow_runtimes.cli.main import main; main()"
     command = [sys.executable, "-c", code, "build", str(bundle), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

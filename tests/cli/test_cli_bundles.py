@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._bundle import Bundle, open_bundle
-from tarflow_runtimes._engines import ENGINES, Options
-from tarflow_runtimes._engines.ort_cpu import OrtCpuEngine
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from tarflow_runtimes.engines.open import ENGINES, Options
+from tarflow_runtimes.engines.ort_cpu.engine import OrtCpuEngine
 
 
 def test_inspect(tarflow: Callable, class_bundle: Path) -> None:
@@ -104,7 +104,8 @@ def test_verify_tells_the_engines_of_tensorrt(
     monkeypatch.setitem(ENGINES, "trt", opened)
     told: list[tuple[bool, Any]] = []
     monkeypatch.setattr(
-        "tarflow_runtimes._engines.trt.record_verification", lambda _, *, passed, facts: told.append((passed, facts))
+        "tarflow_runtimes.engines.trt.engine.record_verification",
+        lambda _, *, passed, facts: told.append((passed, facts)),
     )
     result = tarflow("verify", own_bundle, "--engine", "trt", "--json")
     assert result.code == int(damaged)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tarflow_runtimes._trt import _gpu, _package
-from tarflow_runtimes._trt._cache import EngineCache
-from tarflow_runtimes._trt._gpu import Gpu
+from tarflow_runtimes.engines.trt import gpu as _gpu
+from tarflow_runtimes.engines.trt import package as _package
+from tarflow_runtimes.engines.trt.cache import EngineCache
+from tarflow_runtimes.engines.trt.gpu import Gpu
 
 SHAPES = ("--batch", "2", "--window", "1", "--guidance", "0", "--target", "sm_89")
 QUICK = ("--engine", "trt-rtx", *SHAPES)
@@ -26,8 +27,8 @@ def _user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def built(class_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the six engines of the class bundle."""
-    from tarflow_runtimes._cli._engines import shapes_of
-    from tarflow_runtimes._cli.build import build_engines
+    from tarflow_runtimes.cli.build import build_engines
+    from tarflow_runtimes.cli.engine_options import shapes_of
 
     folder = tmp_path_factory.mktemp("built") / "engines"
     build_engines(class_bundle, "trt-rtx", shapes=shapes_of("2", "0", "1"), targets=["sm_89"], engine_dir=folder)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._bundle import open_bundle
+from tarflow_runtimes.bundle.reader import open_bundle
 
 
 @pytest.mark.parametrize("option", [("--weights", "int8"), ("--dtype", "float16")])
@@ -83,7 +83,7 @@ def test_it_needs_no_pytorch(class_bundle: Path, tmp_path: Path) -> None:
 import sys
 for name in ("torch", "safetensors", "onnxscript", "scipy"):
     sys.modules[name] = None
-from tarflow_runtimes._cli.umbrella import dispatch
+from tarflow_runtimes.cli.main import dispatch
 dispatch(sys.argv[1:])
 """
     command = [sys.executable, "-c", code, "convert", class_bundle, "-o", tmp_path / "x.tarflow", "--weights", "int8"]

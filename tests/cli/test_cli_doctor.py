@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import tarflow_runtimes._doctor as doctor
-from tarflow_runtimes._doctor.facts import Driver, Facts, Gpu, Library, Module, Provider
+from tarflow_runtimes import doctor
+from tarflow_runtimes.doctor.facts import Driver, Facts, Gpu, Library, Module, Provider
 
 GPU = Gpu(name="NVIDIA H200", capability=(9, 0), memory=150_000_000_000, free=149_000_000_000)
 

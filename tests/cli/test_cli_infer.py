@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._cli import infer
-from tarflow_runtimes._cli._progress import StepClock
-from tarflow_runtimes._flow import BATCH_SIZE
-from tarflow_runtimes._noise import standard_normal
+from tarflow_runtimes.cli import infer
+from tarflow_runtimes.cli.progress import StepClock
+from tarflow_runtimes.model.flow import BATCH_SIZE
+from tarflow_runtimes.model.noise import standard_normal
 
 SHAPE = (4, 16)
 """N, D of the class bundle."""
@@ -319,8 +319,8 @@ def test_ctrl_c_ends_the_process_with_130(class_bundle: Path, tmp_path: Path) ->
     code = f"""
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from tarflow_runtimes._cli import infer
-from tarflow_runtimes._cli._progress import StepClock
+from tarflow_runtimes.cli import infer
+from tarflow_runtimes.cli.progress import StepClock
 StepClock.on_step = lambda *_: (print("sampling", flush=True), time.sleep(60))
 sys.argv = ["tarflow-infer", {str(class_bundle)!r}, "-o", "x.png"]
 infer.main()

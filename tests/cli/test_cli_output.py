@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tarflow_runtimes._bundle import ModelConfig
-from tarflow_runtimes._cli._images import read_images
-from tarflow_runtimes._cli._output import Output, check_output, grid, write_arrays
-from tarflow_runtimes._errors import InputError
-from tarflow_runtimes._image_files import to_uint8
+from tarflow_runtimes.bundle.reader import ModelConfig
+from tarflow_runtimes.cli.image_input import read_images
+from tarflow_runtimes.cli.output import Output, check_output, grid, write_arrays
+from tarflow_runtimes.errors import InputError
+from tarflow_runtimes.io.pictures import to_uint8
 
 
 def model(**shape: int) -> ModelConfig:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tarflow_runtimes._cli import umbrella
-from tarflow_runtimes._cli._shell import print_json, run
-from tarflow_runtimes._cli.umbrella import VERBS, Verb
+from tarflow_runtimes.cli import main as umbrella
+from tarflow_runtimes.cli.main import VERBS, Verb
+from tarflow_runtimes.cli.shell import print_json, run
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "PIL")
 HELP = Path(__file__).parent / "help"
@@ -47,7 +47,7 @@ def test_help_of_a_verb(tarflow: Callable, verb: str) -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = f"""
 import contextlib, sys
-from tarflow_runtimes._cli.umbrella import VERBS, dispatch
+from tarflow_runtimes.cli.main import VERBS, dispatch
 with contextlib.suppress(SystemExit):
     dispatch(["--help"])
 assert "typer" not in sys.modules
@@ -100,7 +100,7 @@ def test_a_package_that_is_not_installed(
 def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
-    code = "from tarflow_runtimes._cli._shell import *; run(lambda **_: print_json([0] * 100_000), [], name='tarflow')"
+    code = "from tarflow_runtimes.cli.shell import *; run(lambda **_: print_json([0] * 100_000), [], name='tarflow')"
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")

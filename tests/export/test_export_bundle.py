@@ -21,8 +21,8 @@ from tarflow_export import ExportError, ExportReport, export_bundle
 from tarflow_export._graphs import BUILDERS
 from tarflow_export._source import bundle_config
 from tarflow_export._verify import extent_of
-from tarflow_runtimes._bundle import open_bundle
-from tarflow_runtimes._errors import EngineError, VerificationError
+from tarflow_runtimes.bundle.reader import open_bundle
+from tarflow_runtimes.errors import EngineError, VerificationError
 from tarflow_sdk import CheckpointError, FlowConfig, save_checkpoint
 from tarflow_sdk.testing import random_model, tiny_config
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflow_runtimes._bundle import open_bundle
+from tarflow_runtimes.bundle.reader import open_bundle
 from tarflow_sdk import save_checkpoint
 from tarflow_sdk.testing import random_model, tiny_config
 
@@ -98,7 +98,7 @@ def test_names_of_the_classes_from_a_file(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_missed_tolerance_exits_1_with_the_table(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tarflow_runtimes._parity as parity
+    import tarflow_runtimes.bundle.tolerances as parity
 
     strict = parity.Tolerance(measure="max_abs", limit=1e-12, reason="cannot be met")
     monkeypatch.setattr(parity, "TOLERANCES", {("*", "float32"): {**parity._EXACT, "gradient": strict}})

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tarflow_export import ExportError, convert_bundle, export_bundle
-from tarflow_runtimes._bundle import open_bundle
+from tarflow_runtimes.bundle.reader import open_bundle
 from tarflow_sdk.testing import random_model, tiny_config
 
 

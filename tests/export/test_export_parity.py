@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 
 from tarflow_export import export_bundle
-from tarflow_runtimes._bundle import Bundle, open_bundle
-from tarflow_runtimes._engines.ort_cpu import OrtCpuEngine
-from tarflow_runtimes._errors import BundleError, VerificationError
-from tarflow_runtimes._parity import (
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from tarflow_runtimes.bundle.tolerances import (
     FLOOR_FACTOR,
     GPU_ENGINES,
     TOLERANCES,
@@ -24,7 +22,9 @@ from tarflow_runtimes._parity import (
     require_passed,
     tolerance_for,
 )
-from tarflow_runtimes._verify import verify
+from tarflow_runtimes.engines.ort_cpu.engine import OrtCpuEngine
+from tarflow_runtimes.errors import BundleError, VerificationError
+from tarflow_runtimes.measure.verify import verify
 from tarflow_sdk.testing import random_model, tiny_config
 
 LOOSE = Tolerance(measure="max_abs", limit=1.0, widened=True, reason="a test")

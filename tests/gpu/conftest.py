@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes import _doctor as doctor
-from tarflow_runtimes._engines import ort_cuda, trt
-from tarflow_runtimes._flow import shipped_bundle
-from tarflow_runtimes._trt import _package, _supply
-from tarflow_runtimes._trt._gpu import Gpu
+from tarflow_runtimes import doctor
+from tarflow_runtimes.engines.gpu import ort_cuda
+from tarflow_runtimes.engines.trt import engine as trt
+from tarflow_runtimes.engines.trt import package as _package
+from tarflow_runtimes.engines.trt import supply as _supply
+from tarflow_runtimes.engines.trt.gpu import Gpu
+from tarflow_runtimes.model.flow import shipped_bundle
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtimes"))
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._cli.umbrella import dispatch
-from tarflow_runtimes._device.device import Replay
-from tarflow_runtimes._device.workspace import Workspace
-from tarflow_runtimes._doctor import Fault
-from tarflow_runtimes._parity import require_passed
-from tarflow_runtimes._verify import verify
+from tarflow_runtimes.bundle.tolerances import require_passed
+from tarflow_runtimes.cli.main import dispatch
+from tarflow_runtimes.doctor import Fault
+from tarflow_runtimes.engines.gpu.device import Replay
+from tarflow_runtimes.engines.gpu.workspace import Workspace
+from tarflow_runtimes.measure.verify import verify
 
 pytestmark = pytest.mark.timeout(3600)  # TensorRT builds engines in minutes
 

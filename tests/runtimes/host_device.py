@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes._bundle import Bundle, open_bundle
-from tarflow_runtimes._device.device import ALIGNMENT, Transfers
-from tarflow_runtimes._engines.device_engine import DeviceEngine
-from tarflow_runtimes._engines.ort_programs import OrtMaker
-from tarflow_runtimes._flow import Flow
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from tarflow_runtimes.engines.gpu.device import ALIGNMENT, Transfers
+from tarflow_runtimes.engines.gpu.engine import DeviceEngine
+from tarflow_runtimes.engines.gpu.ort import OrtMaker
+from tarflow_runtimes.model.flow import Flow
 
 
 class HostBuffer:

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes import _bench, _bench_plot
-from tarflow_runtimes._bench import bench, parallel_of, settled_curve, slope, step_times
-from tarflow_runtimes._bench_plot import COLOURS, draw_plot
-from tarflow_runtimes._bench_results import BenchResult, Case, sequential_work
-from tarflow_runtimes._ceilings import measure_ceilings
-from tarflow_runtimes._engines._cpus import usable_cpus
+from tarflow_runtimes.engines.ort_cpu.cpus import usable_cpus
+from tarflow_runtimes.measure import bench as _bench
+from tarflow_runtimes.measure import bench_plot as _bench_plot
+from tarflow_runtimes.measure.bench import bench, parallel_of, settled_curve, slope, step_times
+from tarflow_runtimes.measure.bench_plot import COLOURS, draw_plot
+from tarflow_runtimes.measure.bench_results import BenchResult, Case, sequential_work
+from tarflow_runtimes.measure.ceilings import measure_ceilings
 
 DECODES = ("sequential", "parallel", "parallel:2", "auto")
 

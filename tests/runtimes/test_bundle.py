@@ -14,8 +14,10 @@ import pytest
 
 import tarflow_runtimes as tfr
 from tarflow_runtimes import BundleError
-from tarflow_runtimes._bundle import open_bundle
-from tarflow_runtimes._engines._session import Session  # the confinement is ONNX Runtime's, below every public door
+from tarflow_runtimes.bundle.reader import open_bundle
+from tarflow_runtimes.engines.ort_cpu.session import (
+    Session,  # the confinement is ONNX Runtime's, below every public door
+)
 
 
 def refused(path: Path, *words: str) -> None:
@@ -363,6 +365,6 @@ def test_what_a_graph_returns_is_checked(copied, kind):
 
 
 def test_the_shipped_bundle_is_named_when_it_is_missing(monkeypatch):
-    monkeypatch.setattr("tarflow_runtimes._flow.SHIPPED", "none.tarflow")
+    monkeypatch.setattr("tarflow_runtimes.model.flow.SHIPPED", "none.tarflow")
     with pytest.raises(BundleError, match="comes with the package"):
         tfr.load()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tarflow_runtimes._engines import _cache_pool
-from tarflow_runtimes._engines._cache_pool import CachePool
+from tarflow_runtimes.engines.ort_cpu import caches as _cache_pool
+from tarflow_runtimes.engines.ort_cpu.caches import CachePool
 
 SHAPE = (2, 1, 4, 8)
 

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._bundle import open_bundle
-from tarflow_runtimes._device import cuda_import
-from tarflow_runtimes._device.array import DeviceArray, to_host
-from tarflow_runtimes._device.cuda import CudaDevice
-from tarflow_runtimes._engines import ort_cuda
-from tarflow_runtimes._engines.device_engine import DeviceEngine
-from tarflow_runtimes._engines.ort_programs import OrtBound, OrtMaker, OrtProgram
-from tarflow_runtimes._flow import Flow
+from tarflow_runtimes.bundle.reader import open_bundle
+from tarflow_runtimes.engines.gpu import cuda_import, ort_cuda
+from tarflow_runtimes.engines.gpu.array import DeviceArray, to_host
+from tarflow_runtimes.engines.gpu.cuda import CudaDevice
+from tarflow_runtimes.engines.gpu.engine import DeviceEngine
+from tarflow_runtimes.engines.gpu.ort import OrtBound, OrtMaker, OrtProgram
+from tarflow_runtimes.model.flow import Flow
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -340,7 +339,7 @@ class StreamMaker:
 
 @pytest.mark.parametrize("guidance", [0.0, tfr.Guidance(weight=1.3, attention_temperature=0.7), [0.0, 1.0, 2.0]])
 def test_the_loop_on_an_asynchronous_device(exported, flows, cuda, monkeypatch, guidance):
-    monkeypatch.setattr("tarflow_runtimes._engines.ort_programs.check_in_place", lambda *_: None)  # it waits for nobody
+    monkeypatch.setattr("tarflow_runtimes.engines.gpu.ort.check_in_place", lambda *_: None)  # it waits for nobody
     model, options = exported("class_n16"), {"guidance": guidance}
     bundle = open_bundle(model.path)
     device = HostProgramsDevice()

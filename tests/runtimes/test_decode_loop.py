@@ -14,8 +14,8 @@ import onnxruntime
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._engine import Conditions, Turn
-from tarflow_runtimes._guidance import conditions_of
+from tarflow_runtimes.decode.turn import Conditions, Turn
+from tarflow_runtimes.model.guidance import conditions_of
 
 STALE = 7.0
 """What the caches hold at first: nothing of it may reach an image."""
@@ -231,12 +231,12 @@ def test_frozen_axes_change_nothing_and_leave_no_shape(exported, flows, tmp_path
 
 
 def test_a_bfloat16_bundle_has_these_graphs_and_no_others_to_run(exported):
-    bundle = tfr._bundle.open_bundle(exported("class", "bfloat16").path)
+    bundle = open_bundle(exported("class", "bfloat16").path)
     assert {provider: set(kinds) for provider, kinds in bundle.graphs.items()} == {
         provider: {"step", "window"} for provider in PROVIDERS
     }
     with pytest.raises(tfr.EngineError, match="is of int8 and has no graphs for trt"):
-        tfr._bundle.open_bundle(exported("class", "int8").path).graph("trt", "step", 0)
+        open_bundle(exported("class", "int8").path).graph("trt", "step", 0)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -21,17 +21,17 @@ import torch
 
 import tarflow_runtimes as tfr
 from tarflow_export import export_bundle
-from tarflow_runtimes._bench import bench
-from tarflow_runtimes._bundle import Bundle, open_bundle
-from tarflow_runtimes._device.loop import LOOK, SHAPES
-from tarflow_runtimes._device.workspace import Workspace
-from tarflow_runtimes._engine import Turn
-from tarflow_runtimes._engines import ort_programs
-from tarflow_runtimes._engines.ort_programs import OrtProgram
-from tarflow_runtimes._flow import Flow
-from tarflow_runtimes._guidance import conditions_of
-from tarflow_runtimes._parity import require_passed
-from tarflow_runtimes._verify import verify
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from tarflow_runtimes.bundle.tolerances import require_passed
+from tarflow_runtimes.decode.turn import Turn
+from tarflow_runtimes.engines.gpu import ort as ort_programs
+from tarflow_runtimes.engines.gpu.loop import LOOK, SHAPES
+from tarflow_runtimes.engines.gpu.ort import OrtProgram
+from tarflow_runtimes.engines.gpu.workspace import Workspace
+from tarflow_runtimes.measure.bench import bench
+from tarflow_runtimes.measure.verify import verify
+from tarflow_runtimes.model.flow import Flow
+from tarflow_runtimes.model.guidance import conditions_of
 from tarflow_sdk.testing import random_model, tiny_config
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -498,8 +498,8 @@ def test_density_score_and_posteriors_are_those_of_the_cpu(exported, flows, on_d
 
 def test_large_batches_of_the_density_run_in_pieces(exported, flows, monkeypatch):
     model = exported("class")
-    monkeypatch.setattr("tarflow_runtimes._engines.device_engine.ACTIVATION_BYTES", 3 * 4 * 4 * (4 * 2 * 4 + 20 * 16))
-    monkeypatch.setattr("tarflow_runtimes._engines.device_engine.PROGRAM_BYTES", 1)
+    monkeypatch.setattr("tarflow_runtimes.engines.gpu.engine.ACTIVATION_BYTES", 3 * 4 * 4 * (4 * 2 * 4 + 20 * 16))
+    monkeypatch.setattr("tarflow_runtimes.engines.gpu.engine.PROGRAM_BYTES", 1)
     with open_flow(model.path) as flow:
         images, labels = model.images(7), model.labels(7)
         np.testing.assert_allclose(flow.denoise(images, labels), flows("class").denoise(images, labels), atol=1e-5)
@@ -569,7 +569,7 @@ def test_tuning_and_benchmarks_run(exported, monkeypatch):
     with open_flow(path) as flow:
         plans = tfr.tune(flow, [2], draws=1)
         assert plans.entries[0].identity["engine"] == "ort-cuda"
-    monkeypatch.setattr("tarflow_runtimes._bench.load", lambda path, **_: open_flow(path))
+    monkeypatch.setattr("tarflow_runtimes.measure.bench.load", lambda path, **_: open_flow(path))
     result = bench(path, engines=["ort-cuda"], batches=[2], decodes=["sequential"], rounds=1, ceilings=False)
     (case,) = result.cases
     assert case.gflops > 0

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from tarflow_runtimes._doctor import Facts, choose, gather, probes, verdicts, warnings
-from tarflow_runtimes._doctor.conclusions import CHECKS, INSTALL, PREFERENCE
-from tarflow_runtimes._doctor.facts import LIBRARIES, MODULES, Driver, Gpu, Library, Module, Provider
-from tarflow_runtimes._doctor.probes import probe
-from tarflow_runtimes._engines import ENGINES
+from tarflow_runtimes.doctor import Facts, choose, gather, probes, verdicts, warnings
+from tarflow_runtimes.doctor.conclusions import CHECKS, INSTALL, PREFERENCE
+from tarflow_runtimes.doctor.facts import LIBRARIES, MODULES, Driver, Gpu, Library, Module, Provider
+from tarflow_runtimes.doctor.probes import probe
+from tarflow_runtimes.engines.open import ENGINES
 
 H200 = Gpu(name="NVIDIA H200", capability=(9, 0), memory=150_000_000_000, free=149_000_000_000)
 L4 = Gpu(name="NVIDIA L4", capability=(8, 9), memory=24_000_000_000, free=None)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tarflow_runtimes as tfr
 from tarflow_export import export_bundle
-from tarflow_runtimes._parallel import settle
+from tarflow_runtimes.decode.parallel import settle
 from tarflow_sdk.testing import random_model, tiny_config
 
 

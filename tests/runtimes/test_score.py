@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tarflow_runtimes.engines.ort_cpu.engine import Limits, OrtCpuEngine
+
 # What is compared is how an engine keeps or repeats the forward pass, which the front door does not tell apart.
-from tarflow_runtimes._density import patchify, score
-from tarflow_runtimes._engines.ort_cpu import Limits, OrtCpuEngine
+from tarflow_runtimes.model.density import patchify, score
 
 MODELS = ["class", "class_n16", "unconditional", "three_blocks", "no_nvp", "no_nvp_unconditional", "one_head", "tokens"]
 

@@ -12,16 +12,17 @@ import pytest
 
 import tarflow_runtimes as tfr
 from tarflow_export import convert_bundle, export_bundle
-from tarflow_runtimes._bundle import Bundle, open_bundle
-from tarflow_runtimes._flow import shipped_bundle
-from tarflow_runtimes._trt import _build, _network
-from tarflow_runtimes._trt._build import build
-from tarflow_runtimes._trt._compile import Built, compile_engine
-from tarflow_runtimes._trt._graphs import KINDS, LOOPS, open_graph
-from tarflow_runtimes._trt._network import Graph, parse
-from tarflow_runtimes._trt._package import PORTABLE_TARGETS, import_package
-from tarflow_runtimes._trt._profiles import Profile, joined, profiles_for, shape_of, uncovered
-from tarflow_runtimes._trt._supply import wanted_engines
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from tarflow_runtimes.engines.trt import build as _build
+from tarflow_runtimes.engines.trt import network as _network
+from tarflow_runtimes.engines.trt.build import build
+from tarflow_runtimes.engines.trt.compile import Built, compile_engine
+from tarflow_runtimes.engines.trt.graphs import KINDS, LOOPS, open_graph
+from tarflow_runtimes.engines.trt.network import Graph, parse
+from tarflow_runtimes.engines.trt.package import PORTABLE_TARGETS, import_package
+from tarflow_runtimes.engines.trt.profiles import Profile, joined, profiles_for, shape_of, uncovered
+from tarflow_runtimes.engines.trt.supply import wanted_engines
+from tarflow_runtimes.model.flow import shipped_bundle
 from tarflow_sdk.testing import random_model, tiny_config
 
 PRECISIONS = ("float32", "float16", "bfloat16")
@@ -312,7 +313,7 @@ def test_every_graph_is_wanted_for_its_own_shapes(exported, monkeypatch):
     assert [(one.least, one.most) for one in wanted[2][2]] == [(1, 1), (2, 8), (9, 64)]
     single = wanted_engines(bundle, profiles_for([1]))
     assert [kind for block, kind, _ in single if block == 0] == ["step", "forward", "gradient"]
-    monkeypatch.setattr("tarflow_runtimes._trt._supply.density_images", lambda _: 5)
+    monkeypatch.setattr("tarflow_runtimes.engines.trt.supply.density_images", lambda _: 5)
     *_, (_, kind, whole) = wanted_engines(bundle, profiles)
     assert (kind, [(one.least, one.most) for one in whole]) == ("gradient", [(1, 1), (2, 5)])
 

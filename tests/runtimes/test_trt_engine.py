@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._bundle import open_bundle
-from tarflow_runtimes._engines import trt as engine_module
-from tarflow_runtimes._engines.trt import TrtMaker, open_trt, record_verification
-from tarflow_runtimes._trt import _package, _supply
-from tarflow_runtimes._trt._gpu import Gpu
-from tarflow_runtimes._trt._package import import_package
-from tarflow_runtimes._trt._profiles import Profile
-from tarflow_runtimes._trt._supply import Building
+from tarflow_runtimes.bundle.reader import open_bundle
+from tarflow_runtimes.engines.trt import engine as engine_module
+from tarflow_runtimes.engines.trt import package as _package
+from tarflow_runtimes.engines.trt import supply as _supply
+from tarflow_runtimes.engines.trt.engine import TrtMaker, open_trt, record_verification
+from tarflow_runtimes.engines.trt.gpu import Gpu
+from tarflow_runtimes.engines.trt.package import import_package
+from tarflow_runtimes.engines.trt.profiles import Profile
+from tarflow_runtimes.engines.trt.supply import Building
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -190,7 +191,7 @@ def test_refusals_are_errors_with_the_first_line_that_says_why(opened, monkeypat
     flow = opened()
 
     def refuse(*_: object) -> None:
-        from tarflow_runtimes._trt._log import logger
+        from tarflow_runtimes.engines.trt.log import logger
 
         logger(import_package(engine)).log(fake.Severity.ERROR, "out of\n luck")
 

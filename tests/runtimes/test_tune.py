@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes import _tune
-from tarflow_runtimes._plan import strategy_from_json, strategy_json
-from tarflow_runtimes._tuned import plans_path, read_plans, write_plans
+from tarflow_runtimes.decode.plan import strategy_from_json, strategy_json
+from tarflow_runtimes.decode.tuned import plans_path, read_plans, write_plans
+from tarflow_runtimes.measure import tune as _tune
 
 PARALLEL = tfr.Parallel(window=3, tolerance=1e-3, init="zeros")
 

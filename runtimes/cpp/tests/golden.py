@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._noise import standard_normal
+from tarflow_runtimes.model.noise import standard_normal
 
 Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Case = dict[str, Any]
