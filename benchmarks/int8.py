@@ -64,7 +64,7 @@ def serve_ours(folder: str, precision: str) -> None:
             guidance=np.zeros((len(z), 2, PATCHES), np.float32),
             inverse_temperature=np.ones((1, len(z)), np.float32),
         )
-        x, _ = flow.backend.invert([Turn(block=block, strategy=tfr.Sequential(), steps=steps)], z, given)
+        x, _ = flow.engine.invert([Turn(block=block, strategy=tfr.Sequential(), steps=steps)], z, given)
         return (x if block % 2 == 0 else x[:, ::-1])[:, : steps + 1].copy()
 
     def work(noise: str, steps: int) -> tuple[np.ndarray, Any]:

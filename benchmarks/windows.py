@@ -40,11 +40,11 @@ def costs(flow: tfr.Flow, rounds: int) -> tuple[float, dict[int, float]]:
     steps, taken = [], {size: list[float]() for size in sizes}
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        flow.backend.invert([single], noise, given)
+        flow.engine.invert([single], noise, given)
         steps.append((time.perf_counter() - began) / whole)
         for size, turn in turns.items():
             began = time.perf_counter()
-            _, (report,) = flow.backend.invert([turn], noise, given)
+            _, (report,) = flow.engine.invert([turn], noise, given)
             taken[size].append((time.perf_counter() - began) / report.calls[0])
     return 1e3 * statistics.median(steps[1:]), {size: 1e3 * statistics.median(s[1:]) for size, s in taken.items()}
 

@@ -12,7 +12,7 @@ from tarflow_runtimes.cli.shell import command, new_app, print_json
 from tarflow_runtimes.errors import InputError
 
 if TYPE_CHECKING:
-    from tarflow_runtimes.bundle.reader import Precision
+    from tarflow_runtimes.bundle.config import Precision
 
 app = new_app()
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tarflow_export._errors import ExportError
 from tarflow_export._source import bundle_config
 from tarflow_export._verify import Extent
-from tarflow_runtimes.bundle.reader import ModelConfig
+from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.measure.verify import Reference, unit_of
 from tarflow_runtimes.model.density import PIXEL_SCALE_BITS
 from tarflow_runtimes.model.noise import standard_normal

@@ -122,7 +122,7 @@ class DecodeLoopRunner(_Runner):
             "noise": noise,
             "guidance": conditions.guidance,
             "inverse_temperature": conditions.inverse_temperature,
-            "reach": np.arange(patches),
+            "kv_positions": np.arange(patches),
             "tolerance": np.zeros(1, np.float32),
         }
         state: Arrays = {

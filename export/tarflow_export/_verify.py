@@ -15,7 +15,8 @@ from typing import Any
 
 from tarflow_export._runners import DecodeLoopRunner, PortableRunner
 from tarflow_export._weights import block_shapes
-from tarflow_runtimes.bundle.reader import Bundle, ModelConfig, open_bundle
+from tarflow_runtimes.bundle.config import ModelConfig
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle
 from tarflow_runtimes.bundle.tolerances import Record
 from tarflow_runtimes.engines.ort_cpu.engine import Limits, OrtCpuEngine
 from tarflow_runtimes.measure.verify import verify

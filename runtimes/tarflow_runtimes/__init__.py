@@ -1,6 +1,6 @@
 """TarFlow runtime: sample, denoise, encode, score and classify with a bundle, without PyTorch."""
 
-from tarflow_runtimes.bundle.reader import ModelConfig
+from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.decode.plan import BlockReport, DecodeReport, Parallel, Plan, Sequential
 from tarflow_runtimes.decode.tuned import TunedPlan, TunedPlans
 from tarflow_runtimes.errors import (

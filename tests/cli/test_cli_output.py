@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tarflow_runtimes.bundle.reader import ModelConfig
+from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.cli.image_input import read_images
 from tarflow_runtimes.cli.output import Output, check_output, grid, write_arrays
 from tarflow_runtimes.errors import InputError

@@ -52,8 +52,8 @@ def test_exports_pass_and_reopen(tmp_path: Path, overrides: dict[str, Any], dtyp
     bundle = open_bundle(report.path)
     assert bundle.digest == report.digest
     assert bundle.precision == bundle.cache_dtype == dtype
-    assert bundle.labels == config.labels
-    assert (bundle.prior is None) == config.nvp
+    assert bundle.class_names == config.labels
+    assert (bundle.prior_variance is None) == config.nvp
     assert bundle.manifest["verification"]["status"] == "passed"
     records = report.verification["records"]
     stages = {record["stage"] for record in records}

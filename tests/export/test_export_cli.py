@@ -93,7 +93,7 @@ def test_names_of_the_classes_from_a_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("Ameise\nBiene\nKatze \n\n", "utf-8")
     result = run("tiny.safetensors", "--labels", "names.txt", "--no-verify")
     assert result.code == 0, result.err
-    assert open_bundle("tiny.tarflow").labels == ("Ameise", "Biene", "Katze")
+    assert open_bundle("tiny.tarflow").class_names == ("Ameise", "Biene", "Katze")
     assert "not verified" in result.err
 
 

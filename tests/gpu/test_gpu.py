@@ -72,13 +72,13 @@ def test_density(flow: tfr.Flow, cpu: tfr.Flow, target: Any) -> None:
 
 
 def test_the_verification_that_travels(flow: tfr.Flow) -> None:
-    require_passed(verify(flow.bundle, flow.backend))
+    require_passed(verify(flow.bundle, flow.engine))
 
 
 def test_nothing_crosses_per_step(flow: tfr.Flow) -> None:
     """A run of all blocks takes a handful of uploads and one download, however many steps there are."""
     draw(flow)
-    transfers = flow.backend.device.transfers
+    transfers = flow.engine.device.transfers
     before = dataclasses.replace(transfers)
     draw(flow)
     steps = flow.config.blocks * (flow.config.patches - 1)
@@ -92,7 +92,7 @@ def test_nothing_crosses_per_step(flow: tfr.Flow) -> None:
 def test_parallel_blocks_look_at_positions_alone(flow: tfr.Flow) -> None:
     plan = tfr.Parallel(window=8)
     draw(flow, plan=plan)
-    transfers = flow.backend.device.transfers
+    transfers = flow.engine.device.transfers
     before = dataclasses.replace(transfers)
     sample = draw(flow, plan=plan)
     evaluations = sum(max(block.calls) for block in sample.report.blocks)

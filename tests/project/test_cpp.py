@@ -96,8 +96,8 @@ def test_python_computes_the_committed_golden_file() -> None:
     cases, arrays = golden.read(SHIPPED)
     with tfr.load(BUNDLE) as flow:
         assert cases == [
-            {**case, "arrays": committed["arrays"]}
-            for case, committed in zip(golden.cases(flow.config, small=True), cases, strict=True)
+            {**case, "arrays": accepted["arrays"]}
+            for case, accepted in zip(golden.cases(flow.config, small=True), cases, strict=True)
         ]
         for case in cases:
             images = arrays.get(case["arguments"].get("images", ""))
@@ -209,7 +209,7 @@ WHEELS = ("1.28.0", "1.29.0", "1.30.0", "1.31.1", "1.32.0")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("version", WHEELS)
 def test_one_program_runs_on_every_onnx_runtime(version: str, build: Callable[..., Path], tmp_path: Path) -> None:
-    """The committed golden file, computed by the library of another wheel than the one at hand."""
+    """The accepted golden file, computed by the library of another wheel than the one at hand."""
     program = build("cpp") / "tests" / "tarflow_parity"
     wheel = f"onnxruntime=={version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]

@@ -36,9 +36,9 @@ def test_reads_a_bundle(exported):
     config = bundle.config
     assert (config.patches, config.patch_values, config.dims, config.heads) == (4, 16, 64, 2)
     assert config.noise_std == 0.1
-    assert bundle.labels == ("cat", "dog", "wild")
+    assert bundle.class_names == ("cat", "dog", "wild")
     assert bundle.precision == bundle.cache_dtype == "float32"
-    assert bundle.prior is None
+    assert bundle.prior_variance is None
     assert bundle.digest == hashlib.sha256((source.path / "manifest.json").read_bytes()).hexdigest()
     assert [block.order for block in bundle.blocks] == ["identity", "reversed"]
     for block in bundle.blocks:
@@ -86,7 +86,7 @@ def test_a_link_that_the_manifest_does_not_list_is_refused(copied, tmp_path):
 
 def test_reads_the_prior(exported):
     source = exported("no_nvp")
-    prior = open_bundle(source.path).prior
+    prior = open_bundle(source.path).prior_variance
     np.testing.assert_array_equal(prior, source.model.var.numpy())
 
 

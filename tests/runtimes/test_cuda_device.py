@@ -398,7 +398,7 @@ def test_how_ort_cuda_opens_a_session(exported, cuda, cuda_build, capsys, *, pre
     model = exported("class", precision)
     with tfr.load(model.path, engine="ort-cuda", tf32=tf32) as flow:
         assert flow.engine_report["device"] == "Fake 9000"
-        assert flow.backend.precision == ("tf32" if tf32 else precision)
+        assert flow.engine.precision == ("tf32" if tf32 else precision)
         with pytest.raises(tfr.EngineError, match=r"cannot open .*step.onnx for block 1: no such luck$"):
             flow.sample(1, seed=0)
         with pytest.raises(tfr.EngineError, match="cannot open"):

@@ -14,11 +14,12 @@ import onnxruntime
 import pytest
 
 import tarflow_runtimes as tfr
+from tarflow_runtimes.bundle.reader import open_bundle
 from tarflow_runtimes.decode.turn import Conditions, Turn
 from tarflow_runtimes.model.guidance import conditions_of
 
 STALE = 7.0
-"""What the caches hold at first: nothing of it may reach an image."""
+"""What the caches hold at first: nothing of it may kv_length an image."""
 
 PROVIDERS = ("ort-cuda", "trt")
 WAYS: dict[str, list[tfr.Guidance]] = {
@@ -45,9 +46,7 @@ class Given:
 
     def on_cpu(self, strategy: tfr.Sequential | tfr.Parallel) -> tuple[np.ndarray, tfr.BlockReport]:
         """What ort-cpu makes of it."""
-        x, (report,) = self.flow.backend.invert(
-            [Turn(block=self.block, strategy=strategy)], self.noise, self.conditions
-        )
+        x, (report,) = self.flow.engine.invert([Turn(block=self.block, strategy=strategy)], self.noise, self.conditions)
         return x, report
 
 
@@ -67,7 +66,7 @@ class Decoded:
     residual: np.ndarray
     calls: np.ndarray
 
-    def committed(self, image: int) -> tuple[int, ...]:
+    def accepted(self, image: int) -> tuple[int, ...]:
         steps = np.diff(self.positions[:, image])
         return tuple(int(step) for step in steps if step)
 
@@ -118,13 +117,13 @@ class Loop:
         *,
         tolerance: float = 0.0,
         init: str = "noise",
-        reach: Callable[[int], int] | None = None,
+        kv_length: Callable[[int], int] | None = None,
         position: np.ndarray | None = None,
         start: np.ndarray | None = None,
     ) -> Decoded:
         """Launch until every image is finished.
 
-        `reach` maps the largest position to L. `position` and `start` go on from finished patches.
+        `kv_length` maps the largest position to L. `position` and `start` go on from finished patches.
         """
         noise = self.given.noise
         batch, patches = noise.shape[:2]
@@ -144,10 +143,10 @@ class Loop:
         positions = [at.copy()]
         while positions[-1].min() < patches - 1 and len(positions) <= patches:
             turn = (len(positions) - 1) % 2
-            length = patches if reach is None else reach(int(positions[-1].max()))
+            length = patches if kv_length is None else kv_length(int(positions[-1].max()))
             arrays = {
                 **self.fixed, **self.in_place, **halves[turn],
-                "tolerance": np.array([tolerance], np.float32), "reach": np.arange(length),
+                "tolerance": np.array([tolerance], np.float32), "kv_positions": np.arange(length),
             }  # fmt: skip
             self._launch(arrays, {**self.in_place, **halves[1 - turn]})
             positions.append(halves[1 - turn]["position"].copy())
@@ -196,16 +195,16 @@ def test_windows_settle_as_parallel_decoding_does(exported, flows, name, way):
                 np.testing.assert_allclose(decoded.patches, expected, rtol=0, atol=1e-5)
                 np.testing.assert_allclose(decoded.residual.max(), report.residual, rtol=0, atol=1e-5)
                 for image in range(batch):
-                    assert decoded.calls[image] == len(decoded.committed(image))
+                    assert decoded.calls[image] == len(decoded.accepted(image))
                     # At 0 a patch is still or not by the last bit.
                     if tolerance:
-                        assert decoded.committed(image) == report.committed[image]
+                        assert decoded.accepted(image) == report.accepted[image]
 
 
 def test_loose_windows_settle_several_patches_at_once(exported, flows):
     start = given(exported("class_n16"), flows("class_n16"), "unguided", block=1, batch=3)
     decoded = Loop(start, "ort-cuda", "window").decode(5, tolerance=0.1)
-    assert len({decoded.committed(image) for image in range(3)}) > 1
+    assert len({decoded.accepted(image) for image in range(3)}) > 1
     assert (decoded.calls < start.flow.config.patches - 1).all()
     assert ((decoded.residual > 0) & (decoded.residual <= 0.1)).all()
 
@@ -253,7 +252,7 @@ def test_state_is_read_where_it_was_written(flows, provider, kind):
     states = {"window", "position", "residual", "calls", "finished", *caches}
     assert {value.name for value in model.output} == {f"next_{name}" for name in states}
     others = {"noise", "guidance", "labels", "inverse_temperature"}
-    others |= ({"tolerance"} if kind == "window" else set()) | ({"reach"} if provider == "trt" else set())
+    others |= ({"tolerance"} if kind == "window" else set()) | ({"kv_positions"} if provider == "trt" else set())
     assert {value.name for value in model.input} == states | others
     swapped = [node for node in model.node if node.op_type == "Transpose" and node.attribute[0].ints == [0, 2, 1, 3]]
     assert bool(swapped) == (kind == "window"), "with S = 1 the numbers lie in the right order"
@@ -298,7 +297,7 @@ def test_values_that_are_not_finite_are_marked(exported, flows, value, window):
         for image in (0, 2):
             np.testing.assert_array_equal(decoded.patches[image], sound.patches[image])
             np.testing.assert_array_equal(decoded.residual[image], sound.residual[image])
-            assert decoded.committed(image) == sound.committed(image)
+            assert decoded.accepted(image) == sound.accepted(image)
 
 
 def test_a_move_beyond_the_largest_number_is_no_overflow(exported, flows):
@@ -323,9 +322,9 @@ def test_any_sufficient_reach_gives_the_same(exported, flows, window, way):
     def least(position: int) -> int:
         return min(position, patches - 1 - window) + window
 
-    for reach in (least, lambda position: patches, lambda position: -(-least(position) // 2) * 2):
-        decoded = loop.decode(window, tolerance=0.1, reach=reach)
+    for kv_length in (least, lambda position: patches, lambda position: -(-least(position) // 2) * 2):
+        decoded = loop.decode(window, tolerance=0.1, kv_length=kv_length)
         np.testing.assert_array_equal(decoded.positions, whole.positions)
         np.testing.assert_allclose(decoded.patches, whole.patches, rtol=0, atol=5e-6)
-    short = loop.decode(window, tolerance=0.1, reach=lambda position: max(1, least(position) - 1))
+    short = loop.decode(window, tolerance=0.1, kv_length=lambda position: max(1, least(position) - 1))
     assert np.abs(short.patches - whole.patches).max() > 1e-3

@@ -84,11 +84,11 @@ class ReachMaker(CountingMaker):
         def of(length: int) -> OrtProgram:
             return super(ReachMaker, self)._open(block, provider, kind, {**sizes, "L": length}, graphs=graphs)
 
-        def bind(addresses, *, reach=None):
-            if reach is None:
+        def bind(addresses, *, kv_length=None):
+            if kv_length is None:
                 return whole(addresses)
-            self.bound.append(reach)
-            return of(reach).bind(addresses)
+            self.bound.append(kv_length)
+            return of(kv_length).bind(addresses)
 
         program = of(self._bundle.config.patches)
         whole, program.bind = program.bind, bind  # type: ignore[method-assign]
@@ -140,15 +140,15 @@ def test_attention_reads_what_is_filled_and_no_less(exported, flows, name):
     noise, labels = model.latents(3), model.labels(3)
     with open_flow(model.path, ReachMaker) as flow:
         for plan in (None, exact(), exact(3), exact(2, "zeros")):
-            flow.backend.maker.bound.clear()
+            flow.engine.maker.bound.clear()
             np.testing.assert_allclose(
                 flow.decode(noise, labels, plan=plan, guidance=MIXED),
                 flows(name).decode(noise, labels, guidance=MIXED),
                 rtol=0,
                 atol=1e-5,
             )
-            reaches = set(flow.backend.maker.bound)
-            assert all(reach <= patches for reach in reaches)
+            reaches = set(flow.engine.maker.bound)
+            assert all(kv_length <= patches for kv_length in reaches)
             if patches == 16 and plan is None:
                 assert reaches == {14, 16}, "a group of 14 steps, then the last"
             if patches == 16 and plan == exact(2, "zeros"):
@@ -167,7 +167,7 @@ def test_the_report_of_a_parallel_run_is_that_of_the_cpu(exported, flows, on_dev
         assert ours.strategy == plan
         assert ours.calls == theirs.calls
         assert ours.residual == pytest.approx(theirs.residual, abs=1e-5)
-        assert ours.committed == ()
+        assert ours.accepted == ()
         assert ours.sequential_images == ()
     assert len(set(report.blocks[0].calls)) > 1, "the images were to be finished at different times"
     assert report.non_finite == ()
@@ -284,7 +284,7 @@ def test_arrays_on_the_device_are_taken(on_device):
     z, _ = flow.encode(sample.images_device, [0, 1])
     np.testing.assert_array_equal(z, flow.encode(sample.images, [0, 1])[0])
     np.testing.assert_array_equal(flow.classify(sample.images_device), flow.classify(sample.images))
-    latents = flow.backend.to_device(z)
+    latents = flow.engine.to_device(z)
     np.testing.assert_array_equal(flow.decode(latents, [0, 1]), flow.decode(z, [0, 1]))
     again = flow.sample(2, labels=[0, 1], noise=latents, denoise=False)
     np.testing.assert_array_equal(again.images, flow.decode(z, [0, 1]))
@@ -509,7 +509,7 @@ def test_large_batches_of_the_density_run_in_pieces(exported, flows, monkeypatch
 def test_blocks_by_themselves(exported, flows, on_device):
     """Turns that end early, that start from given patches, and images that are guided differently."""
     model = exported("class_n16")
-    ours, theirs = (flow.backend for flow in (on_device("class_n16"), flows("class_n16")))
+    ours, theirs = (flow.engine for flow in (on_device("class_n16"), flows("class_n16")))
     noise, patches = model.latents(3), model.latents(3, seed=1)
     guidance = [tfr.Guidance(weight=0.5, attention_temperature=0.5), tfr.Guidance(), ANNEALED]
     conditions = conditions_of(guidance, np.array([0, 1, 3]), ours._config)
@@ -536,7 +536,7 @@ def test_the_gradient_is_that_of_the_cpu(exported, flows, on_device):
     x, labels, cotangent = model.latents(2), np.array([0, 1]), model.latents(2, seed=1)
     for blocks in ([0], [1], [0, 1]):
         ours, theirs = (
-            flow.backend.vjp(blocks, x, labels, lambda z, images: z + cotangent[images])
+            flow.engine.vjp(blocks, x, labels, lambda z, images: z + cotangent[images])
             for flow in (on_device("class_n16"), flows("class_n16"))
         )
         for one, other in zip(ours, theirs, strict=True):
@@ -553,15 +553,15 @@ def verified(tmp_path_factory):
 def test_verify_passes_and_finds_a_fault(verified, maker):
     bundle = open_bundle(verified)
     with open_flow(bundle.path, maker) as flow:
-        records = verify(bundle, flow.backend)
+        records = verify(bundle, flow.engine)
         require_passed(records)
         assert {record.stage for record in records} >= {"forward", "gradient", "window", "inverse", "log_prob"}
         graphs = {record.graph for record in records if record.graph and record.graph.startswith("graphs/")}
         assert graphs == {f"graphs/{maker.provider}/{kind}.onnx" for kind in ("step", "window")}
-        forward = flow.backend.forward
-        flow.backend.forward = lambda *given: (forward(*given)[0] * 1.01, forward(*given)[1])
+        forward = flow.engine.forward
+        flow.engine.forward = lambda *given: (forward(*given)[0] * 1.01, forward(*given)[1])
         with pytest.raises(tfr.VerificationError):
-            require_passed(verify(bundle, flow.backend))
+            require_passed(verify(bundle, flow.engine))
 
 
 def test_tuning_and_benchmarks_run(exported, monkeypatch):
@@ -583,7 +583,7 @@ def test_a_float16_bundle_runs_in_half_of_the_memory(exported, flows):
     for precision in ("float32", "float16"):
         with open_flow(exported("class_n16", precision).path) as flow:
             sample = flow.sample(3, seed=0)
-            assert flow.engine_report["weights"] == flow.backend.precision == sample.metadata["precision"] == precision
+            assert flow.engine_report["weights"] == flow.engine.precision == sample.metadata["precision"] == precision
             sizes[precision] = flow._engine.device.allocated
     np.testing.assert_allclose(sample.images, expected, rtol=0, atol=2e-2)
     assert 1e-5 < np.abs(sample.images - single).max() < 5e-2

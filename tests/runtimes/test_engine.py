@@ -55,7 +55,7 @@ def test_an_unknown_engine_lists_the_known(exported):
 def test_auto_says_what_it_took_and_why(exported):
     with tfr.load(exported("class").path, engine="auto") as flow:
         engine, reason = choose(gather())
-        assert (flow.engine, flow.engine_report["chosen"]) == (engine, reason)
+        assert (flow.engine_name, flow.engine_report["chosen"]) == (engine, reason)
 
 
 def without_onnxruntime(code: str) -> subprocess.CompletedProcess[str]:
@@ -251,7 +251,7 @@ def test_a_closed_flow_is_an_error(exported):
 
 @pytest.mark.parametrize("name", ["class_n16", "no_nvp"])
 def test_the_window_of_a_block_is_a_fixed_point(exported, flows, name):
-    source, engine = exported(name), flows(name).backend
+    source, engine = exported(name), flows(name).engine
     z, patches = source.latents(2), flows(name).config.patches
     labels = np.array([1, 3]) if source.config.classes else None
     given = Conditions(
@@ -270,7 +270,7 @@ def test_the_window_of_a_block_is_a_fixed_point(exported, flows, name):
 
 
 def test_the_first_steps_of_an_inverse(exported, flows):
-    engine, z = flows("class_n16").backend, exported("class_n16").latents(5)
+    engine, z = flows("class_n16").engine, exported("class_n16").latents(5)
     given = Conditions(
         labels=np.array([[0, 1, 2, 3, 0]]),
         guidance=np.zeros((5, 2, 16), np.float32),

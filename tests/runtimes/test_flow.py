@@ -205,8 +205,8 @@ def test_every_way_to_write_a_label(flows):
         np.testing.assert_array_equal(flow.sample(4, labels=labels, seed=0).images, expected)
     null = flow.sample(2, seed=0).images
     np.testing.assert_array_equal(flow.sample(2, labels=[None, None], seed=0).images, null)
-    assert flow.labels == ("cat", "dog", "wild")
-    assert flow.engine == "ort-cpu"
+    assert flow.class_names == ("cat", "dog", "wild")
+    assert flow.engine_name == "ort-cpu"
 
 
 SAMPLE_ERRORS = {

@@ -37,7 +37,7 @@ def test_the_score_is_that_of_the_portable_graphs(exported, flows, name, images)
     x, labels = patches_and_labels(exported, name, images)
     with engine_of(flow, activations=1) as portable:
         whole = score(portable, flow.bundle, x, labels)
-    np.testing.assert_allclose(score(flow.backend, flow.bundle, x, labels), whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(score(flow.engine, flow.bundle, x, labels), whole, rtol=1e-5, atol=1e-5)
     assert np.abs(whole).max() > 0.1
 
 
@@ -48,7 +48,7 @@ def test_the_score_of_rounded_bundles(exported, flows, precision, tolerance):
     x, labels = patches_and_labels(exported, "class", 3)
     with engine_of(flow, activations=1) as portable:
         whole = score(portable, flow.bundle, x, labels)
-    difference = score(flow.backend, flow.bundle, x, labels) - whole
+    difference = score(flow.engine, flow.bundle, x, labels) - whole
     assert np.linalg.norm(difference) < tolerance * np.linalg.norm(whole)
 
 
@@ -74,7 +74,7 @@ def test_the_cotangent_is_asked_for_at_z(exported, flows, activations):
 def test_a_batch_is_cut_to_what_may_be_kept(exported, flows):
     flow, config = flows("class_n16"), flows("class_n16").config
     x, labels = patches_and_labels(exported, "class_n16", 7)
-    expected = score(flow.backend, flow.bundle, x, labels)
+    expected = score(flow.engine, flow.bundle, x, labels)
     sizes: list[int] = []
 
     def cotangent(z: np.ndarray, _: slice) -> np.ndarray:

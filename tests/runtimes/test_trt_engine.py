@@ -73,7 +73,7 @@ def opened(exported, tmp_path, engine) -> Callable[..., tfr.Flow]:
 
 
 def maker_of(flow: tfr.Flow) -> TrtMaker:
-    return flow.backend.maker
+    return flow.engine.maker
 
 
 def builds(engine: str) -> int:
@@ -104,7 +104,7 @@ def test_float16_bundles_run_in_float16(opened, flows):
     program = maker_of(flow).program(0, "step", images=2)
     assert program.inputs["key_0"].dtype == np.float16
     assert program.inputs["window"].dtype == np.float32
-    assert flow.backend.precision == flow.engine_report["weights"] == "float16"
+    assert flow.engine.precision == flow.engine_report["weights"] == "float16"
 
 
 def test_programs_have_the_shapes_of_the_graph(opened):
@@ -114,7 +114,7 @@ def test_programs_have_the_shapes_of_the_graph(opened):
     assert program.inputs["window"].shape == program.outputs["next_window"].shape == (3, 5, d)
     assert program.inputs["labels"].shape == program.inputs["inverse_temperature"].shape == (2, 3)
     assert program.inputs["guidance"].shape == (3, 2, n)
-    assert program.inputs["reach"].shape == (n,)
+    assert program.inputs["kv_positions"].shape == (n,)
     assert program.outputs["next_key_1"].shape == (6, config.heads, n, config.head_dim)
     assert program.outputs["next_calls"].dtype == np.int64
     assert set(maker.program(0, "gradient", images=2).inputs) == {"patches", "cotangent", "labels"}
@@ -123,9 +123,9 @@ def test_programs_have_the_shapes_of_the_graph(opened):
 def test_nothing_crosses_per_step(opened):
     flow = opened("class_n16")
     flow.sample(2, labels=[0, 1], seed=0, denoise=False)  # recordings are compared with launches once
-    before = flow.backend.device.transfers.uploads, flow.backend.device.transfers.downloads
+    before = flow.engine.device.transfers.uploads, flow.engine.device.transfers.downloads
     flow.sample(2, labels=[0, 1], seed=1, denoise=False)
-    after = flow.backend.device.transfers
+    after = flow.engine.device.transfers
     assert after.uploads - before[0] <= 4 + flow.config.blocks
     assert after.downloads - before[1] == 1
 
@@ -218,14 +218,14 @@ def test_tensors_that_no_graph_of_ours_has_are_refused(opened, monkeypatch, fiel
 def test_an_engine_that_failed_its_verification_is_refused(opened, flows):
     flow = opened()
     flow.sample(1, labels=[0], seed=0, denoise=False)
-    assert record_verification(flow.backend, passed=True, facts={"worst": "inverse"}) == flow.config.blocks
+    assert record_verification(flow.engine, passed=True, facts={"worst": "inverse"}) == flow.config.blocks
     opened().sample(1, labels=[0], seed=0, denoise=False)
-    record_verification(flow.backend, passed=False, facts={"worst": "inverse"})
+    record_verification(flow.engine, passed=False, facts={"worst": "inverse"})
     with pytest.raises(tfr.EngineError, match=r"failed its verification on this Host GPU with CUDA 13\.0") as caught:
         opened().sample(1, labels=[0], seed=0, denoise=False)
     assert "--rebuild" in caught.value.hint
     cache = maker_of(flow)._supply.cache
-    assert record_verification(flows("class").backend, passed=False, facts={}) == 0
+    assert record_verification(flows("class").engine, passed=False, facts={}) == 0
     assert [len(one.verifications) for one in cache.entries()] == [1] * flow.config.blocks
     for block in range(flow.config.blocks):
         maker_of(flow)._supply.get(block, "step", [Profile(least=1, most=1)], rebuild=True)
@@ -308,7 +308,7 @@ def test_flags_of_the_build_are_those_of_the_precision(opened, engine, monkeypat
     for tf32, more in ((False, set()), (True, {"TF32"})):
         flow = opened(tf32=tf32)
         maker_of(flow).program(0, "forward", images=1)
-        assert flow.backend.precision == ("tf32" if tf32 else "float32")
+        assert flow.engine.precision == ("tf32" if tf32 else "float32")
         assert flags[-1] == own | more
     assert len(flags) == 2
     for path in (tmp_path / "engines").glob("*.json"):

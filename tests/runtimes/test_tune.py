@@ -55,7 +55,7 @@ def test_tune_takes_a_window_only_where_it_is_faster(flow, monkeypatch):
     for cost, strategy in ((1.0, tfr.Parallel), (100.0, tfr.Sequential)):
         clock = Clock()
         monkeypatch.setattr(_tune.time, "perf_counter", clock.read)
-        monkeypatch.setattr(flow, "_engine", Charged(flow.backend, clock, cost))
+        monkeypatch.setattr(flow, "_engine", Charged(flow.engine, clock, cost))
         plans = tfr.tune(flow, batches=(1,), draws=2)
         assert {type(one) for one in plans.entries[0].plan.blocks} == {strategy}
         monkeypatch.undo()

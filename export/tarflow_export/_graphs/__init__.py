@@ -17,7 +17,7 @@ from tarflow_export._graphs.forward import build_forward
 from tarflow_export._graphs.gradient import build_gradient, build_vjp_backward, build_vjp_forward
 from tarflow_export._graphs.ort_cpu import FORMS, build_ort_cpu_step
 from tarflow_export._graphs.step import build_step
-from tarflow_runtimes.bundle.reader import Precision
+from tarflow_runtimes.bundle.config import Precision
 
 __all__ = ["BUILDERS", "IR_VERSION", "OPSET", "PRECISIONS", "GraphBuilder"]
 

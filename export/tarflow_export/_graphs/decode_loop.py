@@ -47,7 +47,7 @@ def build_decode_loop(op: GraphBuilder, *, single: bool, limited: bool) -> ir.Mo
         labels=label_input(op, ["G", "B"]),
         inverse_temperature=op.input("inverse_temperature", "float32", ["G", "B"]),
         caches=cache_inputs(op),
-        reach=op.input("reach", "int64", ["L"]) if limited else None,
+        kv_positions=op.input("kv_positions", "int64", ["L"]) if limited else None,
     )
     new = next_patches(op, fed, single=single)
     settled = _take(op, state, new) if tolerance is None else _settle(op, state, new, tolerance)

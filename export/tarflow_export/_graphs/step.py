@@ -39,7 +39,7 @@ class Fed:
 
     `patches` [B, S, D] at block positions `position` [B] and after; `noise` [B, N, D], `guidance` [B, 2, N], `labels`
     and `inverse_temperature` [G, B], and of each layer the `caches` of keys and values, [R, H, N, E], as graph inputs.
-    `reach` int64 [L] is 0 .. L-1, the cache entries that attention reads; None for all N.
+    `kv_positions` int64 [L] is 0 .. L-1, the cache entries that attention reads; None for all N.
     """
 
     patches: ir.Value
@@ -49,7 +49,7 @@ class Fed:
     labels: ir.Value | None
     inverse_temperature: ir.Value
     caches: Sequence[tuple[ir.Value, ir.Value]]
-    reach: ir.Value | None = None
+    kv_positions: ir.Value | None = None
 
 
 def build_step(op: GraphBuilder) -> ir.Model:
@@ -113,9 +113,9 @@ class _Inputs:
             self.heads_shape = op.Concat([-1], self.steps, [op.config.heads, op.config.head_dim], axis=0)
         with op.scope("mask"):
             rows = places(self.write_indices)  # (R, S)
-            columns = op.Range(0, op.config.patches, 1) if fed.reach is None else fed.reach
+            columns = op.Range(0, op.config.patches, 1) if fed.kv_positions is None else fed.kv_positions
             self.mask = op.Where(op.LessOrEqual(columns, op.Unsqueeze(rows, [1, 3])), 0.0, MASKED)  # (R, 1, S, L)
-        self.length = None if fed.reach is None else op.Shape(fed.reach)  # (1): L
+        self.length = None if fed.kv_positions is None else op.Shape(fed.kv_positions)  # (1): L
         with op.scope("query_scale"):
             scale = op.Mul(fed.inverse_temperature, op.config.head_dim**-0.5)  # (G, B)
             self.query_scale = op.narrow(op.Reshape(scale, [-1, 1, 1, 1]))  # (R, 1, 1, 1)

@@ -1,9 +1,4 @@
-"""`open_bundle`: read a bundle directory, and refuse one that is damaged or unsafe. The format is docs/BUNDLE.md.
-
-Axis letters used in this package: `B` images, `N` patches, `D` values per patch (C * p * p), `W` width, `C` image
-channels, `H` heads, `E` head dimension, `L` layers per block, `K` flow blocks, `G` guidance branches (1 or 2),
-`R` = G * B cache rows, `S` patches in one call of a step graph. "Images" are whatever the data of the model are.
-"""
+"""`open_bundle`: read a bundle directory, and refuse one that is damaged or unsafe. The format is docs/BUNDLE.md."""
 
 from __future__ import annotations
 
@@ -15,11 +10,12 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, Literal, TypeVar, get_args
+from typing import Any, Final, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from tarflow_runtimes.bundle.config import IMAGE_LIMIT, MODEL_LIMIT, PRECISIONS, ModelConfig, Order, Precision
 from tarflow_runtimes.errors import BundleError, EngineError
 
 MANIFEST: Final = "manifest.json"
@@ -28,14 +24,6 @@ SCHEMA_VERSION: Final = 2
 PORTABLE: Final = "portable"
 """The provider whose graphs run on any runtime and lie in the folder of every block."""
 
-MODEL_LIMIT: Final = 1 << 44
-"""Of blocks * layers * patches^2 * width; the engines' counts of bytes then fit 64 bits."""
-IMAGE_LIMIT: Final = 1 << 31
-"""Of the values of an image."""
-
-Order = Literal["identity", "reversed"]
-Precision = Literal["float32", "float16", "bfloat16", "int8"]
-PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 T = TypeVar("T")
 C = TypeVar("C", bound=str)
 
@@ -44,68 +32,6 @@ _UNSAFE_HINT = "do not use this bundle; fetch it from its source"
 
 _ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 """Bytes of a value of the dtypes that `weights.bin` holds."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The shape of the model in a bundle; the fields are those of the manifest's `config`.
-
-    The data are square images of `image_size`, cut into patches, or `tokens` of `token_values` each; the fields of the
-    other kind are None. `noise_std` is sigma of the training noise in model units ([-1, 1] images), None when unknown
-    or when the model was trained with uniform dequantisation (`noise == "uniform"`). `classes` is 0 for unconditional
-    models.
-    """
-
-    image_size: int | None = None
-    image_channels: int | None = None
-    patch_size: int | None = None
-    tokens: int | None = None
-    token_values: int | None = None
-    width: int
-    blocks: int
-    layers: int
-    head_dim: int
-    classes: int
-    nvp: bool
-    noise: str
-    noise_std: float | None
-    labels: tuple[str, ...] | None
-
-    @property
-    def data(self) -> Literal["image", "tokens"]:
-        """What the model's data are."""
-        return "image" if self.tokens is None else "tokens"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one image, (C, height, width), or of the tokens, (N, D)."""
-        if self.image_size is None or self.image_channels is None:
-            return self.patches, self.patch_values
-        return self.image_channels, self.image_size, self.image_size
-
-    @property
-    def patches(self) -> int:
-        """N, the number of patches, or of tokens."""
-        if self.image_size is None or self.patch_size is None:
-            return self.tokens or 0
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def patch_values(self) -> int:
-        """D, the number of values in a patch, C * p * p, or in a token."""
-        if self.image_channels is None or self.patch_size is None:
-            return self.token_values or 0
-        return self.image_channels * self.patch_size**2
-
-    @property
-    def dims(self) -> int:
-        """N * D, the number of values in an image."""
-        return self.patches * self.patch_values
-
-    @property
-    def heads(self) -> int:
-        """H = W / E."""
-        return self.width // self.head_dim
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +64,7 @@ class Bundle:
 
     `digest` is the SHA-256 of manifest.json, which identifies the bundle; `precision` is one of PRECISIONS and
     `cache_dtype` that of linear activations and caches; `tensors` is the table of what every `weights.bin` holds;
-    `graphs` are the run-ready graphs, provider -> kind -> path; `prior` is the prior's variance [N, D] or None when it
+    `graphs` are the run-ready graphs, provider -> kind -> path; `prior_variance` is [N, D], or None when it
     is one everywhere.
     """
 
@@ -151,12 +77,12 @@ class Bundle:
     tensors: Mapping[str, Tensor]
     blocks: tuple[Block, ...]
     graphs: Mapping[str, Mapping[str, Path]]
-    prior: npt.NDArray[np.float32] | None
+    prior_variance: npt.NDArray[np.float32] | None
     reference: Path | None
     digests: Mapping[Path, str] | None
 
     @property
-    def labels(self) -> tuple[str, ...] | None:
+    def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes, or None."""
         return self.config.labels
 
@@ -252,7 +178,7 @@ def open_bundle(path: str | os.PathLike[str], verify_digests: bool = True) -> Bu
         tensors=_read_tensors(manifest.child("tensors"), config, min(one.weights.stat().st_size for one in blocks)),
         blocks=blocks,
         graphs=_read_graphs(manifest.child("graphs"), files),
-        prior=_read_prior(manifest, config, files),
+        prior_variance=_read_prior(manifest, config, files),
         reference=_file(manifest, "reference", files) if manifest.data.get("reference") is not None else None,
         digests=digests if verify_digests else None,
     )

@@ -62,16 +62,16 @@ def verify(
 
     options = load_options(tf32=tf32, engine_dir=engine_dir)
     with tfr.load(bundle, engine=engine, **options) as flow, StepClock("verifying") as clock:
-        blocks, precision = flow.config.blocks, flow.backend.precision
-        records = run_verification(flow.bundle, flow.backend, on_block=lambda block: clock.show(block + 1, blocks))
+        blocks, precision = flow.config.blocks, flow.engine.precision
+        records = run_verification(flow.bundle, flow.engine, on_block=lambda block: clock.show(block + 1, blocks))
         facts = {"bundle": str(flow.bundle.path), "digest": flow.bundle.digest}
-        facts |= {"engine": flow.engine, "precision": precision}
+        facts |= {"engine": flow.engine_name, "precision": precision}
         missed = [record.name for record in records if not record.passed]
         if facts["engine"] in {"trt", "trt-rtx"}:
             from tarflow_runtimes.engines.trt.engine import record_verification
 
             found = {"bundle": flow.bundle.digest, "comparisons": len(records), "missed": missed}
-            record_verification(flow.backend, passed=not missed, facts=found)
+            record_verification(flow.engine, passed=not missed, facts=found)
     note(comparison_table(records))
     passed = not missed
     if as_json:

@@ -14,7 +14,7 @@ from tarflow_runtimes.cli.shell import note
 from tarflow_runtimes.errors import InputError
 
 if TYPE_CHECKING:
-    from tarflow_runtimes.bundle.reader import ModelConfig
+    from tarflow_runtimes.bundle.config import ModelConfig
     from tarflow_runtimes.engines.trt.profiles import Profile
     from tarflow_runtimes.engines.trt.supply import Building
 

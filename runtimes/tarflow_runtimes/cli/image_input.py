@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes.bundle.reader import ModelConfig
+from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.errors import InputError
 
 CHANNELS_OF_MODE = {"L": 1, "RGB": 3}

@@ -244,7 +244,7 @@ class _Work:
 
     def facts(self) -> dict[str, Any]:
         """What ran: bundle, digest, engine, precision."""
-        bundle, engine = self.flow.bundle, self.flow.backend
+        bundle, engine = self.flow.bundle, self.flow.engine
         return {
             "bundle": str(bundle.path),
             "digest": bundle.digest,
@@ -272,7 +272,7 @@ class _Work:
         if written:
             what = str(written[0]) if len(written) == 1 else f"{len(written)} files to {written[0].parent}"
             count = counted(len(rows), self.flow.config)
-            note(f"wrote {what} ({count}, {self.seconds:.1f} s, {self.flow.engine})")
+            note(f"wrote {what} ({count}, {self.seconds:.1f} s, {self.flow.engine_name})")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from tarflow_runtimes.cli.shell import command, new_app, note, print_json, requi
 from tarflow_runtimes.errors import InputError
 
 if TYPE_CHECKING:
-    from tarflow_runtimes.bundle.reader import ModelConfig
+    from tarflow_runtimes.bundle.config import ModelConfig
     from tarflow_runtimes.cli.output import Kind, Output
     from tarflow_runtimes.decode.turn import Floats
 
@@ -163,7 +163,7 @@ def infer(
             )
         facts: dict[str, Any] = {
             "bundle": str(flow.bundle.path),
-            "engine": flow.engine,
+            "engine": flow.engine_name,
             "chosen": flow.engine_report["chosen"],
             "precision": sample.metadata["precision"],
             "digest": flow.bundle.digest,
@@ -199,7 +199,7 @@ def infer(
         )
     source = f"seed {sample.seed}" if noise is None else f"noise of {noise}"
     pace = f"{clock.seconds:.1f} s, {1e3 * clock.per_step:.2f} ms per step"
-    note(f"wrote {target.path}: {counted(count, config)}, {source}, {flow.engine}, {pace}")
+    note(f"wrote {target.path}: {counted(count, config)}, {source}, {flow.engine_name}, {pace}")
 
 
 def _columns(count: int, *, period: int) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes.bundle.reader import ModelConfig
+from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.errors import InputError
 from tarflow_runtimes.io.pictures import grid, save_png, to_uint8
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from tarflow_runtimes.decode.plan import BlockReport, Parallel
 from tarflow_runtimes.decode.turn import Floats, Turn
-from tarflow_runtimes.decode.workers import Crew
+from tarflow_runtimes.decode.workers import WorkerPool
 
 
 class Windows(Protocol):
@@ -39,7 +39,7 @@ class Settled:
     """Patches [N, D] in block order and how they came about; see `BlockReport` for the fields."""
 
     patches: Floats
-    committed: tuple[int, ...]
+    accepted: tuple[int, ...]
     residual: float
     overflowed: bool = False
 
@@ -59,26 +59,26 @@ def invert_in_parallel(
     number of patches settled, the mean over the images; an error that it raises ends the run.
     """
     images = len(noise)
-    crew = Crew(images, on_step)
+    pool = WorkerPool(images, on_step)
     results: list[Settled | None] = [None] * images
 
     def run(image: int) -> None:
         def on_settled(done: int) -> None:
-            crew.report(image, done)
-            if crew.stop:
+            pool.report(image, done)
+            if pool.stop:
                 raise _StoppedError
 
         first = None if turn.start is None else turn.start[image]
         with contextlib.suppress(_StoppedError):
             results[image] = settle(start(image), noise[image], strategy, on_settled, first=first, calls=turn.steps)
 
-    crew.work(run, workers=min(workers, images))
+    pool.work(run, workers=min(workers, images))
     settled = [result for result in results if result is not None]
     report = BlockReport(
         block=turn.block,
         strategy=strategy,
-        calls=tuple(len(result.committed) for result in settled),
-        committed=tuple(result.committed for result in settled),
+        calls=tuple(len(result.accepted) for result in settled),
+        accepted=tuple(result.accepted for result in settled),
         residual=max(result.residual for result in settled),
         sequential_images=tuple(i for i, result in enumerate(settled) if result.overflowed),
     )
@@ -110,15 +110,15 @@ def settle(
     x = first.copy()
     x[0] = noise[0]
     settled = 1
-    committed: list[int] = []
+    accepted: list[int] = []
     residual = 0.0
-    while settled < count and len(committed) != calls:
+    while settled < count and len(accepted) != calls:
         stop = min(settled - 1 + size, count - 1)
         new = windows.evaluate(settled - 1, x[settled - 1 : stop])
         if not np.isfinite(new).all():
             left = count - settled
             _one_by_one(windows, x, settled, on_settled)
-            return Settled(patches=x, committed=(*committed, *[1] * left), residual=residual, overflowed=True)
+            return Settled(patches=x, accepted=(*accepted, *[1] * left), residual=residual, overflowed=True)
         with np.errstate(over="ignore"):  # iterates far from the answer may be huge
             moved = np.abs(new - x[settled : stop + 1]).max(axis=1)
         still = _leading(
@@ -127,10 +127,10 @@ def settle(
         residual = max(residual, float(moved[:still].max(initial=0.0)))
         x[settled + still : stop + 1] = new[still:]
         settled += still + 1
-        committed.append(still + 1)
+        accepted.append(still + 1)
         if on_settled is not None:
             on_settled(settled - 1)
-    return Settled(patches=x, committed=tuple(committed), residual=residual)
+    return Settled(patches=x, accepted=tuple(accepted), residual=residual)
 
 
 def _one_by_one(windows: Windows, x: Floats, settled: int, on_settled: Callable[[int], None] | None) -> None:

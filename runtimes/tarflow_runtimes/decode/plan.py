@@ -91,7 +91,7 @@ def strategy_from_json(value: Any) -> Strategy:
 class BlockReport:
     """How one block was inverted.
 
-    `calls[i]` is the number of evaluations of the block for image i, N - 1 when sequential; `committed[i]` says how
+    `calls[i]` is the number of evaluations of the block for image i, N - 1 when sequential; `accepted[i]` says how
     many patches each of them settled (empty when sequential, and on a device, which is not asked after each call);
     `residual` is the largest
     |x_{i+1} - (z_{i+1} * exp(a_i) + b_i)| over all images and patches, 0 when sequential; `sequential_images` are
@@ -101,7 +101,7 @@ class BlockReport:
     block: int
     strategy: Strategy
     calls: tuple[int, ...]
-    committed: tuple[tuple[int, ...], ...] = ()
+    accepted: tuple[tuple[int, ...], ...] = ()
     residual: float = 0.0
     sequential_images: tuple[int, ...] = ()
 
@@ -133,7 +133,7 @@ def _joined(mine: BlockReport, theirs: BlockReport, images: int) -> BlockReport:
         block=mine.block,
         strategy=mine.strategy,
         calls=mine.calls + theirs.calls,
-        committed=mine.committed + theirs.committed,
+        accepted=mine.accepted + theirs.accepted,
         residual=max(mine.residual, theirs.residual),
         sequential_images=mine.sequential_images + tuple(images + i for i in theirs.sequential_images),
     )

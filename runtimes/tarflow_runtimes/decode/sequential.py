@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tarflow_runtimes.decode.turn import Floats
-from tarflow_runtimes.decode.workers import Crew
+from tarflow_runtimes.decode.workers import WorkerPool
 
 
 class Stepper(Protocol):
@@ -36,17 +36,17 @@ def invert_sequentially(
 
     `on_step` is called with the number of steps done, growing; an error that it raises ends the run.
     """
-    crew = Crew(parts, on_step)
+    pool = WorkerPool(parts, on_step)
     finished: dict[int, Floats] = {}
 
     def run(part: int) -> None:
         stepper = start(part)
         for done in range(steps):
             stepper.advance()
-            if crew.stop:
+            if pool.stop:
                 return
-            crew.report(part, done + 1)
+            pool.report(part, done + 1)
         finished[part] = stepper.result()
 
-    crew.work(run, workers=min(workers, parts))
+    pool.work(run, workers=min(workers, parts))
     return [finished[part] for part in range(parts)]

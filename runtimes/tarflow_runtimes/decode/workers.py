@@ -1,4 +1,4 @@
-"""`Crew`: the parts of a batch side by side in threads, with progress and cancellation in the caller's thread."""
+"""`WorkerPool`: the parts of a batch side by side in threads, with progress and cancellation in the caller's thread."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 
-class Crew:
+class WorkerPool:
     """Runs the parts of a batch in threads; the caller's thread works too, and alone talks to the callback."""
 
     def __init__(self, parts: int, on_step: Callable[[int], object] | None) -> None:

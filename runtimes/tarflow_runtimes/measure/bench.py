@@ -270,30 +270,30 @@ class _Runner:
         calls = [count for report in reports for count in report.calls]
         sequential = isinstance(reports[0].strategy, Sequential)
         times = [one[block] for one in self._step_seconds]
-        committed = [one for report in reports for one in report.committed]
+        accepted = [one for report in reports for one in report.accepted]
         return BlockResult(
             block=block,
             ms=1e3 * statistics.median(float(one.sum()) for one in times),
             strategy=strategy_json(reports[0].strategy),
             calls_mean=statistics.fmean(calls),
             calls_max=max(calls),
-            settled=settled_curve(committed, self.flow.config.patches),
+            settled=settled_curve(accepted, self.flow.config.patches),
             residual=max(report.residual for report in reports),
             sequential_images=sum(len(report.sequential_images) for report in reports),
             step_us=tuple((1e6 * np.median(times, axis=0)).tolist()) if sequential else (),
         )
 
 
-def settled_curve(committed: Sequence[Sequence[int]], patches: int) -> tuple[float, ...]:
+def settled_curve(accepted: Sequence[Sequence[int]], patches: int) -> tuple[float, ...]:
     """The mean number of patches that are final after 0, 1, ... calls; an image that is done stays at all of them.
 
-    `committed` holds, for each image, how many patches each call settled; the first patch is final before any call.
+    `accepted` holds, for each image, how many patches each call settled; the first patch is final before any call.
     """
-    longest = max(map(len, committed), default=0)
+    longest = max(map(len, accepted), default=0)
     if not longest:
         return ()
-    curves = np.full((len(committed), longest + 1), patches)
-    for curve, steps in zip(curves, committed, strict=True):
+    curves = np.full((len(accepted), longest + 1), patches)
+    for curve, steps in zip(curves, accepted, strict=True):
         curve[: len(steps) + 1] = 1 + np.cumsum([0, *steps])
     return tuple(curves.mean(axis=0).tolist())
 

@@ -102,7 +102,7 @@ class _Job:
 
     def tuned(self, on_block: OnBlock | None) -> TunedPlan:
         """Measure block after block, then the whole plan against a sequential run."""
-        config, prior = self.flow.config, self.flow.bundle.prior
+        config, prior = self.flow.config, self.flow.bundle.prior_variance
         xs = [u if prior is None else u * np.sqrt(prior) for u in self.noise]
         strategies: list[Strategy] = [Sequential()] * config.blocks
         for block in reversed(range(config.blocks)):
@@ -192,7 +192,7 @@ class _Job:
     def _invert(self, turn: Turn, x: Floats, on_step: OnTurn | None = None) -> tuple[Floats, BlockReport]:
         """One turn of the first images of the batch, as many as x has."""
         given = self.conditions.of(slice(0, len(x)))
-        output, (report,) = self.flow.backend.invert([turn], x, given, on_step)
+        output, (report,) = self.flow.engine.invert([turn], x, given, on_step)
         return output, report
 
     def _whole(self, plan: Plan) -> tuple[float, float]:
@@ -201,7 +201,7 @@ class _Job:
         for noise in self.noise:
             for planned in (True, False):
                 started = time.perf_counter()
-                given = (self.flow.backend, self.flow.bundle, noise, self.conditions)
+                given = (self.flow.engine, self.flow.bundle, noise, self.conditions)
                 decode_patches(*given, plan=plan if planned else None)
                 taken[planned].append(time.perf_counter() - started)
         return statistics.median(taken[True]), statistics.median(taken[False])

@@ -213,7 +213,7 @@ class _Run:
         verification = bundle.manifest.get("verification")
         floors = verification.get("floors") if isinstance(verification, Mapping) else None
         self.floors = floors if isinstance(floors, Mapping) else {}
-        prior = np.float32(1.0) if bundle.prior is None else bundle.prior
+        prior = np.float32(1.0) if bundle.prior_variance is None else bundle.prior_variance
         self.deviation: npt.NDArray[np.float32] = np.sqrt(prior)
 
     def record(

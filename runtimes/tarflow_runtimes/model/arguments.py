@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes.bundle.reader import ModelConfig
+from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.decode.turn import Floats, Integers
 from tarflow_runtimes.errors import InputError
 from tarflow_runtimes.model.guidance import Guidance, real

@@ -11,7 +11,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes.bundle.reader import Bundle, ModelConfig
+from tarflow_runtimes.bundle.config import ModelConfig
+from tarflow_runtimes.bundle.reader import Bundle
 from tarflow_runtimes.decode.turn import Floats, Integers
 from tarflow_runtimes.engines.api import Engine
 
@@ -27,10 +28,10 @@ def encode_patches(engine: Engine, bundle: Bundle, patches: Floats, labels: Inte
     for block in range(bundle.config.blocks):
         x, block_log_det = engine.forward(block, x, labels)
         log_det += block_log_det
-    if bundle.prior is None:
+    if bundle.prior_variance is None:
         return x, log_det
-    u: Floats = (x / np.sqrt(bundle.prior)).astype(np.float32, copy=False)
-    return u, log_det - 0.5 * float(np.log(bundle.prior, dtype=np.float64).sum())
+    u: Floats = (x / np.sqrt(bundle.prior_variance)).astype(np.float32, copy=False)
+    return u, log_det - 0.5 * float(np.log(bundle.prior_variance, dtype=np.float64).sum())
 
 
 def log_prob_of(u: Floats, log_det: Doubles) -> Doubles:
@@ -47,7 +48,7 @@ def score(engine: Engine, bundle: Bundle, patches: Floats, labels: Integers | No
     """
 
     def cotangent(z: Floats, _: slice) -> Floats:
-        return -z if bundle.prior is None else (-z / bundle.prior).astype(np.float32, copy=False)
+        return -z if bundle.prior_variance is None else (-z / bundle.prior_variance).astype(np.float32, copy=False)
 
     _, gradient = engine.vjp(range(bundle.config.blocks), patches, labels, cotangent)
     return gradient

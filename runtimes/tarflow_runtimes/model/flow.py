@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes.bundle.reader import Bundle, ModelConfig, open_bundle
+from tarflow_runtimes.bundle.config import ModelConfig
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle
 from tarflow_runtimes.decode.plan import DecodeReport, Parallel, Plan, Sequential, Strategy
 from tarflow_runtimes.decode.tuned import Identity, TunedPlans, identity_of, plans_path, read_plans
 from tarflow_runtimes.decode.turn import Floats, Integers
@@ -140,24 +141,24 @@ class Flow:
         return self._bundle.config
 
     @property
-    def engine(self) -> str:
+    def engine(self) -> Engine:
+        """The engine itself, block by block, for verification and measurements; it belongs to this Flow."""
+        return self._engine
+
+    @property
+    def engine_name(self) -> str:
         """Name of the engine that runs the graphs, also when `auto` chose it."""
         return self._engine.name
 
     @property
     def engine_report(self) -> Mapping[str, Any]:
-        """What runs where: versions, threads, rewrites, and why this engine. JSON values."""
+        """What runs where: versions, threads, device, and why this engine. JSON values."""
         return {**self._engine.report(), "chosen": self._reason}
 
     @property
-    def labels(self) -> tuple[str, ...] | None:
+    def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes, or None."""
-        return self._bundle.labels
-
-    @property
-    def backend(self) -> Engine:
-        """The engine itself, block by block, for verification; it belongs to this Flow."""
-        return self._engine
+        return self._bundle.class_names
 
     def tuned_plans(self, path: str | os.PathLike[str] | None = None) -> TunedPlans:
         """The plans of a file that were tuned for this bundle on this machine and engine; `plan` takes them.
@@ -244,7 +245,7 @@ class Flow:
         images, report = self._decode(n, latents, numbers, chosen, plan, batch_size, on_step, finish)
         metadata = {
             "digest": self._bundle.digest,
-            "engine": self.engine,
+            "engine": self.engine_name,
             "precision": self._engine.precision,
             "seed": "none" if seeds is None else _joined(seeds if isinstance(seeds, tuple) else [seeds]),
             "first_index": str(first_index),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tarflow_runtimes.bundle.reader import ModelConfig
+from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.decode.turn import Conditions, Floats, Integers
 from tarflow_runtimes.errors import InputError
 

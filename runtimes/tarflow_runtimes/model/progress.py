@@ -41,7 +41,7 @@ def decode_patches(  # noqa: PLR0917 - mathematics, called with names where it h
     run. Without a plan every block is sequential.
     """
     config = bundle.config
-    x = u if bundle.prior is None else u * np.sqrt(bundle.prior)
+    x = u if bundle.prior_variance is None else u * np.sqrt(bundle.prior_variance)
     steps = config.patches - 1
     strategies = (Sequential(),) * config.blocks if plan is None else plan.blocks
     turns = [Turn(block=block, strategy=strategies[block]) for block in reversed(range(config.blocks))]

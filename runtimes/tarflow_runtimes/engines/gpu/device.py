@@ -89,7 +89,7 @@ class Device(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape and dtype of an input or output; `reach`, whose length is free, is given its longest."""
+    """Shape and dtype of an input or output; `kv_length`, whose length is free, is given its longest."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -122,10 +122,10 @@ class Program(Protocol):
     def outputs(self) -> Mapping[str, TensorSpec]:
         """By name."""
 
-    def bind(self, addresses: Mapping[str, int], *, reach: int | None = None) -> Bound:
+    def bind(self, addresses: Mapping[str, int], *, kv_length: int | None = None) -> Bound:
         """Give every input and output an address; an output that is an input updated in place has the input's.
 
-        `reach` is the length of the input of that name in this binding, where there is one.
+        `kv_length` is the length of the input of that name in this binding, where there is one.
         """
 
     def record(self, launches: Sequence[Bound]) -> Replay:

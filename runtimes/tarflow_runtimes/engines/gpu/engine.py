@@ -15,7 +15,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes.bundle.reader import Bundle, ModelConfig
+from tarflow_runtimes.bundle.config import ModelConfig
+from tarflow_runtimes.bundle.reader import Bundle
 from tarflow_runtimes.decode.plan import BlockReport
 from tarflow_runtimes.decode.turn import Conditions, Floats, Integers, OnTurn, Turn
 from tarflow_runtimes.engines.api import Cotangent, vjp_recomputed

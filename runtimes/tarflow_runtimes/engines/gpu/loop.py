@@ -5,7 +5,8 @@ state of the images, positions among it, alternates between two places, and ever
 Latents go to the device once and images come back once. Sequential blocks need no look at the device; parallel ones
 look at the positions after every LOOK launches.
 
-Attention reads the first `reach` cache entries; the host knows a bound of the positions and raises it in eighths of N.
+Attention reads the first `kv_length` cache entries: the host knows a bound of the positions, which it raises in eighths
+of N.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ GROUP: Final = 16
 LOOK: Final = 4
 """Launches of a parallel block between two looks at the positions."""
 
-REACHES: Final = 8
+KV_LENGTHS: Final = 8
 """Lengths of cache that attention may read: multiples of N / 8. Each has its own recordings."""
 
 SHAPES: Final = 2
@@ -120,7 +121,7 @@ class DeviceDecoder:
         """A new one, with what is the same in every run."""
         workspace = Workspace(self._device, images)
         with self._device.lock:
-            self._tell(workspace, "reach", np.arange(self._config.patches))
+            self._tell(workspace, "kv_positions", np.arange(self._config.patches))
         return workspace
 
     def _begin(self, job: _Job, noise: Floats, conditions: Conditions) -> None:
@@ -209,16 +210,16 @@ class DeviceDecoder:
 
     def _launch(self, job: _Job, program: Program, block: int, *, size: int, position: int, count: int) -> None:
         """Launch a group from `position` or before it; all entries that it reads are before position + size * count."""
-        reach = patches = self._config.patches
-        if "reach" in program.inputs:
-            stride = -(-patches // REACHES)
+        kv_length = patches = self._config.patches
+        if "kv_positions" in program.inputs:
+            stride = -(-patches // KV_LENGTHS)
             farthest = min(position + size * count, patches - 1)
-            reach = min(-(-farthest // stride) * stride, patches)
+            kv_length = min(-(-farthest // stride) * stride, patches)
         with self._device.lock:
             if count % 2:
-                job.workspace.bound(program, block, size, reach, 0).launch()
+                job.workspace.bound(program, block, size, kv_length, 0).launch()
             else:
-                job.workspace.recorded(program, block, size, reach, count).replay()
+                job.workspace.recorded(program, block, size, kv_length, count).replay()
 
     def _start(self, job: _Job, block: int, *, size: int, init: Init | Floats = "noise") -> None:
         """Make the block's noise of what `finished` holds, and its state: patches as `init` says, position 0."""

@@ -19,7 +19,8 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes.bundle.reader import PORTABLE, Bundle, ModelConfig
+from tarflow_runtimes.bundle.config import ModelConfig
+from tarflow_runtimes.bundle.reader import PORTABLE, Bundle
 from tarflow_runtimes.engines.gpu.device import Bound, Device, Replay, TensorSpec
 from tarflow_runtimes.engines.gpu.workspace import IN_PLACE
 from tarflow_runtimes.engines.onnxruntime import import_onnxruntime
@@ -99,7 +100,7 @@ class OrtProgram:
         self.outputs = {value.name: _spec(value) for value in session.get_outputs()}
         self._numbers = itertools.count(1)
 
-    def bind(self, addresses: Mapping[str, int], *, reach: int | None = None) -> OrtBound:  # noqa: ARG002 - these graphs read whole caches
+    def bind(self, addresses: Mapping[str, int], *, kv_length: int | None = None) -> OrtBound:  # noqa: ARG002 - these graphs read whole caches
         """Bind every input and output."""
         binding = self.session.io_binding()
         kind = self._device.kind

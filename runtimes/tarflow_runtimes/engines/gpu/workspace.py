@@ -28,8 +28,9 @@ not at all. Only those that add in no fixed order do."""
 class Workspace:
     """Buffers of one run by name, made when first asked for.
 
-    `noise` and `finished` [B, N, D], `guidance`, `labels`, `inverse_temperature`, `tolerance`, `reach`, the caches, and
-    two copies of the state: `window_S` [B, S + 1, D] for each S, and `status`: position, calls [B] int64, residual [B].
+    `noise` and `finished` [B, N, D], `guidance`, `labels`, `inverse_temperature`, `tolerance`, `kv_positions`, the
+    caches, and two copies of the state: `window_S` [B, S + 1, D] for each S, and `status`: position, calls [B] int64,
+    residual [B].
     """
 
     def __init__(self, device: Device, images: int) -> None:
@@ -64,21 +65,23 @@ class Workspace:
         end = 8 * self.images
         return position[:end].view(np.int64), calls[:end].view(np.int64), residual[: end // 2].view(np.float32)
 
-    def bound(self, program: Program, block: int, size: int, reach: int, parity: int) -> Bound:
+    def bound(self, program: Program, block: int, size: int, kv_length: int, parity: int) -> Bound:
         """The program of that block for windows of `size`, from state `parity` to the other."""
-        key = (block, size, reach, parity)
+        key = (block, size, kv_length, parity)
         if key not in self._bound:
             addresses = {name: self._place(name, spec.nbytes, size, parity) for name, spec in program.inputs.items()}
             for name, spec in program.outputs.items():
                 addresses[name] = self._place(name.removeprefix("next_"), spec.nbytes, size, 1 - parity)
-            self._bound[key] = program.bind(addresses, reach=reach if "reach" in program.inputs else None)
+            self._bound[key] = program.bind(
+                addresses, kv_length=kv_length if "kv_positions" in program.inputs else None
+            )
         return self._bound[key]
 
-    def recorded(self, program: Program, block: int, size: int, reach: int, steps: int) -> Replay:
+    def recorded(self, program: Program, block: int, size: int, kv_length: int, steps: int) -> Replay:
         """`steps` launches from state 0 to state 0, recorded when first asked for, and then compared with launches."""
-        key = (block, size, reach, steps)
+        key = (block, size, kv_length, steps)
         if key not in self._recorded:
-            launches = [self.bound(program, block, size, reach, step % 2) for step in range(steps)]
+            launches = [self.bound(program, block, size, kv_length, step % 2) for step in range(steps)]
             restore = self._keep(size)
             for launch in launches[:2]:  # what a runtime sets up at the first run of a binding must not be recorded
                 launch.launch()

@@ -152,9 +152,9 @@ class TrtProgram:
         self.inputs = {name: spec for name, spec in specs.items() if is_input[name]}
         self.outputs = {name: spec for name, spec in specs.items() if not is_input[name]}
 
-    def bind(self, addresses: Mapping[str, int], *, reach: int | None = None) -> TrtBound:
+    def bind(self, addresses: Mapping[str, int], *, kv_length: int | None = None) -> TrtBound:
         """A context with every input and output at its address; updated ones are at that of their input."""
-        return TrtBound(self, addresses, reach)
+        return TrtBound(self, addresses, kv_length)
 
     def record(self, launches: Sequence[Bound]) -> Replay:
         """A CUDA graph of some launches, each of which has run before: a context sets itself up at its first run."""
@@ -173,7 +173,7 @@ class TrtBound:
         EngineError: when TensorRT refuses a shape or an address, or yields other shapes than the graph says.
     """
 
-    def __init__(self, program: TrtProgram, addresses: Mapping[str, int], reach: int | None) -> None:
+    def __init__(self, program: TrtProgram, addresses: Mapping[str, int], kv_length: int | None) -> None:
         self._program = program
         engine, scratch = program.engine, program.scratch
         self._context = context = engine.context(program.profile, program.device.stream)
@@ -182,7 +182,7 @@ class TrtBound:
             if heard.errors:
                 raise engine.refused("run", heard)
             for name, spec in program.inputs.items():
-                shape = (reach,) if name == "reach" else spec.shape
+                shape = (kv_length,) if name == "kv_positions" else spec.shape
                 if not context.set_input_shape(name, shape):
                     raise engine.refused("run", heard)
             for name in (*program.inputs, *program.outputs):

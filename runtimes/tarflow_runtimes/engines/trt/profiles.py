@@ -32,15 +32,15 @@ class Profile:
         most = shape_of(shape, self.sizes(self.most, cache_entries))
         return least, most, most
 
-    def sizes(self, images: int, reach: int) -> Mapping[str, int]:
-        """The value of every axis letter for a batch, with L = `reach` cache entries read."""
+    def sizes(self, images: int, kv_length: int) -> Mapping[str, int]:
+        """The value of every axis letter for a batch, with L = `kv_length` cache entries read."""
         return {
             "B": images,
             "G": self.branches,
             "R": self.branches * images,
             "S": self.patches,
             "S + 1": self.patches + 1,
-            "L": reach,
+            "L": kv_length,
         }
 
     def to_json(self) -> dict[str, int]:
