@@ -8,10 +8,26 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from tarflow_runtimes.doctor.facts import Facts
-from tarflow_runtimes.doctor.requirements import DRIVER, INSTALL, MINIMUM_ORT, NO_DRIVER, NO_GPU, PACKAGES, VISIBLE
+from tarflow_runtimes.doctor.requirements import (
+    DRIVER,
+    INSTALL,
+    MINIMUM_ORT,
+    NATIVE_BUILD,
+    NO_DRIVER,
+    NO_GPU,
+    PACKAGES,
+    VISIBLE,
+)
 
-PREFERENCE: Final = ("trt", "trt-rtx", "ort-cuda", "ort-cpu")
+PREFERENCE: Final = ("trt", "trt-rtx", "ort-cuda", "native", "ort-cpu")
 """The engines as `auto` prefers them: the one that is expected to be fastest first; `benchmarks/gpu.py` measures."""
+
+UNFIT: Final = {
+    "float16": ("native",),
+    "bfloat16": ("ort-cpu",),
+    "int8": ("trt", "trt-rtx", "ort-cuda"),
+}
+"""The engines that do not run bundles of a precision."""
 
 DRIVER_OF_CUDA: Final = {12: "525", 13: "580"}
 """The oldest driver for each major version of CUDA (CUDA release notes, minor version compatibility)."""
@@ -36,16 +52,24 @@ def verdicts(facts: Facts) -> dict[str, Fault | None]:
     return {engine: next(filter(None, (check(facts) for check in checks)), None) for engine, checks in CHECKS.items()}
 
 
-def choose(facts: Facts) -> tuple[str, str]:
-    """The engine that `auto` takes, and why: the first of PREFERENCE that is ready, else ort-cpu, whose error tells."""
+def choose(facts: Facts, precision: str = "float32") -> tuple[str, str]:
+    """The engine that `auto` takes for a bundle of that precision, and why.
+
+    That is the first of PREFERENCE that is ready and computes in it, else ort-cpu, whose error tells.
+    """
     found = verdicts(facts)
     passed: list[str] = []
     for engine in PREFERENCE:
         fault = found[engine]
-        if fault is None:
-            why = f"auto: {engine} is ready" + (f" on {facts.gpus[0].name}" if engine != "ort-cpu" else "")
+        if engine in UNFIT.get(precision, ()):
+            passed.append(f"{engine} is not: it does not compute in {precision}")
+        elif fault is None:
+            where = {"native": facts.native.kernel, "ort-cpu": ""}
+            on = where[engine] if engine in where else facts.gpus[0].name
+            why = f"auto: {engine} is ready" + (f" on {on}" if on else "")
             return engine, "; ".join([why, *passed])
-        passed.append(f"{engine} is not: {fault.problem}")
+        else:
+            passed.append(f"{engine} is not: {fault.problem}")
     return "ort-cpu", "; ".join(["auto: no engine is ready", *passed])
 
 
@@ -194,6 +218,12 @@ def _target_of_tensorrt_rtx(facts: Facts) -> Fault | None:
     return Fault(problem=f"{builds}, not for {gpu.name} ({gpu.architecture})", remedy="use engine trt or ort-cuda")
 
 
+def _native(facts: Facts) -> Fault | None:
+    if facts.native.kernel:
+        return None
+    return Fault(problem=f"the native kernel is not there: {facts.native.problem}", remedy=NATIVE_BUILD)
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
@@ -205,6 +235,7 @@ def _device(engine: str, package: str) -> tuple[Check, ...]:
 
 
 CHECKS: Final[dict[str, tuple[Check, ...]]] = {
+    "native": (_native,),
     "ort-cpu": (_package("ort-cpu", "onnxruntime", MINIMUM_ORT["ort-cpu"]),),
     "ort-cuda": (
         _package("ort-cuda", "onnxruntime", MINIMUM_ORT["ort-cuda"]),

@@ -77,6 +77,15 @@ class Library:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Native:
+    """The native kernel: its library and the kernel that runs on this processor, or why there is none."""
+
+    file: str = ""
+    kernel: str = ""
+    problem: str = "its library was not built"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Provider:
     """ONNX Runtime's CUDA provider: whether this build has it, for which CUDA, and why it does not load."""
 
@@ -101,6 +110,7 @@ class Facts:
     libraries: dict[str, Library]
     provider: Provider
     owners: dict[str, tuple[str, ...]]
+    native: Native = Native()
 
     def to_json(self) -> dict[str, Any]:
         """The fields, JSON values only."""

@@ -144,6 +144,16 @@ def probe_library(file: str) -> dict[str, Any]:
     return {"problem": problem}
 
 
+def probe_native(file: str) -> dict[str, Any]:
+    """The native kernel's library, and the kernel that it runs here."""
+    try:
+        library = ctypes.CDLL(file)
+        library.tarflow_native_kernel.restype = ctypes.c_char_p
+        return {"file": file, "kernel": library.tarflow_native_kernel(ctypes.c_int64(0)).decode(), "problem": ""}
+    except (OSError, AttributeError) as error:
+        return {"problem": one_line(error)}
+
+
 def loaded_libraries() -> list[str]:
     """Files of the libraries worth naming that this process has loaded; none where the system does not say."""
     try:

@@ -12,8 +12,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from tarflow_runtimes.doctor.facts import LIBRARIES, MODULES, Driver, Facts, Gpu, Library, Module, Provider, file_name
-from tarflow_runtimes.doctor.requirements import PROVIDERS, owners
+from tarflow_runtimes.doctor.facts import (
+    LIBRARIES,
+    MODULES,
+    Driver,
+    Facts,
+    Gpu,
+    Library,
+    Module,
+    Native,
+    Provider,
+    file_name,
+)
+from tarflow_runtimes.doctor.requirements import PROVIDERS, native_library, owners
 
 PROBE: Final = Path(__file__).with_name("probe_script.py")
 
@@ -25,6 +36,8 @@ def gather() -> Facts:
     """Look at everything, a few probes at a time; about a second. Never raises on what it finds."""
     asked: list[tuple[str, ...]] = [("driver",), ("provider",)]
     asked += [("module", name) for name in MODULES] + [("library", file_name(name)) for name in LIBRARIES]
+    if native := native_library():
+        asked.append(("native", str(native)))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         found = dict(zip(asked, pool.map(lambda question: probe(*question), asked), strict=True))
     driver = found[("driver",)]
@@ -42,6 +55,7 @@ def gather() -> Facts:
         modules={name: Module(**module) for name, module in modules.items()},
         libraries={name: Library(**found["library", file_name(name)]) for name in LIBRARIES},
         provider=Provider(**found[("provider",)]),
+        native=Native(**found["native", str(native)]) if native else Native(),
         owners={package: tuple(owners(package)) for package in PROVIDERS},
     )
 

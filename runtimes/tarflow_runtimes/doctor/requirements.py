@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
+import sys
+from pathlib import Path
 from typing import Final
 
 PROVIDERS: Final = {
@@ -36,8 +39,13 @@ PACKAGES: Final = {
 }
 """By engine."""
 
+NATIVE_NAMES: Final = {"win32": "tarflow_native.dll", "darwin": "libtarflow_native.dylib"}
+NATIVE_LIBRARY: Final = "TARFLOW_NATIVE_LIBRARY"
+NATIVE_BUILD: Final = "make native, in a checkout on a machine with a C++ compiler"
+
 INSTALL: Final = {engine: f'pip install "tarflow-sdk[{engine}]"' for engine in ("ort-cuda", *PACKAGES)} | {
-    "ort-cpu": 'pip install "tarflow-sdk[ort]"'
+    "ort-cpu": 'pip install "tarflow-sdk[ort]"',
+    "native": NATIVE_BUILD,
 }
 """The command that brings an engine's packages."""
 
@@ -46,6 +54,15 @@ VISIBLE: Final = "look at nvidia-smi and at the variable CUDA_VISIBLE_DEVICES"
 NO_DRIVER: Final = "no NVIDIA driver is loaded on this machine"
 NO_GPU: Final = "the NVIDIA driver finds no GPU"
 """What is said of a driver or a GPU that is missing, and how to mend it."""
+
+
+def native_library() -> Path | None:
+    """The native kernel's library: that which TARFLOW_NATIVE_LIBRARY names, else the package's own if it is there."""
+    if named := os.environ.get(NATIVE_LIBRARY):
+        return Path(named)
+    name = NATIVE_NAMES.get(sys.platform, "libtarflow_native.so")
+    path = Path(__file__).parents[1] / "engines" / "native" / name
+    return path if path.is_file() else None
 
 
 def owners(package: str) -> list[str]:

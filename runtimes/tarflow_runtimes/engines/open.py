@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from tarflow_runtimes.engines.trt.supply import OnBuilding
 
 
+CPU_ENGINES: Final = ("native", "ort-cpu")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """What an engine is opened with.
@@ -41,13 +44,19 @@ def open_engine(name: str, bundle: Bundle, options: Options) -> tuple[Engine, st
     if name == "auto":
         from tarflow_runtimes.doctor import choose, gather
 
-        name, reason = choose(gather())
-    if options.tf32 and (name == "ort-cpu" or bundle.precision != "float32"):
+        name, reason = choose(gather(), bundle.precision)
+    if options.tf32 and (name in CPU_ENGINES or bundle.precision != "float32"):
         raise InputError(
             f"tf32 is of engines on a GPU and of float32 bundles, not of {name} and {bundle.precision}",
             hint="leave tf32 out",
         )
     return ENGINES[name](bundle, options), reason
+
+
+def _open_native(bundle: Bundle, _: Options) -> Engine:
+    from tarflow_runtimes.engines.native.engine import NativeEngine
+
+    return NativeEngine(bundle)
 
 
 def _open_ort_cpu(bundle: Bundle, _: Options) -> Engine:
@@ -75,6 +84,7 @@ def _open_trt_rtx(bundle: Bundle, options: Options) -> Engine:
 
 
 ENGINES: Final[dict[str, Callable[[Bundle, Options], Engine]]] = {
+    "native": _open_native,
     "ort-cpu": _open_ort_cpu,
     "ort-cuda": _open_ort_cuda,
     "trt": _open_trt,
