@@ -114,9 +114,7 @@ def test_ctrl_c_ends_the_kernel(native):
 
 @is_built
 def test_what_it_does_not_run(exported):
-    with pytest.raises(
-        tfr.EngineError, match="reads float32, bfloat16, int8, bundle class.tarflow is of float16"
-    ) as caught:
+    with pytest.raises(tfr.EngineError, match=r"int8, bundle class\.tarflow is of float16") as caught:
         tfr.load(exported("class", "float16").path, engine="native")
     assert "ort-cpu" in caught.value.hint
     with tfr.load(exported("class", "bfloat16").path, engine="native") as flow:
