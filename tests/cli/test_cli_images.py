@@ -1,4 +1,4 @@
-"""`tarflow encode`, `denoise`, `score`, `classify` beside the same calls in Python."""
+"""`tarflow encode`, `denoise`, `log-prob`, `classify` beside the same calls in Python."""
 
 import json
 from collections.abc import Callable
@@ -63,18 +63,18 @@ def test_encode_and_back(tarflow: Callable, class_bundle: Path, files: list[str]
     assert np.abs(np.load("x.npy") - pixels).max() < 1e-3
 
 
-def test_score(tarflow: Callable, class_bundle: Path, files: list[str], pixels: np.ndarray) -> None:
+def test_log_prob(tarflow: Callable, class_bundle: Path, files: list[str], pixels: np.ndarray) -> None:
     labels = [0, 1, 2, None, 0]
     options = ("--bundle", class_bundle, "--labels", "ant,bee,cat,null,0")
     with tfr.load(class_bundle) as flow:
         log_prob, bits = flow.log_prob(pixels, labels=labels), flow.bits_per_dim(pixels, labels=labels)
-    table = tarflow("score", *files, *options)
+    table = tarflow("log-prob", *files, *options)
     assert (table.code, table.err) == (0, "")
     rows = [line.split("\t") for line in table.out.splitlines()]
     assert [row[0] for row in rows] == NAMES
     assert np.allclose([float(row[1]) for row in rows], log_prob, atol=1e-3)
     assert np.allclose([float(row[2]) for row in rows], bits, atol=1e-4)
-    result = tarflow("score", *files, *options, "-o", "scores.npz", "--json", "--batch-size", 3)
+    result = tarflow("log-prob", *files, *options, "-o", "scores.npz", "--json", "--batch-size", 3)
     report = json.loads(result.out)
     assert np.allclose([row["log_prob"] for row in report["images"]], log_prob, rtol=1e-5)
     assert np.allclose([row["bits_per_dim"] for row in report["images"]], bits, rtol=1e-5)
@@ -136,10 +136,10 @@ def test_tokens(tarflow: Callable, token_bundle: Path) -> None:
     np.testing.assert_allclose(arrays("clean.npz")["images"], clean, atol=1e-5)
     assert tarflow("denoise", "clean.npz", *options, "-o", "cleaner.npy").code == 0  # what is written can be read
 
-    rows = [line.split("\t") for line in tarflow("score", "x.npy", *options).out.splitlines()]
+    rows = [line.split("\t") for line in tarflow("log-prob", "x.npy", *options).out.splitlines()]
     assert [(row[0], len(row)) for row in rows] == [(name, 2) for name in names]
     np.testing.assert_allclose([float(row[1]) for row in rows], log_prob, atol=1e-3)
-    report = json.loads(tarflow("score", "x.npy", *options, "-o", "s.npz", "--json").out)
+    report = json.loads(tarflow("log-prob", "x.npy", *options, "-o", "s.npz", "--json").out)
     assert [sorted(row) for row in report["images"]] == [["file", "label", "log_prob"]] * 3
     assert list(arrays("s.npz")) == ["log_prob"]
 
@@ -150,7 +150,7 @@ def test_tokens(tarflow: Callable, token_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("score", "a.png"), "a.png: the model's data are tokens, not pictures"),
+        (("log-prob", "a.png"), "a.png: the model's data are tokens, not pictures"),
         (("encode", "c.npy", "-o", "z.npy"), "shape [3, 1, 8, 8], expected [B, 5, 3]"),
         (("denoise", "x.npy", "-o", "x.png"), "-o x.png: the model's data are tokens"),
         (("denoise", "x.npy", "-o", "x/"), "-o x: the model's data are tokens"),
@@ -166,14 +166,14 @@ def test_there_are_no_pictures_of_tokens(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("score", "none.png"), "none.png: no such file"),
-        (("score", "."), "is a folder"),
-        (("score", "wide.png"), "wide.png: 8x4 pixels, the model has 8x8"),
-        (("score", "a.png", "--labels", "dog"), "no class 'dog'"),
-        (("score", "a.png", "--labels", "ant,bee"), "2 labels for 1 image"),
-        (("score", "a.png", "--batch-size", 0), "--batch-size must be at least 1"),
-        (("score", "a.png", "-o", "scores.txt"), "cannot tell what to write"),
-        (("score", "a.png", "--engine", "trt"), "trt"),
+        (("log-prob", "none.png"), "none.png: no such file"),
+        (("log-prob", "."), "is a folder"),
+        (("log-prob", "wide.png"), "wide.png: 8x4 pixels, the model has 8x8"),
+        (("log-prob", "a.png", "--labels", "dog"), "no class 'dog'"),
+        (("log-prob", "a.png", "--labels", "ant,bee"), "2 labels for 1 image"),
+        (("log-prob", "a.png", "--batch-size", 0), "--batch-size must be at least 1"),
+        (("log-prob", "a.png", "-o", "scores.txt"), "cannot tell what to write"),
+        (("log-prob", "a.png", "--engine", "trt"), "trt"),
         (("encode", "a.png", "-o", "no/z.npy"), "the folder no does not exist"),
         (("encode", "a.png", "-o", "c.npy"), "exists already"),
         (("denoise", "a.png", "-o", "x.npy", "--sigma", 0), "--sigma must be a positive number"),

@@ -281,7 +281,7 @@ def test_other_models(refused: Callable, colour_bundle: Path, deep_bundle: Path)
 
 
 def test_the_default_batch_size_is_the_runtime_s(tarflow: Callable) -> None:
-    for verb in ("infer", "score"):
+    for verb in ("infer", "log-prob"):
         assert re.search(
             rf"--batch-size COUNT +Images that run together\. +\[default: {BATCH_SIZE}\]", tarflow(verb, "--help").out
         )

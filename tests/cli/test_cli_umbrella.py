@@ -70,6 +70,7 @@ def test_version(tarflow: Callable) -> None:
     [
         ("infr", "did you mean tarflow infer?"),
         ("clasify", "did you mean tarflow classify?"),
+        ("score", "did you mean tarflow log-prob?"),
         ("zzz", "the verbs are train,"),
     ],
 )
@@ -83,11 +84,11 @@ def test_unknown_options(refused: Callable) -> None:
     assert "unknown option '--vresion'" in refused("--vresion").err
     assert "--colour" in refused("infer", "--colour").err
     assert "'-n'" in refused("infer", "-n", "many").err
-    assert "FILES" in refused("score").err
+    assert "FILES" in refused("log-prob").err
     assert "--output" in refused("encode", "image.png").err
 
 
-@pytest.mark.parametrize(("verb", "extra"), [("train", "train"), ("export", "export"), ("score", "ort")])
+@pytest.mark.parametrize(("verb", "extra"), [("train", "train"), ("export", "export"), ("log-prob", "ort")])
 def test_a_package_that_is_not_installed(
     refused: Callable, monkeypatch: pytest.MonkeyPatch, verb: str, extra: str
 ) -> None:
@@ -145,7 +146,7 @@ def test_control_characters_stay_out_of_the_terminal(refused: Callable) -> None:
 
 def test_the_documentation_names_options_that_exist() -> None:
     text = (Path(__file__).parents[2] / "docs" / "CLI.md").read_text()
-    commands = re.findall(r"^tarflow (\w+) (.*)$", text, re.MULTILINE)
+    commands = re.findall(r"^tarflow ([\w-]+) (.*)$", text, re.MULTILINE)
     assert {verb for verb, _ in commands} == set(VERBS)
     for verb, rest in commands:
         known = (HELP / f"{verb}.txt").read_text()

@@ -1,4 +1,4 @@
-"""`tarflow encode`, `denoise`, `score`, `classify`: the verbs that take image files."""
+"""`tarflow encode`, `denoise`, `log-prob`, `classify`: the verbs that take image files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 """Images that run together unless told otherwise."""
 
-encode_app, denoise_app, score_app, classify_app = new_app(), new_app(), new_app(), new_app()
+encode_app, denoise_app, log_prob_app, classify_app = new_app(), new_app(), new_app(), new_app()
 
 Files = Annotated[
     list[Path],
@@ -131,8 +131,8 @@ def denoise(
         work.finish([{} for _ in images], written, as_json=as_json)
 
 
-@command(score_app)
-def score(
+@command(log_prob_app)
+def log_prob(
     files: Files,
     *,
     bundle: BundleOption = None,
@@ -155,7 +155,7 @@ def score(
 ) -> None:
     """Print the log-probability in nats of each image, and its bits/dim where it is no array of tokens.
 
-    Images are scored as they are; no dequantisation noise is added.
+    Images are taken as they are; no dequantisation noise is added.
     """
     import numpy as np
 
@@ -165,12 +165,12 @@ def score(
     target = None if output is None else check_output(output, kinds=(".npy", ".npz"), overwrite=overwrite)
     options = {"engine": engine, **load_options(tf32=tf32, engine_dir=engine_dir)}
     with _opened(files, bundle=bundle, options=options, labels=labels, batch_size=batch_size) as work:
-        log_prob = np.concatenate(work.map(lambda flow, images, classes: flow.log_prob(images, labels=classes)))
-        columns, table = {"log_prob": log_prob}, "{file}\t{log_prob:.3f}"
+        values = np.concatenate(work.map(lambda flow, images, classes: flow.log_prob(images, labels=classes)))
+        columns, table = {"log_prob": values}, "{file}\t{log_prob:.3f}"
         if work.flow.config.data == "image":
-            columns["bits_per_dim"] = -log_prob / (work.flow.config.dims * math.log(2.0)) + PIXEL_SCALE_BITS
+            columns["bits_per_dim"] = -values / (work.flow.config.dims * math.log(2.0)) + PIXEL_SCALE_BITS
             table += "\t{bits_per_dim:.4f}"
-        written = [] if target is None else write_arrays(target, log_prob, key="log_prob", arrays=columns)
+        written = [] if target is None else write_arrays(target, values, key="log_prob", arrays=columns)
         rows = [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
         work.finish(rows, written, as_json=as_json, table=table)
 

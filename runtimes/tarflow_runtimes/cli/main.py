@@ -38,7 +38,9 @@ VERBS = {
     "infer": Verb(target="tarflow_runtimes.cli.infer:app", summary="Draw images from a bundle."),
     "encode": Verb(target="tarflow_runtimes.cli.images:encode_app", summary="Map images to noise and log|det|."),
     "denoise": Verb(target="tarflow_runtimes.cli.images:denoise_app", summary="Take the training noise out of images."),
-    "score": Verb(target="tarflow_runtimes.cli.images:score_app", summary="Log-probability and bits/dim of images."),
+    "log-prob": Verb(
+        target="tarflow_runtimes.cli.images:log_prob_app", summary="Log-probability and bits/dim of images."
+    ),
     "classify": Verb(target="tarflow_runtimes.cli.images:classify_app", summary="Class posteriors of images."),
     "bench": Verb(target="tarflow_runtimes.cli.bench:app", summary="Measure how fast a bundle decodes here."),
     "tune": Verb(target="tarflow_runtimes.cli.tune:app", summary="Find the fastest way to decode on this machine."),
@@ -48,6 +50,9 @@ VERBS = {
         target="tarflow_runtimes.cli.bundles:verify_app", summary="Repeat a bundle's verification on an engine."
     ),
 }
+
+RENAMED = {"score": "log-prob"}
+"""Verbs that are now called otherwise."""
 
 
 def main() -> NoReturn:
@@ -91,7 +96,7 @@ def _help() -> str:
     verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
     return f"""Usage: tarflow VERB [OPTIONS] ...
 
-  Train, export, sample and score transformer autoregressive flows.
+  Train, export, sample and evaluate transformer autoregressive flows.
 
 Verbs:
 {verbs}
@@ -106,8 +111,8 @@ def _unknown(verb: str) -> NoReturn:
     from difflib import get_close_matches
 
     what = "option" if verb.startswith("-") else "verb"
-    near = get_close_matches(verb, VERBS, n=1)
-    hint = f"did you mean tarflow {near[0]}?" if near else f"the verbs are {', '.join(VERBS)}"
+    near = get_close_matches(verb, [*VERBS, *RENAMED], n=1)
+    hint = f"did you mean tarflow {RENAMED.get(near[0], near[0])}?" if near else f"the verbs are {', '.join(VERBS)}"
     sys.stderr.write(f"error: unknown {what} {verb!r}\nhint: {hint}\n")
     raise SystemExit(2)
 
