@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from tarflow_runtimes.cli.build import build_engines, check_builds
-from tarflow_runtimes.cli.engine_options import EngineDir
+from tarflow_runtimes.cli.options import EngineDir, Json
 from tarflow_runtimes.cli.shell import command, new_app, note, print_json, run
 from tarflow_runtimes.engines.trt.folder import EngineFolder
 
@@ -55,7 +55,7 @@ def export(
     ] = None,
     engine_dir: EngineDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Turn a checkpoint into a bundle of ONNX graphs that runs without PyTorch, compared with PyTorch.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tarflow_export._cli import progress_bar, show_table, summarise
+from tarflow_runtimes.cli.options import Json
 from tarflow_runtimes.cli.shell import command, new_app, print_json
 from tarflow_runtimes.errors import InputError
 
@@ -33,7 +34,7 @@ def convert(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch; the bundle records that.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Make a bundle one of another precision, compared with what PyTorch computed when it was exported.
 

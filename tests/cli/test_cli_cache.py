@@ -28,7 +28,7 @@ def _user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def built(class_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the six engines of the class bundle."""
     from tarflow_runtimes.cli.build import build_engines
-    from tarflow_runtimes.cli.engine_options import shapes_of
+    from tarflow_runtimes.cli.options import shapes_of
 
     folder = tmp_path_factory.mktemp("built") / "engines"
     build_engines(class_bundle, "trt-rtx", shapes=shapes_of("2", "0", "1"), targets=["sm_89"], engine_dir=folder)

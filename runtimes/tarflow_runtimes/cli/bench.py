@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tarflow_runtimes.cli.engine_options import EngineDir, Tf32, load_options
 from tarflow_runtimes.cli.lists import count, items, weight
+from tarflow_runtimes.cli.options import BundleArgument, EngineDir, Overwrite, Tf32, load_options
 from tarflow_runtimes.cli.shell import command, json_text, new_app, note, printable, require
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ WIDTH = 160
 
 @command(app)
 def bench(
-    bundle: Annotated[
-        Path | None, typer.Argument(metavar="BUNDLE", help="A .tarflow folder. [default: the digits of the package]")
-    ] = None,
+    bundle: BundleArgument = None,
     *,
     engine: Annotated[str, typer.Option(metavar="LIST", help="What runs the graphs.")] = "ort-cpu",
     tf32: Tf32 = False,
@@ -64,7 +62,7 @@ def bench(
         str | None,
         typer.Option("--plot", metavar="FILE.png", help="Also draw the time and the convergence of each block."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure how fast a bundle decodes on this machine.
 

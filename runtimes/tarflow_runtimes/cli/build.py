@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tarflow_runtimes.cli.engine_options import (
+from tarflow_runtimes.cli.options import (
     DEFAULT_BATCH,
     DEFAULT_BYTES,
     DEFAULT_WINDOW,
     Batch,
+    BundleArgument,
     EngineDir,
     Guidance,
+    Json,
     Shapes,
     Target,
     Tf32,
@@ -37,9 +39,7 @@ app = new_app()
 
 @command(app)
 def build(
-    bundle: Annotated[
-        Path | None, typer.Argument(metavar="BUNDLE", help="A .tarflow folder. [default: the digits of the package]")
-    ] = None,
+    bundle: BundleArgument = None,
     *,
     engine: Annotated[str, typer.Option(metavar="trt|trt-rtx", help="TensorRT, or TensorRT for RTX.")],
     tf32: Tf32 = False,
@@ -55,7 +55,7 @@ def build(
         str, typer.Option(metavar="SIZE", help="What engines may take; those not used for longest go.")
     ] = "20G",
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build engines that are there, too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Build the engines of a bundle and keep them, so that the first image needs no build.
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tarflow_runtimes.cli.engine_options import (
+from tarflow_runtimes.cli.options import (
     DEFAULT_BATCH,
     DEFAULT_WINDOW,
     Batch,
     EngineDir,
     Guidance,
+    Json,
     Shapes,
     Target,
     Tf32,
@@ -54,7 +55,7 @@ def cache(
     max_size: Annotated[
         str, typer.Option(metavar="SIZE", help="prune: what engines may take; those not used for longest go.")
     ] = "20G",
-    as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Look after the engines that TensorRT has built.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from tarflow_runtimes.cli.options import Json
 from tarflow_runtimes.cli.shell import FAILED, command, new_app, note, print_json, printable
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ DEFAULT_ENGINE = "ort-cpu"
 
 @command(app)
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say which engines are ready on this machine, and the command that makes the others so.
 

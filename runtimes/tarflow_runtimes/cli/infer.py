@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tarflow_runtimes.cli.decode_options import check_decode, plan_of, warnings_told
-from tarflow_runtimes.cli.engine_options import Engine, EngineDir, Tf32, load_options
+from tarflow_runtimes.cli.options import BundleArgument, Engine, EngineDir, Json, Overwrite, Tf32, load_options
 from tarflow_runtimes.cli.shell import command, new_app, note, print_json, require, run
 from tarflow_runtimes.errors import InputError
 
@@ -29,9 +29,7 @@ app = new_app()
 
 @command(app)
 def infer(
-    bundle: Annotated[
-        Path | None, typer.Argument(metavar="BUNDLE", help="A .tarflow folder. [default: the digits of the package]")
-    ] = None,
+    bundle: BundleArgument = None,
     *,
     engine: Engine = "ort-cpu",
     tf32: Tf32 = False,
@@ -94,12 +92,12 @@ def infer(
             "[default: samples.png, of tokens samples.npy]",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    overwrite: Overwrite = False,
     captions: Annotated[bool, typer.Option("--captions", help="Write the labels into the grid.")] = False,
     save_latents: Annotated[
         str | None, typer.Option(metavar="FILE.npy", help="Also write the noise that the images were made from.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Draw images from a bundle, without PyTorch.
 

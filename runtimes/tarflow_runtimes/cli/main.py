@@ -36,19 +36,15 @@ VERBS = {
         target="tarflow_runtimes.cli.cache:app", summary="Look after the engines that were built.", extra="trt-rtx"
     ),
     "infer": Verb(target="tarflow_runtimes.cli.infer:app", summary="Draw images from a bundle."),
-    "encode": Verb(target="tarflow_runtimes.cli.images:encode_app", summary="Map images to noise and log|det|."),
-    "denoise": Verb(target="tarflow_runtimes.cli.images:denoise_app", summary="Take the training noise out of images."),
-    "log-prob": Verb(
-        target="tarflow_runtimes.cli.images:log_prob_app", summary="Log-probability and bits/dim of images."
-    ),
-    "classify": Verb(target="tarflow_runtimes.cli.images:classify_app", summary="Class posteriors of images."),
+    "encode": Verb(target="tarflow_runtimes.cli.encode:app", summary="Map images to noise and log|det|."),
+    "denoise": Verb(target="tarflow_runtimes.cli.denoise:app", summary="Take the training noise out of images."),
+    "log-prob": Verb(target="tarflow_runtimes.cli.log_prob:app", summary="Log-probability and bits/dim of images."),
+    "classify": Verb(target="tarflow_runtimes.cli.classify:app", summary="Class posteriors of images."),
     "bench": Verb(target="tarflow_runtimes.cli.bench:app", summary="Measure how fast a bundle decodes here."),
     "tune": Verb(target="tarflow_runtimes.cli.tune:app", summary="Find the fastest way to decode on this machine."),
     "doctor": Verb(target="tarflow_runtimes.cli.doctor:app", summary="Say which engines are ready on this machine."),
-    "inspect": Verb(target="tarflow_runtimes.cli.bundles:inspect_app", summary="Say what a bundle holds."),
-    "verify": Verb(
-        target="tarflow_runtimes.cli.bundles:verify_app", summary="Repeat a bundle's verification on an engine."
-    ),
+    "inspect": Verb(target="tarflow_runtimes.cli.inspect:app", summary="Say what a bundle holds."),
+    "verify": Verb(target="tarflow_runtimes.cli.verify:app", summary="Repeat a bundle's verification on an engine."),
 }
 
 RENAMED = {"score": "log-prob"}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tarflow_runtimes.cli.engine_options import Engine, EngineDir, Tf32, load_options
 from tarflow_runtimes.cli.lists import count, items, weight
+from tarflow_runtimes.cli.options import BundleArgument, Engine, EngineDir, Json, Tf32, load_options
 from tarflow_runtimes.cli.shell import command, new_app, note, print_json, require
 from tarflow_runtimes.errors import InputError
 
@@ -21,9 +21,7 @@ app = new_app()
 
 @command(app)
 def tune(
-    bundle: Annotated[
-        Path | None, typer.Argument(metavar="BUNDLE", help="A .tarflow folder. [default: the digits of the package]")
-    ] = None,
+    bundle: BundleArgument = None,
     *,
     engine: Engine = "ort-cpu",
     tf32: Tf32 = False,
@@ -41,7 +39,7 @@ def tune(
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", help="The file of plans. [default: beside the bundle]"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure, block by block, whether parallel decoding pays here and with which window.
 

@@ -1,4 +1,4 @@
-"""The options that choose an engine, and those of the verbs that deal with TensorRT's; what they name."""
+"""The options that several verbs share, those that choose or build engines, and what they name."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from tarflow_runtimes.bundle.config import ModelConfig
     from tarflow_runtimes.engines.trt.profiles import Profile
     from tarflow_runtimes.engines.trt.supply import Building
+
+BundleArgument = Annotated[
+    Path | None, typer.Argument(metavar="BUNDLE", help="A .tarflow folder. [default: the digits of the package]")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+Json = Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")]
 
 Engine = Annotated[
     str, typer.Option(metavar="NAME", help="What runs the graphs: ort-cpu, ort-cuda, trt, trt-rtx, or auto.")
