@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from tarflow_runtimes._bench_results import sequential_work
-from tarflow_runtimes._bundle import ModelConfig
+from tarflow_runtimes.bundle.config import ModelConfig
+from tarflow_runtimes.measure.bench_results import sequential_work
 
 ROUNDS = 10
 """Repetitions of each measurement; the fastest counts, for a limit is what nothing disturbed."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from _peer import first_line, serve
-from _work import Work
+from _work import ROOT, Work
 
 Sampler = tuple[Callable[..., Any], dict[str, Any]]
 """What answers requests, and what it says about itself."""
@@ -109,22 +110,27 @@ def _ours(work: Work, engine: str, dtype: str, device: str) -> Sampler:
 
 
 def open_flow(work: Work, engine: str, dtype: str, device: str) -> Any:
-    """The bundle on an engine; on a CPU the loop of `ort-cuda` over the host's memory stands in for it."""
+    """The bundle of that dtype on an engine; on a CPU `ort-cuda` over the host's memory stands in for it."""
     import tarflow_runtimes as tfr
 
-    if device == "cuda":
-        return tfr.load(work.bundle, engine=engine, dtype=dtype)
-    if engine == "ort-cpu":
-        if dtype != "float32":
-            raise ValueError(f"ort-cpu runs this bundle in its own float32, not in {dtype}")
-        return tfr.load(work.bundle, engine=engine)
+    bundle = bundle_of(work, dtype)
+    if device == "cuda" or engine == "ort-cpu":
+        return tfr.load(bundle, engine=engine)
     if engine != "ort-cuda":
         raise ValueError(f"nothing stands in for engine {engine!r} on a CPU")
-    from tarflow_runtimes._bundle import open_bundle
-    from tarflow_runtimes._device.host import HostDevice
-    from tarflow_runtimes._engines.device_engine import DeviceEngine
-    from tarflow_runtimes._engines.ort_programs import OrtMaker
+    sys.path.append(str(ROOT / "tests" / "runtimes"))
+    import host_device
 
-    bundle = open_bundle(work.bundle)
-    provider: dict[str, Any] = {"provider": "CPUExecutionProvider", "options": {}}
-    return tfr.Flow(bundle, DeviceEngine(bundle, OrtMaker(bundle, HostDevice(), name=engine, dtype=dtype, **provider)))
+    return host_device.open_flow(bundle)
+
+
+def bundle_of(work: Work, dtype: str) -> Path:
+    """The bundle in a dtype, converted when first asked for."""
+    if dtype == "float32":
+        return work.bundle
+    path = work.folder / f"{dtype}.tarflow"
+    if not path.exists():
+        from tarflow_export import convert_bundle
+
+        convert_bundle(work.bundle, path, precision=dtype, verify=False)
+    return path

@@ -199,7 +199,7 @@ def _processor() -> str:
 
 def ceilings() -> dict[str, Any] | None:
     """The machine's own limits: GEMM GFLOP/s, GEMV and copy GB/s, on one thread and on all."""
-    from tarflow_runtimes._ceilings import measure_ceilings
+    from tarflow_runtimes.measure.ceilings import measure_ceilings
 
     return dataclasses.asdict(measure_ceilings())
 

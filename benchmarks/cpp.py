@@ -100,8 +100,8 @@ def main() -> None:
     parser.add_argument("--json", help="write the rows to this file")
     arguments = parser.parse_args()
 
-    from tarflow_runtimes._bundle import open_bundle
-    from tarflow_runtimes._flow import shipped_bundle
+    from tarflow_runtimes.bundle.reader import open_bundle
+    from tarflow_runtimes.model.flow import shipped_bundle
 
     os.environ.setdefault("TARFLOW_ORT_LIBRARY", shared_library())
     bundle = open_bundle(arguments.bundle or shipped_bundle(), verify_digests=False)

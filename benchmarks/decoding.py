@@ -48,7 +48,7 @@ def say(text: str) -> None:
 def tune(work: Work, batches: list[int], guidances: list[float]) -> None:
     """Write tuned plans beside the bundle for what has none yet."""
     import tarflow_runtimes as tfr
-    from tarflow_runtimes._tuned import plans_path, write_plans
+    from tarflow_runtimes.decode.tuned import plans_path, write_plans
 
     with tfr.load(work.bundle) as flow:
         for guidance in guidances:
@@ -242,7 +242,7 @@ def arguments() -> argparse.Namespace:
     modes.add_argument("--exactness", action="store_true", help="images of parallel decoding against sequential ones")
     parser.add_argument("--reference", help="folder of the original code (transformer_flow.py)")
     parser.add_argument("--model", help="mnist or photos, or both with a comma between; default: mnist, --auto both")
-    parser.add_argument("--checkpoint", help="weights of the one model, instead of the committed ones")
+    parser.add_argument("--checkpoint", help="weights of the one model, instead of the accepted ones")
     parser.add_argument("--batch", default="1,16,64")
     parser.add_argument("--guidance", default="0,1.5")
     parser.add_argument("--samplers", default=",".join(SAMPLERS), help=f"of {', '.join(SAMPLERS)}")
@@ -264,7 +264,7 @@ def arguments() -> argparse.Namespace:
     if unknown := [name for name in options.samplers if name not in SAMPLERS]:
         parser.error(f"no sampler {unknown[0]!r}: {', '.join(SAMPLERS)}")
     if len(options.models) > 1 and (options.checkpoint or not options.auto):
-        parser.error("one model at a time, but for --auto with the committed checkpoints")
+        parser.error("one model at a time, but for --auto with the accepted checkpoints")
     needs_original = not (options.auto or options.exactness) and any(n.startswith("original") for n in options.samplers)
     if needs_original and not (options.reference and (Path(options.reference) / "transformer_flow.py").is_file()):
         parser.error("--reference must name the folder of the original code, with transformer_flow.py in it")

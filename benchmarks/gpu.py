@@ -37,8 +37,8 @@ from _gpu_table import document, table
 from _peer import Peer, PeerError, keep_stdout
 from _work import CHECKPOINTS, ROOT, SHAPES, Work, header, write_json
 
-from tarflow_runtimes import _doctor as doctor
-from tarflow_runtimes._bundle import open_bundle
+from tarflow_runtimes import doctor
+from tarflow_runtimes.bundle.reader import open_bundle
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

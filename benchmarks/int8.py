@@ -1,4 +1,4 @@
-"""Steps of a wide model: the original eager PyTorch sampler, this SDK in float32, and with int8 weights.
+"""Steps of a wide model: the original eager PyTorch sampler, this SDK in float32, and an int8 bundle of it.
 
     python benchmarks/int8.py --reference PATH/TO/ml-tarflow [--batch 1,4,16] [--blocks 2] [--json FILE]
 
@@ -35,53 +35,45 @@ ORIGINAL_SHAPE = {
 
 
 def prepare(folder: Path, blocks: int) -> None:
-    """Write the original checkpoint and the bundle, unless they are there."""
-    from tarflow_export import export_bundle
+    """Write the original checkpoint and the bundles, unless they are there."""
+    from tarflow_export import convert_bundle, export_bundle
     from tarflow_sdk import FlowConfig, save_checkpoint
     from tarflow_sdk.testing import random_model
 
-    if (folder / "wide.tarflow").exists():
+    if (folder / "int8.tarflow").exists():
         return
     model = random_model(FlowConfig(**SHAPE, blocks=blocks, noise_std=0.07))
     save_checkpoint(model, folder / "wide.pth")
-    export_bundle(model, folder / "wide.tarflow", verify=False)
+    export_bundle(model, folder / "float32.tarflow", verify=False)
+    convert_bundle(folder / "float32.tarflow", folder / "int8.tarflow", precision="int8", verify=False)
 
 
-def serve_ours(folder: str, weights: str) -> None:
-    """This SDK: the steppers of `ort-cpu`, block by block."""
+def serve_ours(folder: str, precision: str) -> None:
+    """This SDK on `ort-cpu`, block by block."""
     import onnxruntime as ort
 
     import tarflow_runtimes as tfr
+    from tarflow_runtimes.decode.turn import Conditions, Turn
 
     imported = resident("VmRSS")
-    flow = tfr.load(Path(folder) / "wide.tarflow", weights=weights, verify_digests=False)
-    zeros, ones = np.zeros((2, PATCHES), np.float32), np.ones(1, np.float32)
+    flow = tfr.load(Path(folder) / f"{precision}.tarflow", verify_digests=False)
 
     def first_patches(block: int, z: np.ndarray, steps: int) -> np.ndarray:
-        labels = np.full((1, len(z)), LABEL)
-        stepper = flow.backend.stepper(
-            block, noise=z, labels=labels, guidance=zeros, inverse_temperature=ones, alone=True
+        given = Conditions(
+            labels=np.full((1, len(z)), LABEL),
+            guidance=np.zeros((len(z), 2, PATCHES), np.float32),
+            inverse_temperature=np.ones((1, len(z)), np.float32),
         )
-        for _ in range(steps):
-            stepper.advance()
-        x = stepper.result() if block % 2 == 0 else stepper.result()[:, ::-1]
-        return x[:, : steps + 1].copy()
+        x, _ = flow.engine.invert([Turn(block=block, strategy=tfr.Sequential(), steps=steps)], z, given)
+        return (x if block % 2 == 0 else x[:, ::-1])[:, : steps + 1].copy()
 
     def work(noise: str, steps: int) -> tuple[np.ndarray, Any]:
         z = np.load(noise)
         x = [first_patches(block, z, steps) for block in reversed(range(flow.config.blocks))]
         return np.stack(x), resident("VmHWM")
 
-    serve(work, runtime=f"onnxruntime {ort.__version__}", imported=imported, weights=weights_in_use(flow, weights))
-
-
-def weights_in_use(flow: Any, weights: str) -> float:
-    """Bytes of all blocks as a sampler multiplies with them, MB."""
-    from tarflow_runtimes._rewrites.int8_weights import BLOCK
-
-    stored = sum(block.weights.stat().st_size for block in flow.bundle.blocks)
-    linear = 12 * flow.config.width**2 * flow.config.layers * flow.config.blocks
-    return (stored - (linear * (4 - 1 - 4 / BLOCK) if weights == "int8" else 0)) / 1e6
+    weights = flow.bundle.block_bytes * flow.config.blocks / 1e6
+    serve(work, runtime=f"onnxruntime {ort.__version__}", imported=imported, weights=weights)
 
 
 def serve_original(folder: str, reference: str, blocks: str) -> None:
@@ -206,6 +198,6 @@ if __name__ == "__main__":
         if sys.argv[2] == "original":
             serve_original(*sys.argv[3:])
         else:
-            serve_ours(sys.argv[3], "int8" if sys.argv[2] == "int8" else "stored")
+            serve_ours(sys.argv[3], sys.argv[2])
     else:
         main()

@@ -2,8 +2,9 @@
 
     python benchmarks/windows.py BUNDLE [--images 8] [--json FILE]
 
-Costs are medians for one image, in units of one sequential step, measured in turn. The evaluations of a block are
-counted, not timed: means over images, from drawn noise. Their product against N - 1 says whether a window pays.
+Costs are medians for one image, means over the evaluations of block 0, in units of one sequential step, measured in
+turn. The evaluations of a block are counted, not timed: means over images, from drawn noise. Their product against
+N - 1 says whether a window pays.
 """
 
 from __future__ import annotations
@@ -17,37 +18,35 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import tarflow_runtimes as tfr
+from tarflow_runtimes.decode.turn import Turn
+from tarflow_runtimes.model.guidance import conditions_of
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def costs(flow: tfr.Flow, rounds: int) -> tuple[float, dict[int, float]]:
     """Milliseconds of a sequential step, and those of one evaluation by window size, of block 0 for one image."""
-    config = flow.config
-    noise = np.random.default_rng(0).standard_normal((config.patches, config.patch_values), dtype=np.float32)
-    guidance, temperature = np.zeros((2, config.patches), np.float32), np.ones(1, np.float32)
-    labels = np.zeros(1, np.int64) if config.classes else None
-    given: dict[str, Any] = {"guidance": guidance, "inverse_temperature": temperature, "alone": True}
-    windows = flow.backend.windows(0, noise=noise, labels=labels, **given)
-    whole = config.patches - 1
-    steps, taken = [], {size: list[float]() for size in (*(size for size in SIZES if size < whole), whole)}
+    config, whole = flow.config, flow.config.patches - 1
+    noise = np.random.default_rng(0).standard_normal((1, config.patches, config.patch_values), dtype=np.float32)
+    given = conditions_of([tfr.Guidance()], np.zeros(1, np.int64) if config.classes else None, config)
+    single = Turn(block=0, strategy=tfr.Sequential())
+    sizes = (*(size for size in SIZES if size < whole), whole)
+    # With tolerance 0 an evaluation settles a patch or more, so that at most N - 1 come; that many is what is counted.
+    turns = {size: Turn(block=0, strategy=tfr.Parallel(window=size, tolerance=0.0)) for size in sizes}
+    steps, taken = [], {size: list[float]() for size in sizes}
     for _ in range(rounds + 1):
-        stepper = flow.backend.stepper(0, noise=noise[None], labels=None if labels is None else labels[None], **given)
         began = time.perf_counter()
-        for _ in range(whole):
-            stepper.advance()
+        flow.engine.invert([single], noise, given)
         steps.append((time.perf_counter() - began) / whole)
-        for size, seconds in taken.items():
-            for first in (0, (whole - size) // 2, whole - size):
-                began = time.perf_counter()
-                windows.evaluate(first, noise[first : first + size])
-                seconds.append(time.perf_counter() - began)
-    return 1e3 * statistics.median(steps[1:]), {size: 1e3 * statistics.median(s[3:]) for size, s in taken.items()}
+        for size, turn in turns.items():
+            began = time.perf_counter()
+            _, (report,) = flow.engine.invert([turn], noise, given)
+            taken[size].append((time.perf_counter() - began) / report.calls[0])
+    return 1e3 * statistics.median(steps[1:]), {size: 1e3 * statistics.median(s[1:]) for size, s in taken.items()}
 
 
 def evaluations(flow: tfr.Flow, images: int, tolerance: float) -> dict[int, list[float]]:

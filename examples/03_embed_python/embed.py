@@ -16,7 +16,7 @@ def stop_halfway(step: tfr.Step) -> bool:
 
 
 with tfr.load() as flow:  # the shipped digits; tfr.load("my.tarflow", engine="ort-cpu") for another bundle
-    print(f"{flow.config.classes} classes on {flow.engine}")
+    print(f"{flow.config.classes} classes on {flow.engine_name}")
 
     out = flow.sample(10, labels=list(range(10)), seed=0, guidance=2.0, on_step=show_progress)
     out.save("digits.png")

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from tarflow_runtimes._cli._engines import EngineDir
-from tarflow_runtimes._cli._shell import command, new_app, note, print_json, run
-from tarflow_runtimes._cli.build import build_engines, check_builds
-from tarflow_runtimes._trt._folder import EngineFolder
+from tarflow_runtimes.cli.build import build_engines, check_builds
+from tarflow_runtimes.cli.options import EngineDir, Json
+from tarflow_runtimes.cli.shell import command, new_app, note, print_json, run
+from tarflow_runtimes.engines.trt.folder import EngineFolder
 
 if TYPE_CHECKING:
-    from tarflow_export._export import ExportReport, OnProgress, Verified
+    from tarflow_export._report import ExportReport, OnProgress
+    from tarflow_export._verify import Verified
 
 # Before PyTorch loads: its threads then sleep instead of spinning while they wait for each other, which beside other
 # work on the same cores is a quarter less processor time.
@@ -54,7 +55,7 @@ def export(
     ] = None,
     engine_dir: EngineDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Turn a checkpoint into a bundle of ONNX graphs that runs without PyTorch, compared with PyTorch.
 
@@ -83,15 +84,15 @@ def export(
         return
     if engine is not None:
         EngineFolder(engine_dir)  # refused before the export, not after it
-    with _progress_bar() as on_progress:
-        report = export_bundle(checkpoint, output, on_progress=on_progress, on_verified=_show_table, **options)
+    with progress_bar() as on_progress:
+        report = export_bundle(checkpoint, output, on_progress=on_progress, on_verified=show_table, **options)
     facts = report.to_json()
     if engine is not None:
         facts["build"] = build_engines(report.path, engine, engine_dir=engine_dir)
     if as_json:
         print_json(facts)
     else:
-        _summarise(report)
+        summarise(report)
 
 
 def _read_labels(path: Path) -> list[str]:
@@ -121,8 +122,8 @@ def _plan(checkpoint: Path, output: Path | None, *, as_json: bool, **options: An
         typer.echo(line)
 
 
-def _show_table(verified: Verified) -> None:
-    """On stderr, missed tolerances included: the error that follows names only the worst."""
+def show_table(verified: Verified) -> None:
+    """The comparisons on stderr, missed tolerances included: the error that follows names only the worst."""
     from rich.console import Console
 
     from tarflow_export._report import parity_table
@@ -132,20 +133,24 @@ def _show_table(verified: Verified) -> None:
     console.print(parity_table(verified.records, verified.floors))
 
 
-def _summarise(report: ExportReport) -> None:
+def summarise(report: ExportReport) -> None:
+    """What was written, on stderr, and its path on stdout."""
     from tarflow_export._report import size
 
     for assumption in report.assumptions:
         note(f"assumed: {assumption}")
-    if report.verified is None:
-        note("not verified: --no-verify")
+    match report.verification["status"]:
+        case "skipped":
+            note("not verified: --no-verify")
+        case "unverified":
+            note("not verified: no processor computes in bfloat16; tarflow verify does it on a GPU")
     seconds = sum(report.seconds.values())
     note(f"wrote {size(report.nbytes)}, {report.parameters:,} parameters, in {seconds:.1f} s")
     typer.echo(report.path)
 
 
 @contextmanager
-def _progress_bar() -> Iterator[OnProgress]:
+def progress_bar() -> Iterator[OnProgress]:
     """A bar on stderr that names the stage, where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -153,7 +158,7 @@ def _progress_bar() -> Iterator[OnProgress]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("export", total=None)
+        task = bar.add_task("", total=None)
         yield lambda stage, done, total: bar.update(task, description=f"{stage:<7}", completed=done, total=total)
 
 

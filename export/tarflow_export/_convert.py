@@ -18,8 +18,9 @@ from tarflow_export._report import ExportReport, OnProgress, Stages
 from tarflow_export._target import Target
 from tarflow_export._verify import SKIPPED, Verified, extent_of, verify_written
 from tarflow_export._write import REFERENCE_FILE, Contents, record_of, write_files, write_manifest
-from tarflow_runtimes._bundle import Bundle, Precision, open_bundle
-from tarflow_runtimes._parity import require_passed
+from tarflow_runtimes.bundle.config import Precision
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from tarflow_runtimes.bundle.tolerances import require_passed
 
 PRECISIONS: Final[tuple[Precision, ...]] = ("float16", "bfloat16", "int8")
 """What a float32 bundle can be made."""
@@ -65,7 +66,7 @@ def convert_bundle(
         plan = plan_export(bundle.config, precision)
     contents = Contents(
         weight=bundle.tensor,
-        prior=bundle.prior,
+        prior=bundle.prior_variance,
         checkpoint=bundle.manifest["checkpoint"],
         converted={"digest": bundle.digest, "precision": bundle.precision},
     )

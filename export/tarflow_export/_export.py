@@ -21,8 +21,9 @@ from tarflow_export._target import SUFFIX, Target
 from tarflow_export._verify import SKIPPED, Verified, extent_of, verify_written
 from tarflow_export._weights import is_linear
 from tarflow_export._write import REFERENCE_FILE, Contents, FileRecord, record_of, write_files, write_manifest
-from tarflow_runtimes._bundle import ModelConfig, Precision, open_bundle
-from tarflow_runtimes._parity import require_passed
+from tarflow_runtimes.bundle.config import ModelConfig, Precision
+from tarflow_runtimes.bundle.reader import open_bundle
+from tarflow_runtimes.bundle.tolerances import require_passed
 from tarflow_sdk._checkpoint import load_checkpoint
 from tarflow_sdk._model import TarFlow
 

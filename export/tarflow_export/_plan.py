@@ -11,7 +11,8 @@ import onnx_ir as ir
 from tarflow_export._graphs import BUILDERS, PRECISIONS, GraphBuilder
 from tarflow_export._graphs.builder import DTYPES
 from tarflow_export._weights import WEIGHTS_FILE, WeightLayout, weight_layout
-from tarflow_runtimes._bundle import PORTABLE, ModelConfig, Order, Precision
+from tarflow_runtimes.bundle.config import ModelConfig, Order, Precision
+from tarflow_runtimes.bundle.reader import PORTABLE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from tarflow_export._errors import ExportError
 from tarflow_export._source import bundle_config
 from tarflow_export._verify import Extent
-from tarflow_runtimes._bundle import ModelConfig
-from tarflow_runtimes._density import PIXEL_SCALE_BITS
-from tarflow_runtimes._noise import standard_normal
-from tarflow_runtimes._verify import Reference, unit_of
+from tarflow_runtimes.bundle.config import ModelConfig
+from tarflow_runtimes.measure.verify import Reference, unit_of
+from tarflow_runtimes.model.density import PIXEL_SCALE_BITS
+from tarflow_runtimes.model.noise import standard_normal
 from tarflow_sdk._inverse import Guidance, inverse_block
 from tarflow_sdk._model import NULL_LABEL, FlowBlock, TarFlow
 

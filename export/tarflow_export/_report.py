@@ -15,7 +15,7 @@ from rich.table import Table
 
 from tarflow_export._plan import Plan
 from tarflow_export._verify import Extent
-from tarflow_runtimes._parity import Record
+from tarflow_runtimes.bundle.tolerances import Record
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage's name, how much of it is done, and its total."""

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from tarflow_runtimes._bundle import PORTABLE, Bundle
-from tarflow_runtimes._engine import Conditions, Cotangent, Floats, Integers, OnTurn, Turn
-from tarflow_runtimes._plan import BlockReport, Parallel
+from tarflow_runtimes.bundle.reader import PORTABLE, Bundle
+from tarflow_runtimes.decode.plan import BlockReport, Parallel
+from tarflow_runtimes.decode.turn import Conditions, Floats, Integers, OnTurn, Turn
+from tarflow_runtimes.engines.api import Cotangent
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -121,7 +122,7 @@ class DecodeLoopRunner(_Runner):
             "noise": noise,
             "guidance": conditions.guidance,
             "inverse_temperature": conditions.inverse_temperature,
-            "reach": np.arange(patches),
+            "kv_positions": np.arange(patches),
             "tolerance": np.zeros(1, np.float32),
         }
         state: Arrays = {

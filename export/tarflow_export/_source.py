@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tarflow_export._weights import Floats
-from tarflow_runtimes._bundle import ModelConfig
+from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_sdk._config import FlowConfig
 from tarflow_sdk._model import TarFlow
 

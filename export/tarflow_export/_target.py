@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tarflow_export._errors import ExportError
-from tarflow_runtimes._bundle import FORMAT, MANIFEST
+from tarflow_runtimes.bundle.reader import FORMAT, MANIFEST
 
 SUFFIX = ".tarflow"
 
@@ -98,7 +98,7 @@ def _exchange(one: Path, other: Path) -> bool:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
         return False
-    return rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+    return bool(rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
 
 
 def _make_public(folder: Path) -> None:

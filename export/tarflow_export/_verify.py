@@ -15,10 +15,11 @@ from typing import Any
 
 from tarflow_export._runners import DecodeLoopRunner, PortableRunner
 from tarflow_export._weights import block_shapes
-from tarflow_runtimes._bundle import Bundle, ModelConfig, open_bundle
-from tarflow_runtimes._engines.ort_cpu import Limits, OrtCpuEngine
-from tarflow_runtimes._parity import Record
-from tarflow_runtimes._verify import verify
+from tarflow_runtimes.bundle.config import ModelConfig
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from tarflow_runtimes.bundle.tolerances import Record
+from tarflow_runtimes.engines.ort_cpu.engine import Limits, OrtCpuEngine
+from tarflow_runtimes.measure.verify import verify
 
 STEP_BUDGET = 4 * 10**9
 """Weights read by the sequential steps of one pass over all blocks, which is what bounds their time."""
@@ -27,6 +28,9 @@ PASS_BUDGET = 10**10
 """Multiply-adds of one pass of one image through all blocks beyond which one image has to do."""
 
 MIN_STEPS = 8
+
+SESSIONS_BYTES = 1 << 30
+"""Weights of the sessions that stay open while the engine is compared."""
 
 SKIPPED: dict[str, Any] = {"status": "skipped", "engine": None, "extent": None, "floors": {}, "records": []}
 """The manifest's `verification` where nothing was compared."""
@@ -124,12 +128,12 @@ def verify_written(
 
 def _ort_cpu(bundle: Bundle, extent: Extent) -> tuple[Record, ...]:
     """The engine itself; the halves of the gradient run whatever memory they take, and few sessions stay open."""
-    limits = Limits(activations=1 << 40, sessions=4 * bundle.block_bytes)
+    limits = Limits(activations=1 << 40, sessions=SESSIONS_BYTES)
     records: list[Record] = []
     for block in extent.some:
         with contextlib.closing(OrtCpuEngine(bundle, limits)) as engine:
             records += verify(
                 bundle, engine, blocks=[block], stages=("gradient", "inverse", "window"), end_to_end=False
             )
-    with contextlib.closing(OrtCpuEngine(bundle)) as engine:
+    with contextlib.closing(OrtCpuEngine(bundle, Limits(sessions=SESSIONS_BYTES))) as engine:
         return (*records, *verify(bundle, engine, blocks=(), end_to_end=True))

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tarflow_export._errors import ExportError
-from tarflow_runtimes._bundle import ModelConfig, Precision
+from tarflow_runtimes.bundle.config import ModelConfig, Precision
 
 WEIGHTS_FILE: Final = "weights.bin"
 

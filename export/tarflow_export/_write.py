@@ -16,7 +16,7 @@ import numpy as np
 from tarflow_export._graphs import IR_VERSION, OPSET
 from tarflow_export._plan import Plan, block_file, block_order
 from tarflow_export._weights import WEIGHTS_FILE, Floats, block_tensors
-from tarflow_runtimes._bundle import FORMAT, MANIFEST, PORTABLE, SCHEMA_VERSION
+from tarflow_runtimes.bundle.reader import FORMAT, MANIFEST, PORTABLE, SCHEMA_VERSION
 
 REFERENCE_FILE: Final = "reference.npz"
 PRIOR_FILE: Final = "prior.npy"

@@ -1,7 +1,9 @@
 """TarFlow runtime: sample, denoise, encode, score and classify with a bundle, without PyTorch."""
 
-from tarflow_runtimes._bundle import ModelConfig
-from tarflow_runtimes._errors import (
+from tarflow_runtimes.bundle.config import ModelConfig
+from tarflow_runtimes.decode.plan import BlockReport, DecodeReport, Parallel, Plan, Sequential
+from tarflow_runtimes.decode.tuned import TunedPlan, TunedPlans
+from tarflow_runtimes.errors import (
     BundleError,
     Cancelled,
     DecodeWarning,
@@ -10,13 +12,11 @@ from tarflow_runtimes._errors import (
     TarFlowError,
     VerificationError,
 )
-from tarflow_runtimes._flow import Flow, load
-from tarflow_runtimes._guidance import Guidance
-from tarflow_runtimes._plan import BlockReport, DecodeReport, Parallel, Plan, Sequential
-from tarflow_runtimes._sample import Sample
-from tarflow_runtimes._sampler import Step
-from tarflow_runtimes._tune import tune
-from tarflow_runtimes._tuned import TunedPlan, TunedPlans
+from tarflow_runtimes.measure.tune import tune
+from tarflow_runtimes.model.flow import Flow, load
+from tarflow_runtimes.model.guidance import Guidance
+from tarflow_runtimes.model.progress import Step
+from tarflow_runtimes.model.sample import Sample
 
 __all__ = [
     "BlockReport",

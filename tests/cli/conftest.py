@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tarflow_runtimes._cli.umbrella import dispatch
+from tarflow_runtimes.cli.main import dispatch
 
 ANIMALS = ("ant", "bee", "cat")
 
@@ -94,12 +94,19 @@ def deep_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bundle_of(tmp_path_factory, verify=False, image_channels=2, classes=0, noise_std=None)
 
 
-def bundle_of(factory: pytest.TempPathFactory, *, verify: bool = True, **shape: Any) -> Path:
+@pytest.fixture(scope="session")
+def token_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens [5, 3] of ants, bees and cats; verified when it was written."""
+    return bundle_of(tmp_path_factory, data="tokens", classes=3, labels=ANIMALS)
+
+
+def bundle_of(factory: pytest.TempPathFactory, *, data: str = "image", verify: bool = True, **shape: Any) -> Path:
     from tarflow_export import export_bundle  # loads PyTorch, which most of these tests do not need
-    from tarflow_sdk.testing import random_model, tiny_config
+    from tarflow_sdk.testing import random_model, tiny_config, tiny_token_config
 
     path = factory.mktemp("bundles") / "tiny.tarflow"
-    export_bundle(random_model(tiny_config(**shape)), path, verify=verify)
+    config = tiny_config(**shape) if data == "image" else tiny_token_config(**shape)
+    export_bundle(random_model(config), path, verify=verify)
     return path
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tarflow_runtimes import _bench, _ceilings
+from tarflow_runtimes.measure import bench as _bench
+from tarflow_runtimes.measure import ceilings as _ceilings
 
 QUICK = ("--rounds", "1", "--no-ceilings", "--batch", "1")
 

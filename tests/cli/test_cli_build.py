@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from tarflow_runtimes._device import cuda_import
-from tarflow_runtimes._errors import EngineError
-from tarflow_runtimes._flow import shipped_bundle
-from tarflow_runtimes._trt import _gpu, _package
-from tarflow_runtimes._trt._cache import EngineCache
-from tarflow_runtimes._trt._gpu import Gpu
+from tarflow_runtimes.engines.gpu import cuda_import
+from tarflow_runtimes.engines.trt import gpu as _gpu
+from tarflow_runtimes.engines.trt import package as _package
+from tarflow_runtimes.engines.trt.cache import EngineCache
+from tarflow_runtimes.engines.trt.gpu import Gpu
+from tarflow_runtimes.errors import EngineError
+from tarflow_runtimes.model.flow import shipped_bundle
 
 QUICK = ("--engine", "trt-rtx", "--batch", "2", "--window", "1", "--guidance", "0", "--target", "sm_89")
 
@@ -38,11 +39,11 @@ def test_a_second_build_finds_everything(tarflow: Callable, class_bundle: Path, 
     assert [one["built"] for one in found["engines"]] == [False] * 6
     assert [one["file"] for one in built["engines"]] == [one["file"] for one in found["engines"]]
     kinds = [(one["block"], one["graph"]) for one in built["engines"]]
-    assert kinds == [(block, kind) for block in (0, 1) for kind in ("advance", "forward", "gradient")]
-    assert (built["dtype"], built["targets"], built["folder"]) == ("float32", ["sm_89"], str(folder))
-    assert "block 0 advance: built in" in first.err
+    assert kinds == [(block, kind) for block in (0, 1) for kind in ("step", "forward", "gradient")]
+    assert (built["precision"], built["targets"], built["folder"]) == ("float32", ["sm_89"], str(folder))
+    assert "block 0 step: built in" in first.err
     assert "(never built)" in first.err
-    assert "block 0 advance: was there" in second.err
+    assert "block 0 step: was there" in second.err
     assert second.err.splitlines()[-1].startswith(f"6 engines for sm_89 in {folder}: 0 built, 6 were there")
     sidecar = json.loads(Path(built["engines"][0]["file"]).with_suffix(".json").read_text())
     assert sidecar["profiles"] == [{"least": 1, "most": 2, "branches": 1, "patches": 1}]
@@ -56,8 +57,8 @@ def test_a_second_build_finds_everything(tarflow: Callable, class_bundle: Path, 
 def test_a_gpu_here_is_the_target(tarflow: Callable, class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(name="GPU", target="sm_86", driver="CUDA 13.0")
     monkeypatch.setattr(_gpu, "present_gpu", lambda: gpu)
-    facts = json.loads(tarflow("build", class_bundle, *QUICK[:-2], "--dtype", "float16", "--json").out)
-    assert facts["targets"] == ["sm_86"]
+    facts = json.loads(tarflow("build", class_bundle, *QUICK[:-2], "--tf32", "--json").out)
+    assert (facts["targets"], facts["precision"]) == (["sm_86"], "tf32")
     monkeypatch.setattr(_gpu, "present_gpu", lambda: Gpu(name="H200", target="sm_90", driver="CUDA 13.0"))
     result = tarflow("build", class_bundle, *QUICK[:-2])
     assert result.code == 2
@@ -69,7 +70,6 @@ def test_a_gpu_here_is_the_target(tarflow: Callable, class_bundle: Path, monkeyp
     ("arguments", "message"),
     [
         (("--engine", "ort-cpu"), "--engine must be trt or trt-rtx, got 'ort-cpu'"),
-        ((*QUICK, "--dtype", "int8"), "dtype must be one of float32, tf32, float16, bfloat16, got 'int8'"),
         ((*QUICK, "--batch", "0"), "--batch 0: '0' is not a whole number from 1 on"),
         ((*QUICK, "--window", "x"), "--window x: 'x' is not a whole number from 1 on"),
         ((*QUICK, "--target", "sm_90"), "cannot build for sm_90"),
@@ -82,13 +82,17 @@ def test_bad_input(refused: Callable, class_bundle: Path, arguments: tuple[str, 
     assert message in refused("build", class_bundle, *arguments).err
 
 
-def test_a_bundle_in_half_precision_keeps_to_it(refused: Callable, tmp_path_factory: pytest.TempPathFactory) -> None:
-    from tarflow_export import export_bundle
-    from tarflow_sdk.testing import random_model, tiny_config
+def test_what_a_bundle_cannot_be_computed_in(refused: Callable, class_bundle: Path, tmp_path: Path) -> None:
+    from tarflow_export import convert_bundle
 
-    path = tmp_path_factory.mktemp("half") / "half.tarflow"
-    export_bundle(random_model(tiny_config()), path, dtype="float16", verify=False)
-    assert "is of float16, it cannot run in bfloat16" in refused("build", path, *QUICK, "--dtype", "bfloat16").err
+    paths = {precision: tmp_path / f"{precision}.tarflow" for precision in ("float16", "int8")}
+    for precision, path in paths.items():
+        convert_bundle(class_bundle, path, precision=precision, verify=False)
+    err = refused("build", paths["float16"], *QUICK, "--tf32").err
+    assert "tf32 is of float32 bundles, this one is of float16" in err
+    err = refused("build", paths["int8"], *QUICK).err
+    assert "is of int8 and has no graphs for trt" in err
+    assert "tarflow convert" in err
 
 
 def test_tensorrt_builds_on_its_gpu(refused: Callable, class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,15 +166,14 @@ def test_export_builds_what_it_has_exported_with_the_defaults(tarflow: Callable,
     result = tarflow("export", checkpoint, "-o", "tiny.tarflow", "--no-verify", "--engine", "trt-rtx", "--json")
     assert result.code == 0, result.err
     facts = json.loads(result.out)["build"]
-    assert [one["graph"] for one in facts["engines"]] == ["advance", "forward", "gradient"]
+    assert [one["graph"] for one in facts["engines"]] == ["step", "window", "forward", "gradient"]
     assert {Path(one["file"]).parent for one in facts["engines"]} == {folder}
-    assert facts["dtype"] == "float32"
+    assert facts["precision"] == "float32"
     assert facts["targets"] == ["sm_80", "sm_86", "sm_89", "sm_120"]
-    profiles = facts["engines"][0]["profiles"]
-    assert [(one["least"], one["most"]) for one in profiles[:3]] == [(1, 1), (2, 8), (9, 64)]
-    assert {one["patches"] for one in profiles} == {1, 3}
-    assert {one["branches"] for one in profiles} == {1}
-    assert len(facts["engines"][1]["profiles"]) == 3
+    for engine in facts["engines"]:
+        assert [(one["least"], one["most"]) for one in engine["profiles"]] == [(1, 1), (2, 8), (9, 64)]
+        assert {one["patches"] for one in engine["profiles"]} == {3 if engine["graph"] == "window" else 1}
+        assert {one["branches"] for one in engine["profiles"]} == {1}
     for options, message in (
         (("--engine", "ort-cpu"), "--engine must be trt or trt-rtx"),
         (("--engine", "trt-rtx", "--engine-dir", "/dev/null"), "/dev/null: cannot keep engines there"),
@@ -182,7 +185,7 @@ def test_export_builds_what_it_has_exported_with_the_defaults(tarflow: Callable,
 
 
 def start(bundle: Path, *options: str) -> subprocess.Popen[str]:
-    code = "from tarflow_runtimes._cli.umbrella import main; main()"
+    code = "from tarflow_runtimes.cli.main import main; main()"
     command = [sys.executable, "-c", code, "build", str(bundle), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

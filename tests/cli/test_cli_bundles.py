@@ -11,21 +11,22 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._bundle import Bundle, open_bundle
-from tarflow_runtimes._device.host import HostDevice
-from tarflow_runtimes._engines import ENGINES, Options
-from tarflow_runtimes._engines.device_engine import DeviceEngine
-from tarflow_runtimes._engines.ort_programs import OrtMaker
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from tarflow_runtimes.engines.open import ENGINES, Options
+from tarflow_runtimes.engines.ort_cpu.engine import OrtCpuEngine
 
 
 def test_inspect(tarflow: Callable, class_bundle: Path) -> None:
     report = json.loads(tarflow("inspect", class_bundle, "--json").out)
     bundle = open_bundle(class_bundle)
     assert report["digest"] == bundle.digest
-    assert report["model"]["image"] == [1, 8, 8]
+    assert (report["model"]["data"], report["model"]["shape"]) == ("image", [1, 8, 8])
     assert (report["model"]["patches"], report["model"]["patch_values"]) == (4, 16)
     assert report["labels"] == ["ant", "bee", "cat"]
-    assert report["graphs"] == 6
+    assert report["precision"] == "float32"
+    assert report["graphs"]["portable"] == ["forward", "step", "gradient"]
+    assert {"step", "window"} <= set(report["graphs"]["ort-cpu"])
+    assert report["converted"] is None
     files = [path for path in class_bundle.rglob("*") if path.is_file() and path.name != "manifest.json"]
     assert report["bytes"]["all"] == sum(path.stat().st_size for path in files)
     assert report["verification"]["status"] == "passed"
@@ -61,11 +62,13 @@ def test_verify(tarflow: Callable, class_bundle: Path) -> None:
     result = tarflow("verify", class_bundle)
     assert (result.code, result.out) == (0, "")
     lines = result.err.splitlines()
-    assert lines[0].split() == ["comparison", "measure", "value", "tolerance"]
-    assert lines[-1].startswith(f"all {len(lines) - 2} comparisons passed on ort-cpu")
+    assert lines[0].split() == ["comparison", "graph", "measure", "value", "tolerance"]
+    assert lines[-1].startswith(f"all {len(lines) - 2} comparisons passed on ort-cpu, float32 (")
     assert all(line.endswith("ok") for line in lines[1:-1])
+    named = {word for line in lines for word in line.split() if word.endswith(".onnx")}
+    assert {"block_00/forward.onnx", "block_01/forward.onnx", "graphs/ort-cpu/step_guided.onnx"} <= named
     report = json.loads(tarflow("verify", class_bundle, "--engine", "ort-cpu", "--json").out)
-    assert report["passed"]
+    assert (report["passed"], report["precision"]) == (True, "float32")
     assert len(report["records"]) == len(lines) - 2
 
 
@@ -88,25 +91,26 @@ def test_verify_fails_when_a_tolerance_is_missed(tarflow: Callable, own_bundle: 
 def test_verify_tells_the_engines_of_tensorrt(
     tarflow: Callable, own_bundle: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
-    """Passed or not, the outcome goes to where those engines are kept; the host's memory stands in for a GPU here."""
+    """Passed or not, the outcome goes to where those engines are kept; the engine of the CPU stands in for one here."""
     if damaged:
         scale_weights(own_bundle, 1.1)
 
-    def open_host(bundle: Bundle, options: Options) -> DeviceEngine:
-        provider: dict[str, Any] = {"name": "ort-cuda", "provider": "CPUExecutionProvider", "options": {}}
-        engine = DeviceEngine(bundle, OrtMaker(bundle, HostDevice(), dtype=options.dtype or "", **provider))
-        engine.name = "trt"
-        return engine
+    class Engine(OrtCpuEngine):
+        name = "trt"
 
-    monkeypatch.setitem(ENGINES, "trt", open_host)
+    def opened(bundle: Bundle, _: Options) -> Engine:
+        return Engine(bundle)
+
+    monkeypatch.setitem(ENGINES, "trt", opened)
     told: list[tuple[bool, Any]] = []
     monkeypatch.setattr(
-        "tarflow_runtimes._engines.trt.record_verification", lambda _, *, passed, facts: told.append((passed, facts))
+        "tarflow_runtimes.engines.trt.engine.record_verification",
+        lambda _, *, passed, facts: told.append((passed, facts)),
     )
-    result = tarflow("verify", own_bundle, "--engine", "trt", "--dtype", "float32", "--json")
+    result = tarflow("verify", own_bundle, "--engine", "trt", "--json")
     assert result.code == int(damaged)
     report = json.loads(result.out)
-    assert (report["engine"], report["dtype"], report["passed"]) == ("trt", "float32", not damaged)
+    assert (report["engine"], report["precision"], report["passed"]) == ("trt", "float32", not damaged)
     [(passed, facts)] = told
     assert passed is not damaged
     assert facts == {
@@ -115,6 +119,15 @@ def test_verify_tells_the_engines_of_tensorrt(
         "missed": [record["name"] for record in report["records"] if not record["passed"]],
     }
     assert bool(facts["missed"]) == damaged
+
+
+def test_tokens(tarflow: Callable, token_bundle: Path) -> None:
+    report = json.loads(tarflow("inspect", token_bundle, "--json").out)
+    assert (report["model"]["data"], report["model"]["shape"]) == ("tokens", [5, 3])
+    assert "data            5 tokens of 3 values" in tarflow("inspect", token_bundle).out
+    result = tarflow("verify", token_bundle)
+    assert result.code == 0
+    assert "bits_per_dim" not in result.err
 
 
 def test_verify_needs_a_reference(refused: Callable, colour_bundle: Path) -> None:
@@ -161,15 +174,16 @@ def link(bundle: Path, name: str) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped byte": (lambda bundle: flip(bundle / "block_00/weights.bin"), "block_00/weights.bin is damaged"),
-    "flipped byte of a graph": (lambda bundle: flip(bundle / "block_01/step.onnx"), "block_01/step.onnx is damaged"),
+    "flipped byte of a graph": (lambda bundle: flip(bundle / "graphs/ort-cpu/step.onnx"), "step.onnx is damaged"),
+    "file too many": (lambda bundle: (bundle / "block_00/notes.txt").touch(), "block_00/notes.txt"),
     "missing file": (lambda bundle: (bundle / "block_01/forward.onnx").unlink(), "block_01/forward.onnx is missing"),
     "missing manifest": (lambda bundle: (bundle / "manifest.json").unlink(), "manifest.json is missing"),
     "shortened file": (lambda bundle: (bundle / "block_00/weights.bin").write_bytes(b"0"), "has 1 bytes"),
     "no JSON": (lambda bundle: (bundle / "manifest.json").write_bytes(b"\xff{"), "not UTF-8 JSON"),
     "another format": (lambda bundle: edit(bundle, lambda manifest: manifest.update(format="zip")), "format"),
     "future version": (
-        lambda bundle: edit(bundle, lambda manifest: manifest.update(schema_version=2)),
-        "schema_version 2",
+        lambda bundle: edit(bundle, lambda manifest: manifest.update(schema_version=3)),
+        "schema_version 3",
     ),
     "field missing": (
         lambda bundle: edit(bundle, lambda manifest: manifest["config"].pop("width")),

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tarflow_runtimes._trt import _gpu, _package
-from tarflow_runtimes._trt._cache import EngineCache
-from tarflow_runtimes._trt._gpu import Gpu
+from tarflow_runtimes.engines.trt import gpu as _gpu
+from tarflow_runtimes.engines.trt import package as _package
+from tarflow_runtimes.engines.trt.cache import EngineCache
+from tarflow_runtimes.engines.trt.gpu import Gpu
 
 SHAPES = ("--batch", "2", "--window", "1", "--guidance", "0", "--target", "sm_89")
 QUICK = ("--engine", "trt-rtx", *SHAPES)
@@ -26,8 +27,8 @@ def _user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def built(class_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the six engines of the class bundle."""
-    from tarflow_runtimes._cli._engines import shapes_of
-    from tarflow_runtimes._cli.build import build_engines
+    from tarflow_runtimes.cli.build import build_engines
+    from tarflow_runtimes.cli.options import shapes_of
 
     folder = tmp_path_factory.mktemp("built") / "engines"
     build_engines(class_bundle, "trt-rtx", shapes=shapes_of("2", "0", "1"), targets=["sm_89"], engine_dir=folder)
@@ -75,7 +76,7 @@ def test_explain_says_what_differs(
 ) -> None:
     assert [one["reason"] for one in explained(tarflow, kept, own_bundle)] == ["built for this"] * 6
     for options, reason in (
-        (("--dtype", "float16"), "precision: built float32, wanted float16"),
+        (("--tf32",), "precision: built float32, wanted tf32"),
         (("--batch", "3"), "profiles: built B 1 to 2, G 1, S 1, wanted B 1 to 3, G 1, S 1"),
         (("--target", "sm_86"), "built with 1.7"),
     ):
@@ -115,7 +116,7 @@ def test_a_flipped_byte_of_a_graph_is_a_miss_of_that_graph(
 
 
 def test_a_truncated_engine_is_a_miss_and_built_again(tarflow: Callable, kept: EngineCache, own_bundle: Path) -> None:
-    sidecar = next(one for one in kept.entries() if one.source.block == 0 and one.made.identity.graph == "advance")
+    sidecar = next(one for one in kept.entries() if one.source.block == 0 and one.made.identity.graph == "step")
     path = kept.path / f"{sidecar.key}.engine"
     path.write_bytes(path.read_bytes()[:100])
     found = explained(tarflow, kept, own_bundle)
@@ -147,7 +148,7 @@ def test_prune(tarflow: Callable, kept: EngineCache) -> None:
     (kept.path / f".{'0' * 32}.engine.partial").write_bytes(bytes(10))
     largest = max(map(kept.nbytes, kept.entries()))
     result = tarflow("cache", "prune", "--max-size", largest, "--engine-dir", kept.path)
-    assert "removed tiny.tarflow block 0 advance float32" in result.out
+    assert "removed tiny.tarflow block 0 step float32" in result.out
     assert "and 1 other files" in result.out
     facts = json.loads(tarflow("cache", "prune", "--max-size", "0", "--engine-dir", kept.path, "--json").out)
     assert facts["bytes"] <= largest

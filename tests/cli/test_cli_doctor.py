@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-import tarflow_runtimes._doctor as doctor
-from tarflow_runtimes._doctor.facts import Driver, Facts, Gpu, Library, Module, Provider
+from tarflow_runtimes import doctor
+from tarflow_runtimes.doctor.facts import Driver, Facts, Gpu, Library, Module, Native, Provider
 
 GPU = Gpu(name="NVIDIA H200", capability=(9, 0), memory=150_000_000_000, free=149_000_000_000)
 
 
 @pytest.fixture(scope="module")
 def here() -> Facts:
-    return doctor.gather()
+    """This machine as if the native kernel had not been built."""
+    return dataclasses.replace(doctor.gather(), native=Native())
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_this_machine(tarflow: Callable) -> None:
     assert words["ort-cpu"] == "ready"
     assert {"system", "driver", "onnxruntime", "tensorrt", "tensorrt_rtx", "auto"} <= set(words)
     report = json.loads(tarflow("doctor", "--json").out)
-    assert list(report["engines"]) == ["ort-cpu", "ort-cuda", "trt", "trt-rtx"]
+    assert list(report["engines"]) == ["native", "ort-cpu", "ort-cuda", "trt", "trt-rtx"]
     assert report["engines"]["ort-cpu"] == {"ready": True, "problem": None, "remedy": None}
     assert report["facts"]["modules"]["onnxruntime"]["file"] in result.out
     for name, verdict in report["engines"].items():

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tarflow_export import _export
-from tarflow_runtimes._bundle import open_bundle
+from tarflow_export._report import Stages
+from tarflow_runtimes.bundle.reader import open_bundle
 from tarflow_sdk import load_checkpoint, save_checkpoint
 from tarflow_sdk.testing import random_model, tiny_config
 
@@ -115,14 +116,14 @@ def test_bad_input(refused: Callable, checkpoints: Path, arguments: tuple[object
 def test_a_signal_leaves_nothing(
     tarflow: Callable, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, stage: str, number: int
 ) -> None:
-    def progress(self: _export._Stages, done: int, total: int) -> None:
+    def progress(self: Stages, done: int, total: int) -> None:
         if self._stage == stage and done > 0:
             assert len(list(Path.cwd().iterdir())) == 1  # the bundle as it grows
             signal.raise_signal(number)
 
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr(_export._Stages, "progress", progress)
+    monkeypatch.setattr(Stages, "progress", progress)
     try:
         result = tarflow("export", checkpoints / "good.safetensors")
     finally:

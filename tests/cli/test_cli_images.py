@@ -1,4 +1,4 @@
-"""`tarflow encode`, `denoise`, `score`, `classify` beside the same calls in Python."""
+"""`tarflow encode`, `denoise`, `log-prob`, `classify` beside the same calls in Python."""
 
 import json
 from collections.abc import Callable
@@ -16,6 +16,12 @@ def picture(path: str | Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
     return image
+
+
+def arrays(path: str) -> dict[str, np.ndarray]:
+    """An .npz file, read and closed."""
+    with np.load(path) as file:
+        return dict(file)
 
 
 @pytest.fixture
@@ -41,7 +47,7 @@ def test_encode_and_back(tarflow: Callable, class_bundle: Path, files: list[str]
     options = ("--bundle", class_bundle, "--labels", "bee", "--batch-size", 2)
     result = tarflow("encode", *files, *options, "-o", "z.npz", "--json")
     assert result.code == 0
-    report, saved = json.loads(result.out), np.load("z.npz")
+    report, saved = json.loads(result.out), arrays("z.npz")
     with tfr.load(class_bundle) as flow:
         z, log_det = flow.encode(pixels, labels=[1] * 5)
     assert np.abs(saved["z"] - z).max() < 1e-5
@@ -50,28 +56,29 @@ def test_encode_and_back(tarflow: Callable, class_bundle: Path, files: list[str]
     assert [row["label"] for row in report["images"]] == ["bee"] * 5
     assert np.allclose([row["log_det"] for row in report["images"]], log_det, atol=1e-4)
     assert report["files"] == ["z.npz"]
+    assert (report["engine"], report["precision"]) == ("ort-cpu", "float32")
     np.save("z.npy", saved["z"])
     back = tarflow("infer", class_bundle, "--labels", "bee", "--noise", "z.npy", "--no-denoise", "-o", "x.npy")
     assert back.code == 0
     assert np.abs(np.load("x.npy") - pixels).max() < 1e-3
 
 
-def test_score(tarflow: Callable, class_bundle: Path, files: list[str], pixels: np.ndarray) -> None:
+def test_log_prob(tarflow: Callable, class_bundle: Path, files: list[str], pixels: np.ndarray) -> None:
     labels = [0, 1, 2, None, 0]
     options = ("--bundle", class_bundle, "--labels", "ant,bee,cat,null,0")
     with tfr.load(class_bundle) as flow:
         log_prob, bits = flow.log_prob(pixels, labels=labels), flow.bits_per_dim(pixels, labels=labels)
-    table = tarflow("score", *files, *options)
+    table = tarflow("log-prob", *files, *options)
     assert (table.code, table.err) == (0, "")
     rows = [line.split("\t") for line in table.out.splitlines()]
     assert [row[0] for row in rows] == NAMES
     assert np.allclose([float(row[1]) for row in rows], log_prob, atol=1e-3)
     assert np.allclose([float(row[2]) for row in rows], bits, atol=1e-4)
-    result = tarflow("score", *files, *options, "-o", "scores.npz", "--json", "--batch-size", 3)
+    result = tarflow("log-prob", *files, *options, "-o", "scores.npz", "--json", "--batch-size", 3)
     report = json.loads(result.out)
     assert np.allclose([row["log_prob"] for row in report["images"]], log_prob, rtol=1e-5)
     assert np.allclose([row["bits_per_dim"] for row in report["images"]], bits, rtol=1e-5)
-    assert np.allclose(np.load("scores.npz")["bits_per_dim"], bits, rtol=1e-5)
+    assert np.allclose(arrays("scores.npz")["bits_per_dim"], bits, rtol=1e-5)
     assert result.err.startswith("wrote scores.npz (5 images, ")
 
 
@@ -113,21 +120,65 @@ def test_files_of_the_same_name_are_numbered(tarflow: Callable, class_bundle: Pa
     assert sorted(path.name for path in Path("clean").iterdir()) == ["000000_b.png", "000001_b.png"]
 
 
+def test_tokens(tarflow: Callable, token_bundle: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((3, 5, 3), dtype=np.float32)
+    np.save("x.npy", values)
+    names = ["x.npy[0]", "x.npy[1]", "x.npy[2]"]
+    with tfr.load(token_bundle) as flow:
+        z, log_det = flow.encode(values, labels=[1] * 3)
+        log_prob, clean = flow.log_prob(values, labels=[1] * 3), flow.denoise(values, labels=[1] * 3)
+        best = flow.classify(values).argmax(axis=1)
+    options = ("--bundle", token_bundle, "--labels", "bee")
+    assert tarflow("encode", "x.npy", *options, "-o", "z.npz").err.startswith("wrote z.npz (3 samples, ")
+    np.testing.assert_allclose(arrays("z.npz")["z"], z, atol=1e-5)
+    np.testing.assert_allclose(arrays("z.npz")["log_det"], log_det, atol=1e-4)
+    assert tarflow("denoise", "x.npy", *options, "-o", "clean.npz").code == 0
+    np.testing.assert_allclose(arrays("clean.npz")["images"], clean, atol=1e-5)
+    assert tarflow("denoise", "clean.npz", *options, "-o", "cleaner.npy").code == 0  # what is written can be read
+
+    rows = [line.split("\t") for line in tarflow("log-prob", "x.npy", *options).out.splitlines()]
+    assert [(row[0], len(row)) for row in rows] == [(name, 2) for name in names]
+    np.testing.assert_allclose([float(row[1]) for row in rows], log_prob, atol=1e-3)
+    report = json.loads(tarflow("log-prob", "x.npy", *options, "-o", "s.npz", "--json").out)
+    assert [sorted(row) for row in report["images"]] == [["file", "label", "log_prob"]] * 3
+    assert list(arrays("s.npz")) == ["log_prob"]
+
+    rows = [line.split("\t") for line in tarflow("classify", "x.npy", "--bundle", token_bundle).out.splitlines()]
+    assert [row[1] for row in rows] == [("ant", "bee", "cat")[index] for index in best]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("score", "none.png"), "none.png: no such file"),
-        (("score", "."), "is a folder"),
-        (("score", "wide.png"), "wide.png: 8x4 pixels, the model has 8x8"),
-        (("score", "a.png", "--labels", "dog"), "no class 'dog'"),
-        (("score", "a.png", "--labels", "ant,bee"), "2 labels for 1 image"),
-        (("score", "a.png", "--batch-size", 0), "--batch-size must be at least 1"),
-        (("score", "a.png", "-o", "scores.txt"), "cannot tell what to write"),
-        (("score", "a.png", "--engine", "trt"), "trt"),
+        (("log-prob", "a.png"), "a.png: the model's data are tokens, not pictures"),
+        (("encode", "c.npy", "-o", "z.npy"), "shape [3, 1, 8, 8], expected [B, 5, 3]"),
+        (("denoise", "x.npy", "-o", "x.png"), "-o x.png: the model's data are tokens"),
+        (("denoise", "x.npy", "-o", "x/"), "-o x: the model's data are tokens"),
+    ],
+)
+def test_there_are_no_pictures_of_tokens(
+    refused: Callable, token_bundle: Path, files: list[str], arguments: tuple[str, ...], message: str
+) -> None:
+    np.save("x.npy", np.zeros((1, 5, 3), np.float32))
+    assert message in refused(*arguments, "--bundle", token_bundle).err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("log-prob", "none.png"), "none.png: no such file"),
+        (("log-prob", "."), "is a folder"),
+        (("log-prob", "wide.png"), "wide.png: 8x4 pixels, the model has 8x8"),
+        (("log-prob", "a.png", "--labels", "dog"), "no class 'dog'"),
+        (("log-prob", "a.png", "--labels", "ant,bee"), "2 labels for 1 image"),
+        (("log-prob", "a.png", "--batch-size", 0), "--batch-size must be at least 1"),
+        (("log-prob", "a.png", "-o", "scores.txt"), "cannot tell what to write"),
+        (("log-prob", "a.png", "--engine", "trt"), "trt"),
         (("encode", "a.png", "-o", "no/z.npy"), "the folder no does not exist"),
         (("encode", "a.png", "-o", "c.npy"), "exists already"),
         (("denoise", "a.png", "-o", "x.npy", "--sigma", 0), "--sigma must be a positive number"),
         (("denoise", "a.png", "-o", "x.npy", "--strength", "inf"), "--strength must be a finite number"),
+        (("denoise", "a.png", "-o", "x.npy", "--strength", -1), "not negative, got -1"),
         (("denoise", "a.png", "-o", "./"), "holds a.png already"),
         (("classify", "a.png", "-o", "p.png"), "cannot tell what to write"),
     ],

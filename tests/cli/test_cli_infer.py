@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._cli import infer
-from tarflow_runtimes._cli._progress import StepClock
-from tarflow_runtimes._flow import BATCH_SIZE
-from tarflow_runtimes._noise import standard_normal
+from tarflow_runtimes.cli import infer
+from tarflow_runtimes.cli.progress import StepClock
+from tarflow_runtimes.model.flow import BATCH_SIZE
+from tarflow_runtimes.model.noise import standard_normal
 
 SHAPE = (4, 16)
 """N, D of the class bundle."""
@@ -27,6 +27,12 @@ def picture(path: str | Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
     return image
+
+
+def arrays(path: str) -> dict[str, np.ndarray]:
+    """An .npz file, read and closed."""
+    with np.load(path) as file:
+        return dict(file)
 
 
 def test_a_grid(tarflow: Callable, class_bundle: Path) -> None:
@@ -86,6 +92,57 @@ def test_a_folder_numbers_images_as_the_seed_does(tarflow: Callable, class_bundl
     assert len(list(Path("part").iterdir())) == 3
 
 
+LISTS = ("all", "cat,bee", "bee,null,cat,ant,ant,bee,null,cat,bee")
+
+
+@pytest.mark.parametrize("labels", LISTS)
+def test_a_job_cut_into_parts_draws_what_the_whole_draws(tarflow: Callable, class_bundle: Path, labels: str) -> None:
+    """7 images whole, and as 3 and 4; the list of labels may be longer than a part, or than the whole."""
+    drawn = []
+    for name, first, count in (("whole", 0, 7), ("left", 0, 3), ("right", 3, 4)):
+        options = ("-n", count, "--first-index", first, "--labels", labels, "--seed", 5, "--guidance", 1.5)
+        result = tarflow("infer", class_bundle, *options, "-o", f"{name}.npz", "--json")
+        assert result.code == 0, result.err
+        saved = arrays(f"{name}.npz")
+        drawn.append((json.loads(result.out)["labels"], saved["labels"].tolist(), saved["images"]))
+        cut = f"{count} of the {labels.count(',') + 1} labels are drawn: those of images {first} to {first + count - 1}"
+        assert (cut in result.err) == (labels.count(",") >= count)
+    (words, numbers, images), left, right = drawn
+    assert words == left[0] + right[0]
+    assert numbers == left[1] + right[1]
+    np.testing.assert_allclose(np.concatenate([left[2], right[2]]), images, atol=1e-5)
+
+
+def test_tokens(tarflow: Callable, token_bundle: Path) -> None:
+    result = tarflow("infer", token_bundle, "--labels", "all", "--seed", 3, "--save-latents", "u.npy", "--json")
+    assert result.code == 0, result.err
+    assert result.err.startswith("wrote samples.npy: 3 samples, seed 3, ort-cpu, ")
+    assert json.loads(result.out)["files"] == ["samples.npy"]
+    with tfr.load(token_bundle) as flow:
+        expected = flow.sample(3, labels=[0, 1, 2], seed=3).images
+    assert expected.shape == (3, 5, 3)
+    np.testing.assert_allclose(np.load("samples.npy"), expected, atol=1e-5)
+    options = ("--labels", "all", "--noise", "u.npy", "-o", "again.npz")
+    assert tarflow("infer", token_bundle, *options).code == 0
+    np.testing.assert_allclose(arrays("again.npz")["images"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "mended"),
+    [
+        (("-o", "x.png"), "-o x.png: the model's data are tokens", "-o samples.npy"),
+        (("-o", "x/"), "-o x: the model's data are tokens", "-o samples.npy"),
+        (("--captions",), "--captions are written into a grid only", "leave --captions out"),
+    ],
+)
+def test_there_are_no_pictures_of_tokens(
+    refused: Callable, token_bundle: Path, arguments: tuple[str, ...], message: str, mended: str
+) -> None:
+    result = refused("infer", token_bundle, "-n", 1, *arguments)
+    assert message in result.err
+    assert result.err.rstrip().endswith(mended)
+
+
 def test_arrays_and_json(tarflow: Callable, class_bundle: Path) -> None:
     options = ("--labels", "cat,null", "--seed", 1, "--batch-size", 1, "--no-denoise")
     result = tarflow("infer", class_bundle, *options, "-o", "images.npz", "--save-latents", "u.npy", "--json")
@@ -93,12 +150,13 @@ def test_arrays_and_json(tarflow: Callable, class_bundle: Path) -> None:
     with tfr.load(class_bundle) as flow:
         sample = flow.sample(2, labels=[2, None], seed=1, denoise=False)
         assert report["digest"] == flow.bundle.digest
-    saved = np.load("images.npz")
+    saved = arrays("images.npz")
     assert np.abs(saved["images"] - sample.images).max() < 1e-5
     assert saved["labels"].tolist() == [2, -1]
     assert saved["seed"] == 1
     assert (np.load("u.npy") == standard_normal(1, 0, 2, *SHAPE)).all()
-    assert (report["engine"], report["seed"], report["labels"]) == ("ort-cpu", 1, ["cat", "null"])
+    assert (report["engine"], report["precision"]) == ("ort-cpu", "float32")
+    assert (report["seed"], report["labels"]) == (1, ["cat", "null"])
     assert (report["files"], report["latents"]) == (["images.npz"], "u.npy")
     assert report["steps"] > 0
     assert 0.0 < report["seconds"]["per_step"] < report["seconds"]["sample"]
@@ -147,10 +205,11 @@ def test_colour_pictures_and_overwrite(tarflow: Callable, colour_bundle: Path) -
     [
         (("-n", 0), "-n must be at least 1, got 0"),
         (("-n", -3), "-n must be at least 1"),
-        (("-n", 2, "--labels", "all"), "3 labels for 2 images"),
+        (("--noise", "good.npy", "--labels", "all"), "3 labels for 2 images"),
         (("--labels", "dog"), "no class 'dog'"),
         (("--labels", "3"), "no class '3'"),
-        (("--first-index", -1), "--first-index must not be negative"),
+        (("--first-index", -1), "--first-index must be in 0 .. 2^64 - 1"),
+        (("--first-index", 2**64), "--first-index must be in"),
         (("--batch-size", 0), "--batch-size must be at least 1"),
         (("--guidance", -0.5), "not negative, got -0.5"),
         (("--guidance", "nan"), "--guidance must be a finite number"),
@@ -186,6 +245,7 @@ def test_colour_pictures_and_overwrite(tarflow: Callable, colour_bundle: Path) -
         (("-o", "x.npy", "--save-latents", "x.npy"), "both name x.npy"),
         (("-o", "x.npy", "--captions"), "--captions are written into a grid only"),
         (("--guidance", 1.5), "guidance"),
+        (("--tf32",), "tf32 is of engines on a GPU"),
         (("--engine", "trt"), "trt"),
         (("--engine", "ort-cuda"), "ort-cuda"),
         (("--engine", "no-such"), "no-such"),
@@ -221,7 +281,7 @@ def test_other_models(refused: Callable, colour_bundle: Path, deep_bundle: Path)
 
 
 def test_the_default_batch_size_is_the_runtime_s(tarflow: Callable) -> None:
-    for verb in ("infer", "score"):
+    for verb in ("infer", "log-prob"):
         assert re.search(
             rf"--batch-size COUNT +Images that run together\. +\[default: {BATCH_SIZE}\]", tarflow(verb, "--help").out
         )
@@ -259,8 +319,8 @@ def test_ctrl_c_ends_the_process_with_130(class_bundle: Path, tmp_path: Path) ->
     code = f"""
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from tarflow_runtimes._cli import infer
-from tarflow_runtimes._cli._progress import StepClock
+from tarflow_runtimes.cli import infer
+from tarflow_runtimes.cli.progress import StepClock
 StepClock.on_step = lambda *_: (print("sampling", flush=True), time.sleep(60))
 sys.argv = ["tarflow-infer", {str(class_bundle)!r}, "-o", "x.png"]
 infer.main()

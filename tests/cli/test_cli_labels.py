@@ -2,8 +2,8 @@
 
 import pytest
 
-from tarflow_runtimes._cli._labels import label_name, parse_labels, spread
-from tarflow_runtimes._errors import InputError
+from tarflow_runtimes.cli.labels import check_labels, label_name, parse_labels, spread
+from tarflow_runtimes.errors import InputError
 
 ANIMALS = ["cat", "dog", "wild"]
 
@@ -53,8 +53,19 @@ def test_spread() -> None:
     assert spread(None, 3) is None
     assert spread([4], 3) == [4, 4, 4]
     assert spread([0, 1], 5) == [0, 1, 0, 1, 0]
+    assert spread([0, 1, 2], 2) == [0, 1]
+
+
+@pytest.mark.parametrize("labels", [[0], [0, 1], [0, 1, 2], [0, 1, -1, 2, 0], list(range(9))])
+def test_a_label_belongs_to_the_number_of_the_image(labels: list[int]) -> None:
+    assert spread(labels, 3, first_index=0) + spread(labels, 4, first_index=3) == spread(labels, 7)
+
+
+def test_more_labels_than_images() -> None:
+    check_labels(None, 1)
+    check_labels([0, 1], 2)
     with pytest.raises(InputError, match=r"3 labels for 1 image$"):
-        spread([0, 1, 2], 1)
+        check_labels([0, 1, 2], 1)
 
 
 def test_label_name() -> None:

@@ -6,28 +6,40 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tarflow_runtimes._cli._images import read_images
-from tarflow_runtimes._cli._output import Output, check_output, grid, write_arrays
-from tarflow_runtimes._errors import InputError
-from tarflow_runtimes._image_files import to_uint8
+from tarflow_runtimes.bundle.config import ModelConfig
+from tarflow_runtimes.cli.image_input import read_images
+from tarflow_runtimes.cli.output import Output, check_output, grid, write_arrays
+from tarflow_runtimes.errors import InputError
+from tarflow_runtimes.io.pictures import to_uint8
+
+
+def model(**shape: int) -> ModelConfig:
+    """The configuration of a model of these images or tokens."""
+    rest = {"width": 64, "blocks": 2, "layers": 2, "head_dim": 32, "classes": 0, "nvp": True}
+    return ModelConfig(**shape, **rest, noise="gaussian", noise_std=None, labels=None)  # type: ignore[arg-type]
+
+
+GREY = model(image_size=8, image_channels=1, patch_size=4)
+COLOUR = model(image_size=8, image_channels=3, patch_size=4)
+TOKENS = model(tokens=5, token_values=3)
 
 
 def test_levels_of_a_picture_come_back(tmp_path: Path) -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(levels).save(tmp_path / "all.png")
-    images = read_images([tmp_path / "all.png"], channels=1, size=16)
-    assert images.pixels.dtype == np.float32
-    assert images.pixels.shape == (1, 1, 16, 16)
-    assert (images.pixels.min(), images.pixels.max()) == (-1.0, 1.0)
-    assert (to_uint8(images.pixels)[0, ..., 0] == levels).all()
+    images = read_images([tmp_path / "all.png"], model(image_size=16, image_channels=1, patch_size=4))
+    assert images.values.dtype == np.float32
+    assert images.values.shape == (1, 1, 16, 16)
+    assert (images.values.min(), images.values.max()) == (-1.0, 1.0)
+    assert (to_uint8(images.values)[0, ..., 0] == levels).all()
 
 
 def test_channels_come_first(tmp_path: Path) -> None:
     levels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
     Image.fromarray(levels).save(tmp_path / "colour.png")
     Image.fromarray(levels).quantize(64).save(tmp_path / "palette.png")
-    images = read_images([tmp_path / "colour.png", tmp_path / "palette.png"], channels=3, size=8)
-    assert (to_uint8(images.pixels)[0] == levels).all()
+    images = read_images([tmp_path / "colour.png", tmp_path / "palette.png"], COLOUR)
+    assert (to_uint8(images.values)[0] == levels).all()
     assert images.name(1) == str(tmp_path / "palette.png")
 
 
@@ -105,15 +117,36 @@ def test_wrong_images(tmp_path: Path, name: str, image: object, message: str) ->
     else:
         path.write_text("nothing of the kind")
     with pytest.raises(InputError, match=message) as caught:
-        read_images([path], channels=1, size=8)
+        read_images([path], GREY)
     assert caught.value.hint
+
+
+def test_tokens_are_arrays(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((2, 5, 3), dtype=np.float32)
+    np.save(tmp_path / "a.npy", values)
+    np.savez(tmp_path / "b.npz", images=values)
+    read = read_images([tmp_path / "a.npy", tmp_path / "b.npz"], TOKENS)
+    assert (read.values == np.concatenate([values, values])).all()
+    assert read.name(3) == f"{tmp_path / 'b.npz'}[1]"
+    Image.new("L", (8, 8)).save(tmp_path / "c.png")
+    np.save(tmp_path / "d.npy", values[:, :4])
+    np.save(tmp_path / "e.npy", np.float32(1))
+    for name, message in (
+        ("c.png", "tokens, not pictures"),
+        ("d.npy", r"shape \[2, 4, 3\], expected \[B, 5, 3\]"),
+        ("e.npy", r"shape \[\], expected \[B, 5, 3\]"),
+        ("none.png", "no such file"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            read_images([tmp_path / name], TOKENS)
+        assert caught.value.hint in ("give .npy or .npz files, float32 [B, 5, 3]", "tokens are [B, N, D]")
 
 
 def test_missing_files_and_models_without_pictures(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
-        read_images([tmp_path / "none.png"], channels=1, size=8)
+        read_images([tmp_path / "none.png"], GREY)
     with pytest.raises(InputError, match="is a folder"):
-        read_images([tmp_path], channels=1, size=8)
+        read_images([tmp_path], GREY)
     Image.new("L", (8, 8)).save(tmp_path / "grey.png")
     with pytest.raises(InputError, match="the model has 2"):
-        read_images([tmp_path / "grey.png"], channels=2, size=8)
+        read_images([tmp_path / "grey.png"], model(image_size=8, image_channels=2, patch_size=4))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tarflow_runtimes._cli import umbrella
-from tarflow_runtimes._cli._shell import print_json, run
-from tarflow_runtimes._cli.umbrella import VERBS, Verb
+from tarflow_runtimes.cli import main as umbrella
+from tarflow_runtimes.cli.main import VERBS, Verb
+from tarflow_runtimes.cli.shell import print_json, run
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "PIL")
 HELP = Path(__file__).parent / "help"
@@ -47,7 +47,7 @@ def test_help_of_a_verb(tarflow: Callable, verb: str) -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = f"""
 import contextlib, sys
-from tarflow_runtimes._cli.umbrella import VERBS, dispatch
+from tarflow_runtimes.cli.main import VERBS, dispatch
 with contextlib.suppress(SystemExit):
     dispatch(["--help"])
 assert "typer" not in sys.modules
@@ -70,6 +70,7 @@ def test_version(tarflow: Callable) -> None:
     [
         ("infr", "did you mean tarflow infer?"),
         ("clasify", "did you mean tarflow classify?"),
+        ("score", "did you mean tarflow log-prob?"),
         ("zzz", "the verbs are train,"),
     ],
 )
@@ -83,11 +84,11 @@ def test_unknown_options(refused: Callable) -> None:
     assert "unknown option '--vresion'" in refused("--vresion").err
     assert "--colour" in refused("infer", "--colour").err
     assert "'-n'" in refused("infer", "-n", "many").err
-    assert "FILES" in refused("score").err
+    assert "FILES" in refused("log-prob").err
     assert "--output" in refused("encode", "image.png").err
 
 
-@pytest.mark.parametrize(("verb", "extra"), [("train", "train"), ("export", "export"), ("score", "ort")])
+@pytest.mark.parametrize(("verb", "extra"), [("train", "train"), ("export", "export"), ("log-prob", "ort")])
 def test_a_package_that_is_not_installed(
     refused: Callable, monkeypatch: pytest.MonkeyPatch, verb: str, extra: str
 ) -> None:
@@ -100,7 +101,7 @@ def test_a_package_that_is_not_installed(
 def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
-    code = "from tarflow_runtimes._cli._shell import *; run(lambda **_: print_json([0] * 100_000), [], name='tarflow')"
+    code = "from tarflow_runtimes.cli.shell import *; run(lambda **_: print_json([0] * 100_000), [], name='tarflow')"
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
@@ -145,7 +146,7 @@ def test_control_characters_stay_out_of_the_terminal(refused: Callable) -> None:
 
 def test_the_documentation_names_options_that_exist() -> None:
     text = (Path(__file__).parents[2] / "docs" / "CLI.md").read_text()
-    commands = re.findall(r"^tarflow (\w+) (.*)$", text, re.MULTILINE)
+    commands = re.findall(r"^tarflow ([\w-]+) (.*)$", text, re.MULTILINE)
     assert {verb for verb, _ in commands} == set(VERBS)
     for verb, rest in commands:
         known = (HELP / f"{verb}.txt").read_text()

@@ -1,6 +1,7 @@
 """Tiny models, their graphs run straight through ONNX Runtime, and the PyTorch side of each comparison."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,9 @@ import onnxruntime
 import pytest
 import torch
 
-from tarflow_export._plan import Plan, block_order, plan_export
-from tarflow_export._write import Source, write_blocks, write_manifest
+from tarflow_export import convert_bundle, export_bundle
 from tarflow_sdk import FlowConfig, TarFlow
-from tarflow_sdk.testing import random_model, tiny_config
+from tarflow_sdk.testing import random_model, tiny_config, tiny_token_config
 
 CONFIGS: dict[str, FlowConfig] = {
     "unconditional": tiny_config(classes=0, patch_size=2),
@@ -24,16 +24,16 @@ CONFIGS: dict[str, FlowConfig] = {
     "one_block_one_head": tiny_config(blocks=1, head_dim=64),
     "two_channels": tiny_config(image_channels=2),
     "five_channels": tiny_config(image_channels=5, patch_size=2),
+    "tokens": tiny_token_config(),
 }
 """The matrix of models that every graph is compared on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A model and the folder with its graphs and weights."""
+    """A model and its bundle, not verified."""
 
     model: TarFlow
-    plan: Plan
     folder: Path
 
     @property
@@ -41,9 +41,9 @@ class Exported:
         return self.model.config
 
     def order(self, block: int) -> np.ndarray[Any, Any]:
-        """Block order to image order."""
+        """Block order to the order of the data."""
         order = np.arange(self.config.patches)
-        return order if block_order(block) == "identity" else order[::-1].copy()
+        return order[::-1].copy() if block % 2 else order
 
     def session(self, block: int, kind: str) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
@@ -51,6 +51,18 @@ class Exported:
         options.log_severity_level = 3
         path = self.folder / f"block_{block:02d}" / f"{kind}.onnx"
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run_ready(self, block: int, kind: str) -> onnxruntime.InferenceSession:
+        """A graph of `ort-cpu` on the weights of a block."""
+        options = onnxruntime.SessionOptions()
+        folder = str(self.folder / f"block_{block:02d}")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        model = (self.folder / "graphs" / "ort-cpu" / f"{kind}.onnx").read_bytes()
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "manifest.json").read_text()))
 
     def labels(self, images: int, kind: str = "mixed") -> tuple[torch.Tensor | None, dict[str, Any]]:
         """PyTorch's labels (null -1), and the graphs' input (null `classes`); nothing for models without classes."""
@@ -72,7 +84,7 @@ class Exported:
         config = self.config
         shape = (rows, config.heads, config.patches, config.head_dim)
         names = [f"{kind}_{layer}" for layer in range(config.layers) for kind in ("key", "value")]
-        return {name: np.full(shape, fill, self.plan.layout.dtype) for name in names}
+        return {name: np.full(shape, fill, self.manifest["cache"]["dtype"]) for name in names}
 
 
 Export = Callable[..., Exported]
@@ -80,18 +92,20 @@ Export = Callable[..., Exported]
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """Graphs and weights of a model of `CONFIGS`, written once."""
+    """The bundle of a model of `CONFIGS` in a precision, written once."""
     done: dict[tuple[str, str], Exported] = {}
 
-    def export(name: str, dtype: Any = "float32") -> Exported:
-        if (name, dtype) not in done:
-            model = random_model(CONFIGS[name])
-            folder = tmp_path_factory.mktemp(f"{name}_{dtype}")
-            plan = plan_export(model.config, dtype)
-            files = write_blocks(folder, plan, model)
-            write_manifest(folder, plan, model, source=Source(), files=files, verification={"status": "skipped"})
-            done[name, dtype] = Exported(model, plan, folder)
-        return done[name, dtype]
+    def export(name: str, precision: Any = "float32") -> Exported:
+        if (name, precision) not in done:
+            folder = tmp_path_factory.mktemp(f"{name}_{precision}") / "x.tarflow"
+            if precision == "float32":
+                model = random_model(CONFIGS[name])
+                export_bundle(model, folder, verify=False)
+            else:
+                model = export(name).model
+                convert_bundle(export(name).folder, folder, precision=precision, verify=False)
+            done[name, precision] = Exported(model, folder)
+        return done[name, precision]
 
     return export
 

@@ -1,21 +1,28 @@
 """`export_bundle`: what it writes, that it writes all or nothing, and that its verification can fail."""
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
 import tarflow_export._export
-import tarflow_export._weights
+import tarflow_export._plan
+import tarflow_export._target
+import tarflow_export._verify
+import tarflow_export._write
 from tarflow_export import ExportError, ExportReport, export_bundle
-from tarflow_export._reference import extent_of
-from tarflow_export._weights import weight_layout
-from tarflow_runtimes._bundle import open_bundle
-from tarflow_runtimes._errors import VerificationError
+from tarflow_export._graphs import BUILDERS
+from tarflow_export._source import bundle_config
+from tarflow_export._verify import extent_of
+from tarflow_runtimes.bundle.reader import open_bundle
+from tarflow_runtimes.errors import EngineError, VerificationError
 from tarflow_sdk import CheckpointError, FlowConfig, save_checkpoint
 from tarflow_sdk.testing import random_model, tiny_config
 
@@ -34,6 +41,7 @@ def passed(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
         ({"nvp": False}, "float32"),
         ({"image_channels": 5, "patch_size": 2}, "float32"),
         ({"noise": "uniform", "noise_std": None, "labels": ("a", "b", "c")}, "float32"),
+        (dict.fromkeys(("image_size", "image_channels", "patch_size")) | {"tokens": 5, "token_values": 3}, "float32"),
         ({}, "float16"),
         ({"nvp": False, "classes": 0}, "float16"),
     ],
@@ -43,12 +51,12 @@ def test_exports_pass_and_reopen(tmp_path: Path, overrides: dict[str, Any], dtyp
     report = export_bundle(random_model(config), tmp_path / "x.tarflow", dtype=dtype)
     bundle = open_bundle(report.path)
     assert bundle.digest == report.digest
-    assert bundle.dtype == bundle.cache_dtype == dtype
-    assert bundle.labels == config.labels
-    assert (bundle.prior is None) == config.nvp
+    assert bundle.precision == bundle.cache_dtype == dtype
+    assert bundle.class_names == config.labels
+    assert (bundle.prior_variance is None) == config.nvp
     assert bundle.manifest["verification"]["status"] == "passed"
-    assert report.verified is not None
-    stages = {record.stage for record in report.verified.records}
+    records = report.verification["records"]
+    stages = {record["stage"] for record in records}
     expected = {
         "forward",
         "log_det",
@@ -56,12 +64,13 @@ def test_exports_pass_and_reopen(tmp_path: Path, overrides: dict[str, Any], dtyp
         "window",
         "inverse",
         "log_prob",
-        "bits_per_dim",
         "round_trip",
         "sample",
     }
-    assert stages == expected | ({"denoise"} if config.noise_std else set())
-    assert len([record for record in report.verified.records if record.stage == "inverse"]) == 2 * config.blocks
+    optional = {"denoise": config.noise_std is not None, "bits_per_dim": config.data == "image"}
+    assert stages == expected | {stage for stage, is_there in optional.items() if is_there}
+    named = {record["graph"] for record in records} - {None}
+    assert named == {name for name in bundle.manifest["files"] if name.endswith(".onnx")}
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.tarflow"]
 
 
@@ -92,7 +101,8 @@ def test_the_manifest_describes_the_model_and_its_source(tmp_path: Path) -> None
     assert manifest["verification"]["status"] == "skipped"
     assert manifest["reference"] is None
     assert [block["order"] for block in manifest["blocks"]] == ["identity", "reversed"]
-    assert set(manifest["precision"].values()) == {"float32"}
+    assert set(manifest["dtypes"].values()) == {manifest["precision"]} == {"float32"}
+    assert manifest["converted"] is None
 
 
 def test_exporting_twice_writes_the_same_bytes(tmp_path: Path, passed: ExportReport) -> None:
@@ -119,6 +129,33 @@ def test_every_number_of_the_reference_is_used_as_it_stands_in_the_bundle(passed
     assert len(set(arrays["guidance"][0].tolist())) > 1  # annealed
     assert all(np.isfinite(array).all() for array in arrays.values())
     assert np.abs(arrays["guided"] - arrays["unguided"]).max() > 1e-2
+    assert np.abs(arrays["guided"] - arrays["tempered"]).max() > 1e-2
+
+
+RUN_READY = [(provider, kind) for provider in BUILDERS if provider != "portable" for kind in BUILDERS[provider]]
+
+
+@pytest.mark.parametrize(("provider", "kind"), [*RUN_READY, ("portable", "forward"), ("portable", "step")])
+def test_one_wrong_node_of_any_graph_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, provider: str, kind: str
+) -> None:
+    """The first addition of a graph becomes a subtraction, in the one graph alone."""
+    original = tarflow_export._plan._plan_graph
+
+    def planted(of: str, called: str, *given: Any) -> Any:
+        plan = original(of, called, *given)
+        if (of, called) != (provider, kind):
+            return plan
+        model = onnx.load_from_string(plan.serialized)
+        additions = [node for node in model.graph.node if node.op_type == "Add" and "/" in node.name]
+        additions[len(additions) // 2].op_type = "Sub"
+        return dataclasses.replace(plan, serialized=model.SerializeToString())
+
+    monkeypatch.setattr(tarflow_export._plan, "_plan_graph", planted)
+    with pytest.raises((VerificationError, EngineError, onnxruntime.capi.onnxruntime_pybind11_state.Fail)) as caught:
+        export_bundle(random_model(tiny_config(layers=1)), tmp_path / "x.tarflow")
+    assert isinstance(caught.value, VerificationError)
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- all or nothing ----------------------------------------------------------------------------------------------
@@ -128,8 +165,8 @@ def broken_weights(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Let the exporter write one wrong number into the tensor `name` of every block."""
     original = tarflow_export._write.block_tensors
 
-    def tensors(*args: Any) -> Any:
-        for tensor, array in original(*args):
+    def tensors(*args: Any, **options: Any) -> Any:
+        for tensor, array in original(*args, **options):
             if tensor == name:
                 array = array.copy()  # noqa: PLW2901
                 array.flat[array.size // 2] += 0.5
@@ -175,9 +212,11 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, stage: str, error:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_between_the_two_renames_brings_the_old_bundle_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_bundle_that_is_replaced_is_never_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, can_exchange: bool
 ) -> None:
+    """Names are exchanged in one step; where a file system cannot, an interrupt brings the old bundle back."""
     target = tmp_path / "x.tarflow"
     before = export_bundle(random_model(tiny_config()), target, verify=False).digest
     rename, calls = Path.rename, []
@@ -189,9 +228,12 @@ def test_an_interrupt_between_the_two_renames_brings_the_old_bundle_back(
         return rename(self, other)
 
     monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    if not can_exchange:
+        monkeypatch.setattr(tarflow_export._target, "_exchange", lambda *_: False)
+    with contextlib.nullcontext() if can_exchange else pytest.raises(KeyboardInterrupt):
         export_bundle(random_model(tiny_config(), seed=1), target, verify=False, overwrite=True)
-    assert open_bundle(target).digest == before
+    assert (open_bundle(target).digest == before) == (not can_exchange)
+    assert len(calls) == (0 if can_exchange else 3)
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -307,25 +349,21 @@ def test_checks_come_before_the_checkpoint_is_read(tmp_path: Path, monkeypatch: 
 
 def test_small_models_are_verified_whole_and_large_ones_in_part() -> None:
     mnist = FlowConfig(image_size=28, image_channels=1, patch_size=4, width=128, blocks=4, layers=4, classes=10)
-    small = extent_of(mnist, weight_layout(mnist, "float32"))
+    small = extent_of(bundle_config(mnist))
     assert (small.images, small.steps, small.end_to_end) == (3, 48, True)
     afhq = FlowConfig(image_size=256, image_channels=3, patch_size=8, width=768, blocks=8, layers=8, classes=3)
-    large = extent_of(afhq, weight_layout(afhq, "float32"))
+    large = extent_of(bundle_config(afhq))
     assert large.images == 1
     assert 8 <= large.steps <= 64
     assert not large.end_to_end
 
 
 def test_a_large_model_is_verified_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tarflow_export._reference
-
-    monkeypatch.setattr(tarflow_export._reference, "PASS_BUDGET", 1)
-    monkeypatch.setattr(tarflow_export._reference, "STEP_BUDGET", 1)
+    monkeypatch.setattr(tarflow_export._verify, "PASS_BUDGET", 1)
+    monkeypatch.setattr(tarflow_export._verify, "STEP_BUDGET", 1)
     config = tiny_config(patch_size=2)
     report = export_bundle(random_model(config), tmp_path / "x.tarflow")
-    assert report.verified is not None
-    assert (report.verified.extent.images, report.verified.extent.steps) == (1, 8)
-    stages = {record.stage for record in report.verified.records}
+    stages = {record["stage"] for record in report.verification["records"]}
     assert {"inverse", "log_prob", "denoise"} <= stages
     assert not {"sample", "round_trip"} & stages
     extent = open_bundle(report.path).manifest["verification"]["extent"]

@@ -8,7 +8,10 @@ import onnx
 import pytest
 import torch
 
+from tarflow_export._graphs import BUILDERS, PRECISIONS  # the table of every graph that a bundle can hold
+
 KINDS = ("forward", "step", "gradient")
+RUN_READY = [(provider, kind) for provider in BUILDERS if provider != "portable" for kind in BUILDERS[provider]]
 
 
 @pytest.mark.parametrize("images", [1, 3, 17])
@@ -108,16 +111,86 @@ def test_the_step_graph_keeps_to_the_form_that_tensorrt_takes(exported: Any) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_differ_in_their_order_and_in_nothing_else(exported: Any, kind: str) -> None:
+def test_the_graphs_of_all_blocks_are_the_same_bytes(exported: Any, kind: str) -> None:
     tiny = exported("three_blocks")
-    files = [(tiny.folder / f"block_{k:02d}" / f"{kind}.onnx").read_bytes() for k in range(3)]
-    assert files[0] == files[2]
-    assert files[0] != files[1]
-    graphs = [load(tiny, k, kind) for k in (0, 1)]
-    for graph in graphs:
-        (order,) = [tensor for tensor in graph.graph.initializer if tensor.name == "order"]
-        graph.graph.initializer.remove(order)
-    assert graphs[0] == graphs[1]
+    assert len({(tiny.folder / f"block_{k:02d}" / f"{kind}.onnx").read_bytes() for k in range(3)}) == 1
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_bundle_has_the_graphs_of_its_precision(exported: Any, precision: str) -> None:
+    tiny = exported("class", precision)
+    graphs = tiny.manifest["graphs"]
+    assert tuple(graphs) == PRECISIONS[precision]
+    for provider, kinds in graphs.items():
+        assert set(kinds) == set(BUILDERS[provider])
+        for kind, graph in kinds.items():
+            file = f"block_00/{kind}.onnx" if provider == "portable" else graph["file"]
+            model = onnx.load(tiny.folder / file, load_external_data=False)
+            for values, listed in ((model.graph.input, "inputs"), (model.graph.output, "outputs")):
+                names = {onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower() for value in values}
+                assert {entry["dtype"].replace("float32", "float") for entry in graph[listed]} == names
+                shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values]
+                assert [entry["shape"] for entry in graph[listed]] == shapes
+                assert [entry["name"] for entry in graph[listed]] == [value.name for value in values]
+
+
+@pytest.mark.parametrize(("provider", "kind"), RUN_READY)
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_run_ready_graphs_keep_their_tensors_in_the_weights(
+    exported: Any, provider: str, kind: str, precision: str
+) -> None:
+    tiny = exported("class", precision)
+    model = onnx.load(tiny.folder / "graphs" / provider / f"{kind}.onnx", load_external_data=False)
+    table = tiny.manifest["tensors"]
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entry = table[tensor.name]
+            where = {one.key: one.value for one in tensor.external_data}
+            expected = {"location": "weights.bin", "offset": str(entry["offset"]), "length": str(entry["bytes"])}
+            assert where == expected
+            assert list(tensor.dims) == entry["shape"]
+        else:
+            assert len(tensor.raw_data) <= 64
+    domains = {node.domain for node in model.graph.node}
+    assert domains == ({"", "com.microsoft"} if provider == "ort-cpu" and not kind.startswith("vjp") else {""})
+
+
+def test_the_steps_of_the_cpu_have_no_portable_attention(exported: Any) -> None:
+    tiny = exported("class")
+    for kind in BUILDERS["ort-cpu"]:
+        if kind.startswith("vjp"):
+            continue
+        model = onnx.load(tiny.folder / "graphs" / "ort-cpu" / f"{kind}.onnx", load_external_data=False)
+        operators = collections.Counter(node.op_type for node in model.graph.node)
+        branches = 2 if kind in ("window_guided", "window_tempered") else 1
+        assert operators["GroupQueryAttention"] == branches * tiny.config.layers
+        assert not {"TensorScatter", "Softmax", "Range", "GatherND", "Gather", "Shape", "Expand"} & set(operators)
+
+
+def test_the_layers_of_an_int8_step_multiply_integers_and_nothing_else_does(exported: Any) -> None:
+    tiny = exported("class", "int8")
+    model = onnx.load(tiny.folder / "graphs" / "ort-cpu" / "step.onnx", load_external_data=False)
+    operators = collections.Counter(node.op_type for node in model.graph.node)
+    assert (operators["MatMulNBits"], operators["Gemm"]) == (4 * tiny.config.layers, 2)
+    rounded = [t for t in tiny.manifest["tensors"] if t.startswith("attn_blocks.") and t.endswith(".weight")]
+    assert all(".norm." in name for name in rounded)
+
+
+@pytest.mark.parametrize("name", ["class", "unconditional", "no_nvp", "tokens"])
+def test_the_halves_of_the_gradient_are_the_gradient(exported: Any, name: str) -> None:
+    tiny = exported(name)
+    for k in range(tiny.config.blocks):
+        _, fed = tiny.labels(3)
+        x, cotangent = tiny.patches(3, seed=k).numpy(), tiny.patches(3, seed=9).numpy()
+        (expected,) = tiny.session(k, "gradient").run(["gradient"], {"patches": x, "cotangent": cotangent, **fed})
+        ahead, back = tiny.run_ready(k, "vjp_forward"), tiny.run_ready(k, "vjp_backward")
+        names = [value.name for value in ahead.get_outputs()]
+        kept = dict(zip(names, ahead.run(names, {"patches": x, **fed}), strict=True))
+        found = tiny.session(k, "forward").run(["z", "log_det"], {"patches": x, **fed})
+        for one, other in zip((kept.pop("z"), kept.pop("log_det")), found, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=2e-6)
+        (gradient,) = back.run(["gradient"], {**kept, "cotangent": cotangent})
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -130,9 +203,12 @@ def test_the_three_graphs_share_one_copy_of_the_weights(exported: Any, dtype: st
                 where = {entry.key: entry.value for entry in tensor.external_data}
                 places[tensor.name].add((where["location"], int(where["offset"]), int(where["length"])))
             else:
-                assert len(tensor.raw_data) <= 8 * tiny.config.patches  # constants, and the order
+                assert len(tensor.raw_data) <= 64
     state = tiny.model.flow_blocks[1].state_dict()
-    assert set(places) == set(state)
+    assert set(places) == {"order", *state}
+    table = tiny.manifest["tensors"]
+    for name, found in places.items():
+        assert found == {("weights.bin", table[name]["offset"], table[name]["bytes"])}
     raw = (tiny.folder / "block_01" / "weights.bin").read_bytes()
     end = 0
     for name, tensor in state.items():
@@ -161,10 +237,10 @@ def test_inputs_and_outputs_are_those_of_the_specification(exported: Any, kind: 
             {
                 "patches": ["B", "S", config.patch_values],
                 "noise": image,
-                "guidance": [2, config.patches],
+                "guidance": ["B", 2, config.patches],
                 "position": ["B"],
                 "labels": ["G", "B"],
-                "inverse_temperature": ["G"],
+                "inverse_temperature": ["G", "B"],
                 **cache,
             },
             {"next": ["B", "S", config.patch_values], **{f"next_{name}": shape for name, shape in cache.items()}},
@@ -182,9 +258,6 @@ def test_inputs_and_outputs_are_those_of_the_specification(exported: Any, kind: 
             )
             assert tensor.elem_type == dtype, value.name
         assert found == shapes
-    described = tiny.plan.graphs[kind]
-    for listed, shapes in zip((described.inputs, described.outputs), expected[kind], strict=True):
-        assert {entry["name"]: entry["shape"] for entry in listed} == shapes
 
 
 def test_models_without_classes_have_no_labels(exported: Any) -> None:

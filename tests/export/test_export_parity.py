@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 
 from tarflow_export import export_bundle
-from tarflow_runtimes._bundle import Bundle, open_bundle
-from tarflow_runtimes._engines.ort_cpu import OrtCpuEngine
-from tarflow_runtimes._errors import BundleError, VerificationError
-from tarflow_runtimes._parity import (
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from tarflow_runtimes.bundle.tolerances import (
     FLOOR_FACTOR,
     GPU_ENGINES,
     TOLERANCES,
@@ -24,7 +22,9 @@ from tarflow_runtimes._parity import (
     require_passed,
     tolerance_for,
 )
-from tarflow_runtimes._verify import verify
+from tarflow_runtimes.engines.ort_cpu.engine import OrtCpuEngine
+from tarflow_runtimes.errors import BundleError, VerificationError
+from tarflow_runtimes.measure.verify import verify
 from tarflow_sdk.testing import random_model, tiny_config
 
 LOOSE = Tolerance(measure="max_abs", limit=1.0, widened=True, reason="a test")
@@ -148,21 +148,33 @@ def test_the_default_engine_passes_the_verification_that_travels(tmp_path: Path,
 
 
 class Coarse(OrtCpuEngine):
-    """An engine that says that it computes in another dtype than the bundle's."""
+    """An engine that says that it computes in another precision than the bundle's."""
 
     name = "trt"
 
-    def report(self) -> dict[str, Any]:
-        return {**super().report(), "dtype": "bfloat16"}
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self.precision = "bfloat16"
 
 
-def test_an_engine_is_judged_by_the_dtype_that_it_computes_in(exported: Path) -> None:
+def test_an_engine_is_judged_by_the_precision_that_it_computes_in(exported: Path) -> None:
     bundle = open_bundle(exported)
     with contextlib.closing(Coarse(bundle)) as engine:
         records = verify(bundle, engine)
     assert {record.stage: record.tolerance for record in records} == {
         stage: tolerance.limit for stage, tolerance in TOLERANCES["*", "bfloat16"].items()
     }
+
+
+def test_every_comparison_names_its_graph(exported: Path) -> None:
+    bundle = open_bundle(exported)
+    with contextlib.closing(OrtCpuEngine(bundle)) as engine:
+        records = verify(bundle, engine)
+    assert {record.graph for record in records if record.name.startswith("block 1 guided")} == {
+        "graphs/ort-cpu/step_guided.onnx",
+        "graphs/ort-cpu/window_guided.onnx",
+    }
+    assert {record.graph for record in records if record.name.startswith("whole model")} == {None}
 
 
 class Wrong(OrtCpuEngine):
@@ -178,18 +190,19 @@ class Wrong(OrtCpuEngine):
             log_det = -log_det
         return z, log_det
 
-    def gradient(self, block: int, patches: Any, cotangent: Any, labels: Any) -> Any:
-        gradient = super().gradient(block, patches, cotangent, labels)
-        return gradient * np.float32(1.0001) if self.fault == "gradient" else gradient
+    def vjp(self, blocks: Any, patches: Any, labels: Any, cotangent: Any) -> Any:
+        z, gradient = super().vjp(blocks, patches, labels, cotangent)
+        return z, gradient * np.float32(1.0001) if self.fault == "gradient" else gradient
 
-    def stepper(self, block: int, **arguments: Any) -> Any:
+    def invert(self, turns: Any, noise: Any, conditions: Any, on_step: Any = None) -> Any:
+        changed: dict[str, Any] = {}
         if self.fault == "guidance":
-            arguments["guidance"] = arguments["guidance"][::-1] * np.array([[1.0], [0.9]], np.float32)
+            changed["guidance"] = conditions.guidance[:, ::-1] * np.array([[1.0], [0.9]], np.float32)
         if self.fault == "temperature":
-            arguments["inverse_temperature"] = np.ones_like(arguments["inverse_temperature"])
+            changed["inverse_temperature"] = np.ones_like(conditions.inverse_temperature)
         if self.fault == "label":
-            arguments["labels"] = arguments["labels"][:, ::-1].copy()
-        return super().stepper(block, **arguments)
+            changed["labels"] = conditions.labels[:, ::-1].copy()
+        return super().invert(turns, noise, dataclasses.replace(conditions, **changed), on_step)
 
 
 @pytest.mark.parametrize("fault", ["z", "log_det", "gradient", "guidance", "temperature", "label"])
@@ -224,6 +237,7 @@ def copy_with_reference(exported: Path, folder: Path, **changed: Any) -> Bundle:
         {"trajectory": np.zeros((3,), np.float32)},
         {"log_prob": np.zeros(3, np.float64)},
         {"guided": None},
+        {"tempered": None},
         {"sample": None},
         {"labels": None},
     ],

@@ -28,10 +28,11 @@ class Walk:
         self.session = tiny.session(block, "step")
         guidance = guidance or Guidance()
         branches = 2 if guidance.active else 1
+        temperatures = np.array([1.0, 1.0 / guidance.attention_temperature], np.float32)[:branches]
         self.fixed = {
             "noise": z,
-            "guidance": guidance.weights(self.config.patches).float().numpy(),
-            "inverse_temperature": np.array([1.0, 1.0 / guidance.attention_temperature], np.float32)[:branches],
+            "guidance": np.stack([guidance.weights(self.config.patches).float().numpy()] * len(z)),
+            "inverse_temperature": np.repeat(temperatures[:, None], len(z), axis=1),
         }
         if fed:
             labels = fed["labels"]
@@ -129,6 +130,20 @@ def test_images_may_stand_at_different_positions(exported: Any) -> None:
             following = walk.step(window, starts)
             expected = np.stack([x[b, start + 1 : start + 4] for b, start in enumerate(starts)])
             np.testing.assert_allclose(following, expected, rtol=0, atol=1e-5)
+
+
+def test_images_may_have_their_own_guidance(exported: Any) -> None:
+    tiny = exported("class")
+    _, fed = tiny.labels(3)
+    z = tiny.patches(3).numpy()
+    how = [GUIDANCES["ab"], GUIDANCES["everything"], GUIDANCES["b"]]
+    walks = [Walk(tiny, 0, z, fed, guidance) for guidance in how]
+    mixed = Walk(tiny, 0, z, fed, how[0])
+    for name, axis in (("guidance", 0), ("inverse_temperature", 1)):
+        mixed.fixed[name] = np.stack([walk.fixed[name].take(b, axis) for b, walk in enumerate(walks)], axis)
+    x = mixed.inverse()
+    for b, walk in enumerate(walks):
+        np.testing.assert_allclose(x[b], walk.inverse()[b], rtol=0, atol=1e-6)
 
 
 def test_stale_caches_do_not_leak(exported: Any) -> None:

@@ -1,4 +1,4 @@
-"""Targets of the tests: every engine and dtype on the GPU of this machine (`-m gpu`), and stand-ins on the host.
+"""Targets of the tests: every engine and precision on the GPU of this machine (`-m gpu`), and stand-ins on the host.
 
 A stand-in is the same engine over the host's memory, so that what a test says is proven where there is no GPU; what a
 GPU alone can show (that its kernels are right) is then still open, and is what `-m gpu` is for.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,35 +17,33 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes import _doctor as doctor
-from tarflow_runtimes._bundle import Bundle
-from tarflow_runtimes._device.host import HostDevice
-from tarflow_runtimes._engines import ort_cuda, trt
-from tarflow_runtimes._engines.device_engine import DeviceEngine
-from tarflow_runtimes._engines.ort_programs import OrtMaker
-from tarflow_runtimes._trt import _package, _supply
-from tarflow_runtimes._trt._gpu import Gpu
+from tarflow_runtimes import doctor
+from tarflow_runtimes.engines.gpu import ort_cuda
+from tarflow_runtimes.engines.trt import engine as trt
+from tarflow_runtimes.engines.trt import package as _package
+from tarflow_runtimes.engines.trt import supply as _supply
+from tarflow_runtimes.engines.trt.gpu import Gpu
+from tarflow_runtimes.model.flow import shipped_bundle
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtimes"))
+
+import fake_tensorrt
+from host_device import HostDevice, open_host
 
 ENGINES = ("ort-cuda", "trt", "trt-rtx")
-DTYPES = ("float32", "float16", "bfloat16")
+PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """An engine in a dtype, on the GPU or standing in for it."""
+    """An engine in a precision, on the GPU or standing in for it."""
 
     engine: str
-    dtype: str
+    precision: str
     stands_in: bool
 
 
 STAND_INS = [pytest.param(Target(engine, "float32", stands_in=True), id=f"{engine}-on-the-host") for engine in ENGINES]
-
-spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).parents[1] / "runtimes/fake_tensorrt.py")
-assert spec is not None
-assert spec.loader is not None
-fake_tensorrt = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fake_tensorrt)
 
 
 class HostGpu(HostDevice):
@@ -67,9 +64,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         ready = [engine for engine, fault in found().items() if fault is None]
         on_gpu = [
-            pytest.param(Target(engine, dtype, stands_in=False), id=f"{engine}-{dtype}", marks=pytest.mark.gpu)
+            pytest.param(Target(engine, precision, stands_in=False), id=f"{engine}-{precision}", marks=pytest.mark.gpu)
             for engine in ready
-            for dtype in DTYPES
+            for precision in PRECISIONS
         ]
         metafunc.parametrize("target", [*on_gpu, *STAND_INS], scope="module")
 
@@ -89,10 +86,28 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_bundle(random_model(config), tmp_path_factory.mktemp("bundle") / "tiny.tarflow").path
 
 
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The shipped digits in a precision."""
+    from tarflow_export import convert_bundle
+
+    @functools.cache
+    def get(precision: str) -> Path:
+        if precision in {"float32", "tf32"}:
+            return shipped_bundle()
+        path = tmp_path_factory.mktemp("digits") / f"{precision}.tarflow"
+        convert_bundle(shipped_bundle(), path, precision=precision)
+        return path
+
+    return get
+
+
 @pytest.fixture(scope="module")
-def bundle(target: Target, request: pytest.FixtureRequest) -> Path | None:
-    """The shipped digits on a GPU."""
-    return request.getfixturevalue("tiny_bundle") if target.stands_in else None
+def bundle(target: Target, request: pytest.FixtureRequest) -> Path:
+    """What the target runs."""
+    if target.stands_in:
+        return request.getfixturevalue("tiny_bundle")  # type: ignore[no-any-return]
+    return request.getfixturevalue("digits")(target.precision)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +117,9 @@ def engine_dir(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def open_flow(target: Target, bundle: Path | None, engine_dir: Path) -> Iterator[Callable[..., tfr.Flow]]:
+def open_flow(target: Target, bundle: Path, engine_dir: Path) -> Iterator[Callable[..., tfr.Flow]]:
     """Open the bundle on the target."""
-    options: dict[str, Any] = {"engine": target.engine, "dtype": target.dtype, "engine_dir": engine_dir}
+    options: dict[str, Any] = {"engine": target.engine, "tf32": target.precision == "tf32", "engine_dir": engine_dir}
     with pytest.MonkeyPatch.context() as patched:
         if target.stands_in:
             stand_in(target.engine, patched)
@@ -116,11 +131,6 @@ def open_flow(target: Target, bundle: Path | None, engine_dir: Path) -> Iterator
 def stand_in(engine: str, patched: pytest.MonkeyPatch) -> None:
     """Put the host's memory in place of the GPU, and under an engine what runs there."""
     if engine == "ort-cuda":
-
-        def open_host(bundle: Bundle, dtype: str) -> DeviceEngine:
-            provider: dict[str, Any] = {"provider": "CPUExecutionProvider", "options": {}}
-            return DeviceEngine(bundle, OrtMaker(bundle, HostDevice(), name=engine, dtype=dtype, **provider))
-
         patched.setattr(ort_cuda, "open_ort_cuda", open_host)
         return
     module = fake_tensorrt.module(engine)
@@ -140,30 +150,30 @@ def flow(open_flow: Callable[..., tfr.Flow]) -> Iterator[tfr.Flow]:
 
 
 @pytest.fixture(scope="module")
-def cpu(bundle: Path | None) -> Iterator[tfr.Flow]:
-    """The same bundle on the default engine."""
-    with tfr.load(bundle) as opened:
+def cpu(target: Target, bundle: Path, digits: Callable[[str], Path]) -> Iterator[tfr.Flow]:
+    """The same model on the default engine, in float32."""
+    with tfr.load(bundle if target.stands_in else digits("float32")) as opened:
         yield opened
 
 
 @pytest.fixture
 def close(target: Target, record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """Compare pictures in -1 .. 1: within 1e-3 in float32, at least 40 dB in float16; bfloat16 is reported.
+    """Compare pictures in -1 .. 1: within 1e-3 in float32, at least 40 dB in float16 and tf32; bfloat16 is reported.
 
-    Less than 20 dB is another picture, in any dtype.
+    Less than 20 dB is another picture, in any precision.
     """
 
     def check(images: np.ndarray, expected: np.ndarray) -> None:
         difference = images.astype(np.float64) - expected
         assert np.isfinite(difference).all()
         square = float(np.square(difference).mean())
-        psnr = 10 * np.log10(4 / square) if square else np.inf
+        psnr = float(10 * np.log10(4 / square)) if square else float("inf")
         largest = float(np.abs(difference).max())
         record_property("psnr_db", psnr)
         record_property("max_difference", largest)
-        sys.stdout.write(f"{target.engine} {target.dtype}: {psnr:.1f} dB, largest difference {largest:.1e}\n")
-        if target.dtype == "float32":
+        sys.stdout.write(f"{target.engine} {target.precision}: {psnr:.1f} dB, largest difference {largest:.1e}\n")
+        if target.precision == "float32":
             assert largest <= 1e-3
-        assert psnr >= {"float32": 40.0, "float16": 40.0, "bfloat16": 20.0}[target.dtype]
+        assert psnr >= (20.0 if target.precision == "bfloat16" else 40.0)
 
     return check

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -18,7 +19,16 @@ PACKAGES = {
 FORBIDDEN = {
     "tarflow_sdk": {"tarflow_export", "tarflow_runtimes", "onnx", "onnx_ir", "onnxruntime"},
     "tarflow_export": set(),
-    "tarflow_runtimes": {"tarflow_sdk", "tarflow_export", "torch", "onnx", "onnx_ir", "onnxscript", "safetensors"},
+    "tarflow_runtimes": {
+        "tarflow_sdk",
+        "tarflow_export",
+        "torch",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "safetensors",
+        "google",
+    },
 }
 
 
@@ -41,9 +51,43 @@ def test_imports_run_one_way(package: str) -> None:
         assert not imported(path) & FORBIDDEN[package], path
 
 
+ROOMS = ("cli", "measure", "model", "engines", "decode", "doctor", "bundle", "io", "errors")
+"""The rooms of the runtime from top to bottom: no import runs back up."""
+
+
+def modules_of(node: ast.AST) -> list[str]:
+    """Every module of the runtime that an import statement names."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom) or not node.module:
+        return []
+    if node.module == "tarflow_runtimes":
+        return [f"tarflow_runtimes.{alias.name}" for alias in node.names]
+    return [node.module]
+
+
+def test_no_import_runs_back_up() -> None:
+    """Also inside functions; what is only for type checkers is no exception."""
+    root = PACKAGES["tarflow_runtimes"]
+    found = {path.relative_to(root).parts[0].removesuffix(".py") for path in root.rglob("*.py")} - {"__init__"}
+    assert found == set(ROOMS)
+    for path in root.rglob("*.py"):
+        room = path.relative_to(root).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            for module in modules_of(node):
+                names = module.split(".")
+                if room in ROOMS and names[0] == "tarflow_runtimes" and names[1:] and names[1] in ROOMS:
+                    assert ROOMS.index(names[1]) >= ROOMS.index(room), f"{path}: imports {module}"
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_package_is_typed(package: str) -> None:
     assert (PACKAGES[package] / "py.typed").is_file()
+
+
+def test_the_runtime_needs_onnxruntime_and_nothing_else_of_onnx() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [requirement.split(">=")[0] for requirement in extras["ort"]] == ["onnxruntime"]
 
 
 @pytest.mark.slow

@@ -30,10 +30,15 @@ def test_comes_from_the_shipped_checkpoint(manifest: dict) -> None:
 def test_exporting_again_gives_the_same_bundle(manifest: dict, tmp_path: Path) -> None:
     export_bundle(CHECKPOINT, tmp_path / "again.tarflow", verify=False)
     again = json.loads((tmp_path / "again.tarflow" / "manifest.json").read_text())
-    for field in ("schema_version", "config", "dtype", "precision", "opset", "graphs", "blocks", "cache", "checkpoint"):
+    for field in manifest.keys() - {"files", "reference", "verification", "tools"}:
         assert again[field] == manifest[field], field
-    weights = {name for name in manifest["files"] if name.startswith("block_")}
-    assert {name: again["files"][name] for name in weights} == {name: manifest["files"][name] for name in weights}
+    assert again["files"] == {name: file for name, file in manifest["files"].items() if name != "reference.npz"}
+
+
+def test_every_graph_is_named_in_the_record_of_its_verification(manifest: dict) -> None:
+    graphs = {name for name in manifest["files"] if name.endswith(".onnx")}
+    assert {record["graph"] for record in manifest["verification"]["records"]} - {None} == graphs
+    assert {name.split("/")[1] for name in graphs if name.startswith("graphs/")} == {"ort-cpu", "ort-cuda", "trt"}
 
 
 def test_reads_the_digits_it_draws() -> None:

@@ -352,7 +352,7 @@ class ExecutionContext:
 
 def build(package: Any, graph: Any, profiles: Any, *, on_build: Any = None, **options: Any) -> Any:
     """What `_build.build` does, in this process: the fake package is not in another."""
-    from tarflow_runtimes._trt._compile import compile_engine
+    from tarflow_runtimes.engines.trt.compile import compile_engine
 
     return compile_engine(package, graph, profiles, on_share=on_build, **options)
 

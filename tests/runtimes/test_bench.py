@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes import _bench, _bench_plot
-from tarflow_runtimes._bench import bench, parallel_of, settled_curve, slope
-from tarflow_runtimes._bench_plot import COLOURS, draw_plot
-from tarflow_runtimes._bench_results import BenchResult, Case, sequential_work
-from tarflow_runtimes._ceilings import measure_ceilings
-from tarflow_runtimes._engines._cpus import usable_cpus
+from tarflow_runtimes.engines.ort_cpu.cpus import usable_cpus
+from tarflow_runtimes.measure import bench as _bench
+from tarflow_runtimes.measure import bench_plot as _bench_plot
+from tarflow_runtimes.measure.bench import bench, parallel_of, settled_curve, slope, step_times
+from tarflow_runtimes.measure.bench_plot import COLOURS, draw_plot
+from tarflow_runtimes.measure.bench_results import BenchResult, Case, sequential_work
+from tarflow_runtimes.measure.ceilings import measure_ceilings
 
 DECODES = ("sequential", "parallel", "parallel:2", "auto")
 
@@ -177,38 +178,35 @@ def test_rounds_go_there_and_back_and_images_change(exported: Callable, monkeypa
     assert rounds == [(1, 0), (1, 0), (2, 0), (2, 0), (2, 1), (2, 1), (1, 1), (1, 1)]
 
 
-def test_a_model_without_classes_is_guided_by_temperature(exported: Callable) -> None:
+@pytest.mark.parametrize("name", ["unconditional", "tokens"])
+def test_a_model_without_classes_is_guided_by_temperature(exported: Callable, name: str) -> None:
     options = {"decodes": ("sequential",), "guidance": (1.0,), "rounds": 1, "ceilings": False}
-    found = bench(exported("unconditional").path, batches=(2,), **options)  # type: ignore[arg-type]
+    found = bench(exported(name).path, batches=(2,), **options)  # type: ignore[arg-type]
     assert found.cases[0].gflops is not None
+    assert found.header["shape"] == list(exported(name).config.shape)
 
 
-def test_steps_of_a_batch_that_is_cut() -> None:
-    class Stepper:
-        def advance(self) -> None:
-            pass
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_rounded_weights_are_fewer_bytes(exported: Callable, precision: str) -> None:
+    options = {"batches": (1,), "decodes": ("sequential",), "rounds": 1, "ceilings": False}
+    found = bench(exported("class", precision).path, **options)  # type: ignore[arg-type]
+    exact = sequential_work(exported("class").config, rows=1)
+    [case] = found.cases
+    assert found.header["precision"] == precision
+    assert case.gbs is not None
+    assert 1e6 * case.gbs * case.p50_ms < 0.6 * exact.bytes
 
-        def result(self) -> str:
-            return "patches"
 
-    class Engine:
-        workers = 2
-        name = "fake"
+def test_steps_are_the_times_between_reports() -> None:
+    """Two blocks of three steps; the second block reports its last two at once, as a device does."""
+    marks = [[(1, 2.0), (2, 3.0), (3, 5.0)], [(4, 6.0), (6, 10.0)]]
+    times = list(step_times(marks, 3, 1.0))
+    assert [block.tolist() for block in times] == [[1.0, 1.0, 2.0], [1.0, 2.0, 2.0]]
 
-        def stepper(self, block: int, **_: Any) -> Stepper:
-            return Stepper()
 
-    clock = _bench._ClockedEngine(Engine())  # type: ignore[arg-type]
-    assert clock.name == "fake"
-    for _ in range(4):
-        stepper = clock.stepper(1)
-        for _ in range(3):
-            stepper.advance()
-        assert stepper.result() == "patches"
-    clock._seconds[1] = [[1.0, 2.0, 3.0]] * 4
-    assert clock.steps()[1].tolist() == [2.0, 4.0, 6.0]
-    clock._seconds[1] = [[1.0, 2.0, 3.0]]
-    assert clock.steps()[1].tolist() == [1.0, 2.0, 3.0]
+def test_a_parallel_block_takes_until_its_last_report() -> None:
+    [times] = step_times([[(2, 3.0), (3, 4.0)]], 5, 1.0)
+    assert times.sum() == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ import pytest
 
 import tarflow_runtimes as tfr
 from tarflow_runtimes import BundleError
-from tarflow_runtimes._bundle import open_bundle
-from tarflow_runtimes._engines._session import Session  # the confinement is ONNX Runtime's, below every public door
+from tarflow_runtimes.bundle.reader import open_bundle
+from tarflow_runtimes.engines.ort_cpu.session import (
+    Session,  # the confinement is ONNX Runtime's, below every public door
+)
 
 
 def refused(path: Path, *words: str) -> None:
@@ -34,9 +36,9 @@ def test_reads_a_bundle(exported):
     config = bundle.config
     assert (config.patches, config.patch_values, config.dims, config.heads) == (4, 16, 64, 2)
     assert config.noise_std == 0.1
-    assert bundle.labels == ("cat", "dog", "wild")
+    assert bundle.class_names == ("cat", "dog", "wild")
     assert bundle.precision == bundle.cache_dtype == "float32"
-    assert bundle.prior is None
+    assert bundle.prior_variance is None
     assert bundle.digest == hashlib.sha256((source.path / "manifest.json").read_bytes()).hexdigest()
     assert [block.order for block in bundle.blocks] == ["identity", "reversed"]
     for block in bundle.blocks:
@@ -84,7 +86,7 @@ def test_a_link_that_the_manifest_does_not_list_is_refused(copied, tmp_path):
 
 def test_reads_the_prior(exported):
     source = exported("no_nvp")
-    prior = open_bundle(source.path).prior
+    prior = open_bundle(source.path).prior_variance
     np.testing.assert_array_equal(prior, source.model.var.numpy())
 
 
@@ -363,6 +365,6 @@ def test_what_a_graph_returns_is_checked(copied, kind):
 
 
 def test_the_shipped_bundle_is_named_when_it_is_missing(monkeypatch):
-    monkeypatch.setattr("tarflow_runtimes._flow.SHIPPED", "none.tarflow")
+    monkeypatch.setattr("tarflow_runtimes.model.flow.SHIPPED", "none.tarflow")
     with pytest.raises(BundleError, match="comes with the package"):
         tfr.load()

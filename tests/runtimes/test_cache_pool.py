@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tarflow_runtimes._engines import _cache_pool
-from tarflow_runtimes._engines._cache_pool import CachePool
+from tarflow_runtimes.engines.ort_cpu import caches as _cache_pool
+from tarflow_runtimes.engines.ort_cpu.caches import CachePool
 
 SHAPE = (2, 1, 4, 8)
 
@@ -23,19 +23,19 @@ def test_what_a_cache_held_before_does_not_matter(flows, monkeypatch, dtype, gui
         taken.append(np.full(shape, np.nan, kind))
         return taken[-1]
 
-    monkeypatch.setattr(flow.backend._caches, "take", poisoned)
+    monkeypatch.setattr(flow.engine._caches, "take", poisoned)
     np.testing.assert_array_equal(flow.sample(3, **given).images, expected)
     assert len(taken) >= 2 * flow.config.layers * flow.config.blocks
 
 
 def test_an_inverse_leaves_its_caches_to_the_next(flows):
     flow = flows("class_n16")
-    flow.backend._caches.clear()
+    flow.engine._caches.clear()
     flow.sample(1, seed=0)
-    kept = {id(array) for array in flow.backend._caches._kept}
+    kept = {id(array) for array in flow.engine._caches._kept}
     assert len(kept) == 2 * flow.config.layers
     flow.sample(1, seed=1)
-    assert {id(array) for array in flow.backend._caches._kept} == kept
+    assert {id(array) for array in flow.engine._caches._kept} == kept
 
 
 def test_nobody_gets_what_another_holds():

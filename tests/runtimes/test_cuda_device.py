@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,19 +14,19 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._bundle import open_bundle
-from tarflow_runtimes._device import cuda_import
-from tarflow_runtimes._device.array import DeviceArray, to_host
-from tarflow_runtimes._device.cuda import CudaDevice
-from tarflow_runtimes._device.host import HostDevice
-from tarflow_runtimes._engines import ort_cuda
-from tarflow_runtimes._engines.device_engine import DeviceEngine
-from tarflow_runtimes._engines.ort_programs import OrtBound, OrtMaker, OrtProgram
-from tarflow_runtimes._flow import Flow
+from tarflow_runtimes.bundle.reader import open_bundle
+from tarflow_runtimes.engines.gpu import cuda_import, ort_cuda
+from tarflow_runtimes.engines.gpu.array import DeviceArray, to_host
+from tarflow_runtimes.engines.gpu.cuda import CudaDevice
+from tarflow_runtimes.engines.gpu.engine import DeviceEngine
+from tarflow_runtimes.engines.gpu.ort import OrtBound, OrtMaker, OrtProgram
+from tarflow_runtimes.model.flow import Flow
 
-spec = importlib.util.spec_from_file_location("fake_cuda", Path(__file__).with_name("fake_cuda.py"))
-fake_cuda = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fake_cuda)
+sys.path.insert(0, str(Path(__file__).parent))
+
+import fake_cuda
+from host_device import HostDevice, HostMaker
+
 FakeCuda, Status = fake_cuda.FakeCuda, fake_cuda.cudaError_t
 
 
@@ -330,25 +329,21 @@ class StreamProgram:
 class StreamMaker:
     """Makes such programs."""
 
-    name, dtype = "ort-cuda", "float32"
-
     def __init__(self, cuda: FakeCuda, maker: OrtMaker) -> None:
         self._cuda, self._maker, self.device = cuda, maker, maker.device
-        self.report = maker.report
+        self.name, self.provider, self.precision, self.report = maker.name, maker.provider, "float32", maker.report
 
-    def __getattr__(self, kind: str):
-        return lambda *given, **shape: StreamProgram(
-            self._cuda, self.device, getattr(self._maker, kind)(*given, **shape)
-        )
+    def program(self, *given, **shape) -> StreamProgram:
+        return StreamProgram(self._cuda, self.device, self._maker.program(*given, **shape))
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance": 1.3, "attention_temperature": 0.7}])
-def test_the_loop_on_an_asynchronous_device(exported, flows, cuda, monkeypatch, options):
-    monkeypatch.setattr("tarflow_runtimes._engines.ort_programs.check_in_place", lambda *_: None)  # it waits for nobody
-    model = exported("class_n16")
+@pytest.mark.parametrize("guidance", [0.0, tfr.Guidance(weight=1.3, attention_temperature=0.7), [0.0, 1.0, 2.0]])
+def test_the_loop_on_an_asynchronous_device(exported, flows, cuda, monkeypatch, guidance):
+    monkeypatch.setattr("tarflow_runtimes.engines.gpu.ort.check_in_place", lambda *_: None)  # it waits for nobody
+    model, options = exported("class_n16"), {"guidance": guidance}
     bundle = open_bundle(model.path)
     device = HostProgramsDevice()
-    maker = OrtMaker(bundle, device, name="ort-cuda", dtype="float32", provider="CPUExecutionProvider", options={})
+    maker = HostMaker(bundle, device)
     z, labels = model.latents(3), model.labels(3)
     with Flow(bundle, DeviceEngine(bundle, StreamMaker(cuda, maker))) as flow:
         for plan in (None, tfr.Parallel(tolerance=0.0), tfr.Parallel(window=4, tolerance=0.0, init="zeros"), None):
@@ -398,21 +393,22 @@ def cuda_build(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize(("dtype", "tf32"), [(None, "0"), ("tf32", "1"), ("bfloat16", "0")])
-def test_how_ort_cuda_opens_a_session(exported, cuda, cuda_build, capsys, *, dtype, tf32):
-    with tfr.load(exported("class").path, engine="ort-cuda", dtype=dtype) as flow:
+@pytest.mark.parametrize(("precision", "tf32"), [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_how_ort_cuda_opens_a_session(exported, cuda, cuda_build, capsys, *, precision, tf32):
+    model = exported("class", precision)
+    with tfr.load(model.path, engine="ort-cuda", tf32=tf32) as flow:
         assert flow.engine_report["device"] == "Fake 9000"
-        assert flow.engine_report["dtype"] == (dtype or "float32")
-        with pytest.raises(tfr.EngineError, match=r"cannot open a graph of .*: no such luck$"):
+        assert flow.engine.precision == ("tf32" if tf32 else precision)
+        with pytest.raises(tfr.EngineError, match=r"cannot open .*step.onnx for block 1: no such luck$"):
             flow.sample(1, seed=0)
         with pytest.raises(tfr.EngineError, match="cannot open"):
-            flow.encode(exported("class").images(2))
+            flow.encode(model.images(2))
     assert cuda_build.preloaded == 1
     assert capsys.readouterr().out == ""
     (step, ((provider, given),)), (density, ((_, given_density),)) = cuda_build.sessions
     assert provider == ort_cuda.PROVIDER
     assert given == {
-        "user_compute_stream": "77", "use_tf32": tf32, "arena_extend_strategy": "kSameAsRequested",
+        "user_compute_stream": "77", "use_tf32": str(int(tf32)), "arena_extend_strategy": "kSameAsRequested",
         "enable_cuda_graph": "1",
     }  # fmt: skip
     assert "enable_cuda_graph" not in given_density
@@ -424,7 +420,7 @@ def test_sessions_of_a_gpu_run_in_one_thread(device):
     ran, session = [], SimpleNamespace(get_inputs=list, get_outputs=list, io_binding=SimpleNamespace)
     session.run_with_iobinding = lambda binding, options: ran.append(threading.get_ident())
     with ThreadPoolExecutor(1) as pool:
-        program = OrtProgram(session, device, patches=16, graphs=True, thread=pool)
+        program = OrtProgram(session, device, pool, graphs=True)
         launch = program.bind({})
         replay = program.record([launch, launch])
         callers = [threading.Thread(target=work) for work in (launch.launch, launch.launch, replay.replay)]
@@ -518,12 +514,7 @@ def test_graphs_that_are_refused_are_reported(exported, cuda, cuda_build, monkey
         assert "graph capture" in flow.engine_report["cuda_graphs"]
 
 
-def test_an_unknown_dtype_names_the_known(exported):
-    with pytest.raises(tfr.InputError, match="dtype must be one of float32, tf32, float16, bfloat16, got 'int4'"):
-        tfr.load(exported("class").path, engine="ort-cuda", dtype="int4")
-
-
-def test_a_float16_bundle_is_not_widened(exported):
-    with pytest.raises(tfr.EngineError, match="is of float16, it cannot run in float32") as caught:
-        tfr.load(exported("class", "float16").path, engine="ort-cuda", dtype="float32")
-    assert "use float16" in caught.value.hint
+def test_a_bundle_without_graphs_for_a_gpu_is_refused(exported, cuda, cuda_build):
+    with pytest.raises(tfr.EngineError, match="is of int8 and has no graphs for ort-cuda") as caught:
+        tfr.load(exported("class", "int8").path, engine="ort-cuda")
+    assert "tarflow convert" in caught.value.hint

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from tarflow_runtimes._doctor import Facts, choose, gather, probes, verdicts, warnings
-from tarflow_runtimes._doctor.conclusions import CHECKS, INSTALL, PREFERENCE
-from tarflow_runtimes._doctor.facts import LIBRARIES, MODULES, Driver, Gpu, Library, Module, Provider
-from tarflow_runtimes._doctor.probes import probe
-from tarflow_runtimes._engines import ENGINES
+from tarflow_runtimes.doctor import Facts, choose, gather, probes, verdicts, warnings
+from tarflow_runtimes.doctor.conclusions import CHECKS, INSTALL, PREFERENCE
+from tarflow_runtimes.doctor.facts import LIBRARIES, MODULES, Driver, Gpu, Library, Module, Native, Provider
+from tarflow_runtimes.doctor.probes import probe
+from tarflow_runtimes.engines.open import ENGINES
 
 H200 = Gpu(name="NVIDIA H200", capability=(9, 0), memory=150_000_000_000, free=149_000_000_000)
 L4 = Gpu(name="NVIDIA L4", capability=(8, 9), memory=24_000_000_000, free=None)
@@ -51,6 +51,7 @@ def machine(**changes: Any) -> Facts:
             "tensorrt_rtx": ("tensorrt-rtx-cu13 1.7.1.116",),
         }
         | changes.pop("owners", {}),
+        native=Native(file="/site/libtarflow_native.so", kernel="x86-64-v4", problem=""),
     )
     return dataclasses.replace(facts, **changes)
 
@@ -213,9 +214,9 @@ def test_three_different_errors_of_a_gpu_engine() -> None:
 
 def test_other_engines_do_not_suffer() -> None:
     found = verdicts(machine(gpus=(H200,), modules=without("tensorrt")))
-    assert [engine for engine, fault in found.items() if fault is None] == ["ort-cpu", "ort-cuda"]
+    assert [engine for engine, fault in found.items() if fault is None] == ["native", "ort-cpu", "ort-cuda"]
     found = verdicts(machine(**CPU_ORT, driver=NO_DRIVER, gpus=()))
-    assert [engine for engine, fault in found.items() if fault is None] == ["ort-cpu"]
+    assert [engine for engine, fault in found.items() if fault is None] == ["native", "ort-cpu"]
 
 
 def test_auto_says_what_it_passed_over() -> None:
@@ -227,12 +228,26 @@ def test_auto_says_what_it_passed_over() -> None:
         "trt is not: the package tensorrt is not installed",
         "trt-rtx is not: TensorRT for RTX 1.7.1.116 builds for sm_80, sm_89, sm_120, not for NVIDIA H200 (sm_90)",
     ]
-    engine, reason = choose(machine(**CPU_ORT, driver=NO_DRIVER, gpus=()))
+    without_gpu = machine(**CPU_ORT, driver=NO_DRIVER, gpus=())
+    assert choose(without_gpu)[0] == "native"
+    assert choose(without_gpu)[1].startswith("auto: native is ready on x86-64-v4; trt is not: ")
+    engine, reason = choose(dataclasses.replace(without_gpu, native=Native()))
     assert engine == "ort-cpu"
+    assert "native is not: the native kernel is not there: its library was not built" in reason
     assert all(f"{name} is not: " in reason for name in ("trt", "trt-rtx", "ort-cuda"))
-    engine, reason = choose(machine(modules=without(*MODULES)))
+    engine, reason = choose(dataclasses.replace(machine(modules=without(*MODULES)), native=Native()))
     assert engine == "ort-cpu"
     assert reason.startswith("auto: no engine is ready; ")
+
+
+def test_auto_takes_what_computes_in_the_bundles_precision() -> None:
+    everything = machine()
+    assert [choose(everything, one)[0] for one in ("float32", "float16", "bfloat16", "int8")] == [
+        *("trt", "trt", "trt", "native"),
+    ]
+    without_gpu = machine(**CPU_ORT, driver=NO_DRIVER, gpus=())
+    assert [choose(without_gpu, one)[0] for one in ("float16", "bfloat16", "int8")] == ["ort-cpu", "native", "native"]
+    assert "native is not: it does not compute in float16" in choose(without_gpu, "float16")[1]
 
 
 def test_warnings_name_what_does_not_fit() -> None:
@@ -357,6 +372,7 @@ def test_an_environment_without_anything(tmp_path: Path, monkeypatch: pytest.Mon
     assert facts.owners == {"onnxruntime": (), "tensorrt": (), "tensorrt_rtx": ()}
     remedies = {engine: fault and fault.remedy for engine, fault in verdicts(facts).items()}
     extras = {"ort-cpu": "ort", "ort-cuda": "ort-cuda", "trt": "trt", "trt-rtx": "trt-rtx"}
+    remedies.pop("native")  # the package's own library, whatever the environment
     assert remedies == {engine: f'pip install "tarflow-sdk[{extra}]"' for engine, extra in extras.items()}
 
 

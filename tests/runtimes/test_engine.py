@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._doctor import choose, gather, verdicts
-from tarflow_runtimes._engine import Conditions, Turn
-from tarflow_runtimes._engines import _ort_import
-from tarflow_runtimes._engines._cpus import usable_cpus
-from tarflow_runtimes._engines._session import aligned_zeros
-from tarflow_runtimes._engines.ort_cpu import Limits, OrtCpuEngine
-from tarflow_runtimes._plan import Parallel, Sequential
+from tarflow_runtimes.decode.plan import Parallel, Sequential
+from tarflow_runtimes.decode.turn import Conditions, Turn
+from tarflow_runtimes.doctor import choose, gather, verdicts
+from tarflow_runtimes.engines import onnxruntime as _ort_import
+from tarflow_runtimes.engines.ort_cpu.cpus import usable_cpus
+from tarflow_runtimes.engines.ort_cpu.engine import Limits, OrtCpuEngine
+from tarflow_runtimes.engines.ort_cpu.session import aligned_zeros
 
 
 @pytest.mark.parametrize("engine", ["ort-cuda", "trt", "trt-rtx"])
@@ -55,7 +55,7 @@ def test_an_unknown_engine_lists_the_known(exported):
 def test_auto_says_what_it_took_and_why(exported):
     with tfr.load(exported("class").path, engine="auto") as flow:
         engine, reason = choose(gather())
-        assert (flow.engine, flow.engine_report["chosen"]) == (engine, reason)
+        assert (flow.engine_name, flow.engine_report["chosen"]) == (engine, reason)
 
 
 def without_onnxruntime(code: str) -> subprocess.CompletedProcess[str]:
@@ -181,10 +181,10 @@ def test_parts_keep_their_caches_small(flows, monkeypatch):
     row_bytes = 2 * 4 * config.layers * config.patches * config.width
     monkeypatch.setattr(engine, "_workers", 2)
     assert [len(sizes(engine, images, "")) for images in (1, 11, 12, 32, 33, 64)] == [1, 1, 2, 2, 4, 4]
-    monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.PART_CACHE_BYTES", 8 * row_bytes)
+    monkeypatch.setattr("tarflow_runtimes.engines.ort_cpu.engine.PART_CACHE_BYTES", 8 * row_bytes)
     assert sizes(engine, 32, "") == [8, 8, 8, 8]
     assert sizes(engine, 16, "_guided") == [4, 4, 4, 4]
-    monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.PART_CACHE_BYTES", 1)
+    monkeypatch.setattr("tarflow_runtimes.engines.ort_cpu.engine.PART_CACHE_BYTES", 1)
     assert sizes(engine, 24, "") == [6, 6, 6, 6]
 
 
@@ -193,7 +193,7 @@ def test_large_batches_run_in_pieces(exported, monkeypatch):
     with tfr.load(source.path) as flow:
         whole = flow.encode(source.images(7), source.labels(7))
         gradient = flow.denoise(source.images(7), source.labels(7))
-        monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.ACTIVATION_BYTES", 1)
+        monkeypatch.setattr("tarflow_runtimes.engines.ort_cpu.engine.ACTIVATION_BYTES", 1)
         for ours, theirs in zip(flow.encode(source.images(7), source.labels(7)), whole, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(flow.denoise(source.images(7), source.labels(7)), gradient, rtol=0, atol=1e-6)
@@ -204,12 +204,12 @@ def test_large_blocks_keep_their_batch_whole(exported, monkeypatch):
     options = {"labels": [i % 3 for i in range(9)], "seed": 1, "guidance": 1.0}
     with tfr.load(source.path) as flow:
         expected = flow.sample(9, **options).images
-    monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.OPERATOR_THREADS_BYTES", 1)
+    monkeypatch.setattr("tarflow_runtimes.engines.ort_cpu.engine.OPERATOR_THREADS_BYTES", 1)
     with tfr.load(source.path) as flow:
         assert flow._engine._workers == 1
         assert sizes(flow._engine, 64, "_guided") == [64]
         np.testing.assert_allclose(flow.sample(9, **options).images, expected, rtol=0, atol=1e-5)
-        monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.CACHE_BYTES", 2 * 2 * 8 * 2 * 16 * 64)
+        monkeypatch.setattr("tarflow_runtimes.engines.ort_cpu.engine.CACHE_BYTES", 2 * 2 * 8 * 2 * 16 * 64)
         assert sizes(flow._engine, 5, "_guided") == [1, 2, 2]
         np.testing.assert_allclose(flow.sample(9, **options).images, expected, rtol=0, atol=1e-5)
 
@@ -251,7 +251,7 @@ def test_a_closed_flow_is_an_error(exported):
 
 @pytest.mark.parametrize("name", ["class_n16", "no_nvp"])
 def test_the_window_of_a_block_is_a_fixed_point(exported, flows, name):
-    source, engine = exported(name), flows(name).backend
+    source, engine = exported(name), flows(name).engine
     z, patches = source.latents(2), flows(name).config.patches
     labels = np.array([1, 3]) if source.config.classes else None
     given = Conditions(
@@ -270,7 +270,7 @@ def test_the_window_of_a_block_is_a_fixed_point(exported, flows, name):
 
 
 def test_the_first_steps_of_an_inverse(exported, flows):
-    engine, z = flows("class_n16").backend, exported("class_n16").latents(5)
+    engine, z = flows("class_n16").engine, exported("class_n16").latents(5)
     given = Conditions(
         labels=np.array([[0, 1, 2, 3, 0]]),
         guidance=np.zeros((5, 2, 16), np.float32),

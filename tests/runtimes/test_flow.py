@@ -14,7 +14,7 @@ import torch
 
 import tarflow_runtimes as tfr
 import tarflow_sdk
-from tarflow_runtimes._noise import standard_normal
+from tarflow_runtimes.model.noise import standard_normal
 
 CLASSES = {
     "class": 3,
@@ -205,8 +205,8 @@ def test_every_way_to_write_a_label(flows):
         np.testing.assert_array_equal(flow.sample(4, labels=labels, seed=0).images, expected)
     null = flow.sample(2, seed=0).images
     np.testing.assert_array_equal(flow.sample(2, labels=[None, None], seed=0).images, null)
-    assert flow.labels == ("cat", "dog", "wild")
-    assert flow.engine == "ort-cpu"
+    assert flow.class_names == ("cat", "dog", "wild")
+    assert flow.engine_name == "ort-cpu"
 
 
 SAMPLE_ERRORS = {
@@ -399,8 +399,8 @@ def test_a_failing_part_stops_the_others(flows, monkeypatch):
     flow = flows("class_n16")
     engine, started = flow._engine, []
     monkeypatch.setattr(engine, "_workers", 3)
-    monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.ROWS_PER_PART", 1)
-    monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.LEAST_ROWS_PER_PART", 1)
+    monkeypatch.setattr("tarflow_runtimes.engines.ort_cpu.engine.ROWS_PER_PART", 1)
+    monkeypatch.setattr("tarflow_runtimes.engines.ort_cpu.engine.LEAST_ROWS_PER_PART", 1)
     opened = engine._open_step
 
     def open_step(*given, **options):
@@ -425,7 +425,7 @@ def test_parts_in_threads_give_the_same_images(flows, monkeypatch):
     expected = flow.sample(12, **options).images
     for workers in (1, 2, 5):
         monkeypatch.setattr(flow._engine, "_workers", workers)
-        monkeypatch.setattr("tarflow_runtimes._engines.ort_cpu.ROWS_PER_PART", 2)
+        monkeypatch.setattr("tarflow_runtimes.engines.ort_cpu.engine.ROWS_PER_PART", 2)
         np.testing.assert_allclose(flow.sample(12, **options).images, expected, rtol=0, atol=1e-5)
 
 

@@ -29,7 +29,7 @@ def run(code: str) -> str:
 
 
 def test_every_module_imports_without_the_training_stack():
-    assert "tarflow_runtimes._engines.ort_cpu" in MODULES
+    assert "tarflow_runtimes.engines.ort_cpu.engine" in MODULES
     run(f"""
 import importlib, sys
 for name in {BLOCKED!r}:
@@ -72,8 +72,9 @@ def test_public_names():
         value = getattr(tfr, name)
         assert value.__doc__
         assert value.__module__.startswith("tarflow_runtimes.")
+    rooms = {name.split(".")[1] for name in MODULES if "." in name}
     public = {name for name in vars(tfr) if not name.startswith("_")}
-    assert public == set(tfr.__all__)
+    assert public - rooms == set(tfr.__all__)
 
 
 def test_errors_share_a_base():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tarflow_runtimes import InputError
-from tarflow_runtimes._noise import philox, standard_normal
+from tarflow_runtimes.model.noise import philox, standard_normal
 
 SPECIFICATION = Path(__file__).parents[2] / "docs" / "NOISE.md"
 
@@ -110,7 +110,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
 def test_a_batch_larger_than_one_pass_is_the_same(monkeypatch):
     whole = standard_normal(5, 0, 9, 6, 5)
-    monkeypatch.setattr("tarflow_runtimes._noise.VALUES_PER_PASS", 61)
+    monkeypatch.setattr("tarflow_runtimes.model.noise.VALUES_PER_PASS", 61)
     np.testing.assert_array_equal(standard_normal(5, 0, 9, 6, 5), whole)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tarflow_runtimes as tfr
 from tarflow_export import export_bundle
-from tarflow_runtimes._parallel import settle
+from tarflow_runtimes.decode.parallel import settle
 from tarflow_sdk.testing import random_model, tiny_config
 
 
@@ -66,8 +66,8 @@ def test_tolerance_zero_is_the_sequential_answer_bit_for_bit(count, window, init
     toy = Toy(draw(count, seed), strength)
     settled = settle(toy, toy.noise, tfr.Parallel(window=window, tolerance=0.0, init=init))
     np.testing.assert_array_equal(settled.patches, toy.sequential())
-    assert sum(settled.committed) == count - 1
-    assert len(settled.committed) <= count - 1
+    assert sum(settled.accepted) == count - 1
+    assert len(settled.accepted) <= count - 1
     assert settled.residual == 0.0
 
 
@@ -91,14 +91,14 @@ def test_no_evaluation_reads_a_cache_that_is_not_final(count, window, tolerance,
 def test_an_easy_map_takes_few_evaluations():
     toy = Toy(draw(64, 0), 0.05)
     settled = settle(toy, toy.noise, tfr.Parallel(tolerance=1e-4))
-    assert len(settled.committed) < 8
-    assert sum(settled.committed) == 63
+    assert len(settled.accepted) < 8
+    assert sum(settled.accepted) == 63
 
 
 def test_a_window_of_one_is_sequential():
     toy = Toy(draw(9, 0), 1.0)
     settled = settle(toy, toy.noise, tfr.Parallel(window=1))
-    assert settled.committed == (1,) * 8
+    assert settled.accepted == (1,) * 8
     np.testing.assert_array_equal(settled.patches, toy.sequential())
 
 
@@ -112,7 +112,7 @@ def test_an_iteration_that_overflows_goes_on_sequentially():
     settled = settle(toy, start, tfr.Parallel(tolerance=1e-5), heard.append)
     assert settled.overflowed
     np.testing.assert_array_equal(settled.patches, finite)
-    assert sum(settled.committed) == 23
+    assert sum(settled.accepted) == 23
     assert heard == sorted(heard)
     assert heard[-1] == 23
 
@@ -121,7 +121,7 @@ def test_progress_counts_the_settled_patches():
     toy = Toy(draw(16, 0), 0.3)
     heard: list[int] = []
     settled = settle(toy, toy.noise, tfr.Parallel(window=4), heard.append)
-    assert heard == list(np.cumsum(settled.committed))
+    assert heard == list(np.cumsum(settled.accepted))
 
 
 MODELS = ["class", "class_n16", "unconditional", "three_blocks", "no_nvp", "no_nvp_unconditional", "one_head", "tokens"]
@@ -154,7 +154,7 @@ def test_an_image_does_not_depend_on_its_batch(flows, init):
         np.testing.assert_array_equal(alone.images[0], together.images[index])
         for one, all_ in zip(alone.report.blocks, together.report.blocks, strict=True):
             assert one.calls[0] == all_.calls[index]
-            assert one.committed[0] == all_.committed[index]
+            assert one.accepted[0] == all_.accepted[index]
 
 
 def test_the_report_says_how_each_block_went(flows):
@@ -166,11 +166,11 @@ def test_the_report_says_how_each_block_went(flows):
     assert [block.block for block in report.blocks] == [2, 1, 0]
     assert [block.strategy for block in report.blocks] == [parallel, tfr.Sequential(), parallel]
     assert report.blocks[1].calls == (steps,) * 5
-    assert report.blocks[1].committed == ()
+    assert report.blocks[1].accepted == ()
     for block in (report.blocks[0], report.blocks[2]):
         assert len(block.calls) == 5
-        assert [sum(one) for one in block.committed] == [steps] * 5
-        assert tuple(map(len, block.committed)) == block.calls
+        assert [sum(one) for one in block.accepted] == [steps] * 5
+        assert tuple(map(len, block.accepted)) == block.calls
         assert 0.0 <= block.residual <= 1e-3
     assert report.non_finite == ()
     assert flow.sample(1, seed=0).report.blocks[0].calls == (steps,)

@@ -144,7 +144,7 @@ def test_a_flow_says_how_its_images_were_made(flows):
     assert made.metadata == {
         "digest": flow.bundle.digest,
         "engine": "ort-cpu",
-        "weights": "float32",
+        "precision": "float32",
         "seed": "3",
         "first_index": "4",
         "guidance": "1.5",

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import onnx
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_export import export_bundle
-from tarflow_runtimes import _onnx_proto as proto
-from tarflow_runtimes._bundle import Bundle, open_bundle
-from tarflow_runtimes._flow import shipped_bundle
-from tarflow_runtimes._rewrites.advance import advance_graph
-from tarflow_runtimes._trt import _build, _network
-from tarflow_runtimes._trt._build import build
-from tarflow_runtimes._trt._compile import Built, compile_engine
-from tarflow_runtimes._trt._graphs import KINDS, open_graph
-from tarflow_runtimes._trt._network import Graph, parse
-from tarflow_runtimes._trt._package import PORTABLE_TARGETS, import_package
-from tarflow_runtimes._trt._profiles import Profile, joined, profiles_for, shape_of, uncovered
-from tarflow_runtimes._trt._supply import wanted_engines
+from tarflow_export import convert_bundle, export_bundle
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from tarflow_runtimes.engines.trt import build as _build
+from tarflow_runtimes.engines.trt import network as _network
+from tarflow_runtimes.engines.trt.build import build
+from tarflow_runtimes.engines.trt.compile import Built, compile_engine
+from tarflow_runtimes.engines.trt.graphs import KINDS, LOOPS, open_graph
+from tarflow_runtimes.engines.trt.network import Graph, parse
+from tarflow_runtimes.engines.trt.package import PORTABLE_TARGETS, import_package
+from tarflow_runtimes.engines.trt.profiles import Profile, joined, profiles_for, shape_of, uncovered
+from tarflow_runtimes.engines.trt.supply import wanted_engines
+from tarflow_runtimes.model.flow import shipped_bundle
 from tarflow_sdk.testing import random_model, tiny_config
 
-DTYPES = ("float32", "float16", "bfloat16")
-OTHER_MODELS = ["class", "unconditional", "three_blocks", "no_nvp", "no_nvp_unconditional", "one_head"]
+PRECISIONS = ("float32", "float16", "bfloat16")
+OTHER_MODELS = ["class", "unconditional", "three_blocks", "no_nvp", "no_nvp_unconditional", "one_head", "tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +36,17 @@ def rtx():
 
 @pytest.fixture
 def built(rtx) -> Callable[..., Built]:
-    """`built(bundle, block, kind, dtype, profiles=..., targets=...)`."""
+    """`built(bundle, block, kind, profiles=..., targets=...)`."""
 
     def run(
         bundle: Bundle,
         block: int,
         kind: str,
-        dtype: str,
         *,
         profiles: Sequence[Profile],
         targets: Sequence[str] = PORTABLE_TARGETS,
     ) -> Built:
-        with open_graph(bundle, block, kind, dtype) as graph:
-            return compile_engine(rtx, graph, profiles, targets=targets)
+        return compile_engine(rtx, open_graph(bundle, block, kind, bundle.precision), profiles, targets=targets)
 
     return run
 
@@ -57,78 +54,81 @@ def built(rtx) -> Callable[..., Built]:
 @pytest.fixture
 def graph(exported) -> Graph:
     """The forward graph of a tiny bundle, which builds in no time."""
-    with open_graph(open_bundle(exported("class").path), 0, "forward", "float32") as opened:
-        return opened
+    return open_graph(open_bundle(exported("class").path), 0, "forward", "float32")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def profiles_of(kind: str, images: int, window: int, *, branches: Sequence[int] = (1, 2)) -> tuple[Profile, ...]:
+    """All shapes that a graph of this kind is built for."""
+    if kind not in LOOPS:
+        return profiles_for([images])
+    return profiles_for([images], branches=branches, windows=[1 if kind == "step" else window])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("target", PORTABLE_TARGETS)
-def test_the_advance_graph_of_a_guided_batch_builds_for_every_target(exported, built, dtype, target):
-    bundle = open_bundle(exported("class").path)
-    profiles = profiles_for([3], branches=[2], windows=[1, 3])
-    engine = built(bundle, 1, "advance", dtype, profiles=profiles, targets=[target])
-    assert len(engine.engine) > 10_000
-    assert engine.layers > 100
-    assert not [line for line in engine.warnings if "Unused" in line]
-    assert engine.seconds.keys() == {"parse", "build"}
+def test_the_decode_loop_of_a_guided_batch_builds_for_every_target(exported, built, precision, target):
+    bundle = open_bundle(exported("class", precision).path)
+    for kind in LOOPS:
+        engine = built(bundle, 1, kind, profiles=profiles_of(kind, 3, 3, branches=[2]), targets=[target])
+        assert len(engine.engine) > 10_000
+        assert engine.layers > 100
+        assert not [line for line in engine.warnings if "Unused" in line]
+        assert engine.seconds.keys() == {"parse", "build"}
 
 
 @pytest.mark.parametrize("name", ["class_n16", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_MODELS)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_graph_of_every_kind_of_model_builds(exported, built, name, dtype):
-    bundle = open_bundle(exported(name).path)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_graph_of_every_kind_of_model_builds(exported, built, name, precision):
+    bundle = open_bundle(exported(name, precision).path)
     for kind in KINDS:
-        both = {"branches": [1, 2], "windows": [1, bundle.config.patches - 1]} if kind == "advance" else {}
-        made = built(bundle, len(bundle.blocks) - 1, kind, dtype, profiles=profiles_for([3], **both))
+        profiles = profiles_of(kind, 3, bundle.config.patches - 1)
+        made = built(bundle, len(bundle.blocks) - 1, kind, profiles=profiles)
         weights = 12 * bundle.config.layers * bundle.config.width**2
-        assert len(made.engine) > weights * (4 if dtype == "float32" else 2)
-
-
-def test_an_advance_graph_of_frozen_axes_needs_no_profile(rtx, exported):
-    bundle = open_bundle(exported("class_n16").path)
-    with open_graph(bundle, 1, "advance", "float32") as graph:
-        step = proto.parse_model(bundle.blocks[1].step.read_bytes(), where="step")
-        model = advance_graph(step, bundle.config, images=3, branches=2, window=5, reach=7)
-        inputs = {name: shape for name, shape in graph.inputs.items() if name != "reach"}
-        assert compile_engine(rtx, dataclasses.replace(graph, model=model, inputs=inputs), [], targets=["sm_80"]).engine
+        assert len(made.engine) > weights * (4 if precision == "float32" else 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_graph_of_the_shipped_bundle_builds(built, dtype):
+def test_every_graph_of_the_shipped_bundle_builds(built):
     bundle = open_bundle(shipped_bundle())
     for kind in KINDS:
-        both = {"branches": [1, 2], "windows": [1, 16]} if kind == "advance" else {}
         for block in (0, 1):  # the others differ from these in their weights alone
-            profiles = profiles_for([8], **both)
-            assert built(bundle, block, kind, dtype, profiles=profiles).engine
+            assert built(bundle, block, kind, profiles=profiles_of(kind, 8, 16)).engine
 
 
 @pytest.fixture(scope="module")
-def photo_bundle(tmp_path_factory) -> Bundle:
+def photo_bundles(tmp_path_factory) -> Callable[[str], Bundle]:
     """One block of the shape of the AFHQ model: 256x256x3 in patches of 8, 8 layers of width 768, 12 heads."""
     config = tiny_config(
         image_size=256, image_channels=3, patch_size=8, width=768, blocks=1, layers=8, head_dim=64, classes=3
     )
-    path = tmp_path_factory.mktemp("photo") / "photo.tarflow"
-    export_bundle(random_model(config), path, verify=False)
-    return open_bundle(path)
+    folder = tmp_path_factory.mktemp("photo")
+
+    @functools.cache
+    def get(precision: str) -> Bundle:
+        path = folder / f"{precision}.tarflow"
+        if precision == "float32":
+            export_bundle(random_model(config), path, verify=False)
+        else:
+            convert_bundle(get("float32").path, path, precision=precision, verify=False)
+        return open_bundle(path, verify_digests=False)
+
+    return get
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_one_block_of_a_photo_model_builds(built, photo_bundle, dtype):
-    weights = photo_bundle.blocks[0].weights.stat().st_size // (1 if dtype == "float32" else 2)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_block_of_a_photo_model_builds(built, photo_bundles, precision):
+    bundle = photo_bundles(precision)
+    weights = bundle.block_bytes
     for kind in KINDS:
-        windows = {"windows": [1, 16]} if kind == "advance" else {}
-        made = built(photo_bundle, 0, kind, dtype, profiles=profiles_for([8], **windows))
+        made = built(bundle, 0, kind, profiles=profiles_of(kind, 8, 16, branches=[1]))
         copies = 2 if kind == "gradient" else 1
         assert weights < len(made.engine) < 1.2 * copies * weights + 100e6
 
 
 @pytest.mark.slow
-def test_a_large_build_is_cancelled_within_two_seconds(rtx, photo_bundle):
+def test_a_large_build_is_cancelled_within_two_seconds(rtx, photo_bundles):
     asked: list[float] = []
 
     def on_build(_: float) -> bool:
@@ -136,20 +136,27 @@ def test_a_large_build_is_cancelled_within_two_seconds(rtx, photo_bundle):
         asked.extend([now] if asked or now > began + 1.0 else [])
         return not asked
 
-    with open_graph(photo_bundle, 0, "gradient", "float16") as graph:
-        began = time.monotonic()
-        with pytest.raises(tfr.Cancelled):
-            build(rtx, graph, profiles_for([8]), targets=PORTABLE_TARGETS, on_build=on_build)
+    graph = open_graph(photo_bundles("float16"), 0, "gradient", "float16")
+    began = time.monotonic()
+    with pytest.raises(tfr.Cancelled):
+        build(rtx, graph, profiles_for([8]), targets=PORTABLE_TARGETS, on_build=on_build)
     assert time.monotonic() - asked[0] < 2.0
 
 
-def test_caches_are_updated_from_input_to_output(rtx, exported):
-    bundle = open_bundle(exported("class").path)
-    with open_graph(bundle, 0, "advance", "float16") as graph:
-        assert graph.cache_updates == 2 * bundle.config.layers + 1
-        parse(rtx, graph)
-        with pytest.raises(tfr.EngineError, match=r"reads 5 updates in place .* 5 of them .* expected 6"):
-            parse(rtx, dataclasses.replace(graph, cache_updates=6))
+@pytest.mark.parametrize("kind", LOOPS)
+def test_caches_are_updated_from_input_to_output(rtx, exported, kind):
+    bundle = open_bundle(exported("class", "float16").path)
+    graph = open_graph(bundle, 0, kind, "float16")
+    assert graph.cache_updates == 2 * bundle.config.layers + 1
+    parse(rtx, graph)
+    with pytest.raises(tfr.EngineError, match=r"reads 5 updates in place .* 5 of them .* expected 6"):
+        parse(rtx, dataclasses.replace(graph, cache_updates=6))
+
+
+def test_a_manifest_that_does_not_describe_a_graph_is_an_error(copied, edit_manifest):
+    edit_manifest(lambda manifest: manifest["graphs"]["trt"]["step"].pop("inputs"))
+    with pytest.raises(tfr.BundleError, match="does not describe trt/step"):
+        open_graph(open_bundle(copied), 0, "step", "float32")
 
 
 def changed(graph: Graph, change: Callable[[onnx.ModelProto], object], inputs: Sequence[str] = ()) -> Graph:
@@ -249,12 +256,12 @@ def test_an_interrupt_ends_the_build_and_is_raised(rtx, graph):
 
 
 def test_what_another_process_builds_is_what_this_one_would(rtx, exported):
-    with open_graph(open_bundle(exported("class").path), 0, "advance", "float16") as graph:
-        options = {"targets": ["sm_89"], "workspace": 1 << 28}
-        there, here = (run(rtx, graph, profiles_for([2]), **options) for run in (build, compile_engine))
-        for run in (build, compile_engine):
-            with pytest.raises(tfr.EngineError, match="refuses B 5 to 2, G 1, S 1 of the advance graph"):
-                run(rtx, graph, [Profile(least=5, most=2)], targets=["sm_89"])
+    graph = open_graph(open_bundle(exported("class", "float16").path), 0, "step", "float16")
+    options = {"targets": ["sm_89"], "workspace": 1 << 28}
+    there, here = (run(rtx, graph, profiles_for([2]), **options) for run in (build, compile_engine))
+    for run in (build, compile_engine):
+        with pytest.raises(tfr.EngineError, match="refuses B 5 to 2, G 1, S 1 of the step graph"):
+            run(rtx, graph, [Profile(least=5, most=2)], targets=["sm_89"])
     assert len(there.engine) == len(here.engine)  # two builds of one graph differ in some bytes
     assert (there.layers, there.warnings) == (here.layers, here.warnings)
     assert there.seconds.keys() == here.seconds.keys()
@@ -280,41 +287,35 @@ def test_a_process_that_ends_without_an_answer_is_an_error(rtx, graph, monkeypat
     assert "memory" in caught.value.hint
 
 
-def test_the_digest_is_that_of_the_graph_and_its_weights(copied, exported):
-    def digest(path: Path, kind: str = "advance", dtype: str = "float32", block: int = 0) -> str:
-        with open_graph(open_bundle(path, verify_digests=False), block, kind, dtype) as graph:
-            return graph.digest
+def test_the_digest_is_that_of_the_graph_and_its_weights(copied, edit_manifest, exported):
+    """As the manifest has them: nothing is hashed again."""
 
-    first = digest(copied)
-    assert first == digest(exported("class").path)
-    others = [digest(copied, "forward"), digest(copied, dtype="float16"), digest(copied, dtype="bfloat16")]
-    others.append(digest(copied, block=1))
-    for name in ("weights.bin", "step.onnx"):
-        path = copied / "block_00" / name
-        data = path.read_bytes()
-        at = data.index(b"positions/Range") if name == "step.onnx" else len(data) // 2
-        path.write_bytes(
-            data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
-            if name != "step.onnx"
-            else data.replace(b"positions/Range", b"positions/Rangf")
-        )
-        others.append(digest(copied))
-        path.write_bytes(data)
+    def digest(kind: str = "step", block: int = 0) -> str:
+        return open_graph(open_bundle(copied, verify_digests=False), block, kind, "float32").digest
+
+    first = digest()
+    assert first == open_graph(open_bundle(exported("class").path), 0, "step", "float32").digest
+    others = [digest(kind) for kind in KINDS if kind != "step"] + [digest(block=1)]
+    for name in ("block_00/weights.bin", "graphs/trt/step.onnx"):
+        edit_manifest(lambda manifest, name=name: manifest["files"][name].update(sha256="0" * 64))
+        others.append(digest())
     assert len({first, *others}) == len(others) + 1
-    assert digest(copied) == first
 
 
-def test_forward_and_gradient_need_no_more_images_than_they_run_at_once(exported, monkeypatch):
+def test_every_graph_is_wanted_for_its_own_shapes(exported, monkeypatch):
+    """Forward and gradient need no more images than they run at once."""
     bundle = open_bundle(exported("class").path)
     profiles = profiles_for([1, 8, 64], branches=[1, 2], windows=[1, 3])
     wanted = list(wanted_engines(bundle, profiles))
     assert [(block, kind) for block, kind, _ in wanted] == [(block, kind) for block in (0, 1) for kind in KINDS]
-    assert wanted[0][2] == profiles
-    assert [(one.least, one.most) for one in wanted[1][2]] == [(1, 1), (2, 8), (9, 64)]
-    monkeypatch.setattr("tarflow_runtimes._trt._supply.density_images", lambda _: 5)
-    wanted = list(wanted_engines(bundle, profiles))
-    assert wanted[0][2] == profiles
-    assert [(one.least, one.most) for one in wanted[1][2]] == [(1, 1), (2, 5)]
+    for _, kind, some in wanted[:2]:
+        assert some == tuple(one for one in profiles if one.patches == (1 if kind == "step" else 3))
+    assert [(one.least, one.most) for one in wanted[2][2]] == [(1, 1), (2, 8), (9, 64)]
+    single = wanted_engines(bundle, profiles_for([1]))
+    assert [kind for block, kind, _ in single if block == 0] == ["step", "forward", "gradient"]
+    monkeypatch.setattr("tarflow_runtimes.engines.trt.supply.density_images", lambda _: 5)
+    *_, (_, kind, whole) = wanted_engines(bundle, profiles)
+    assert (kind, [(one.least, one.most) for one in whole]) == ("gradient", [(1, 1), (2, 5)])
 
 
 def test_profiles():

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._trt import _package
-from tarflow_runtimes._trt._cache import EngineCache
-from tarflow_runtimes._trt._explain import unusable
-from tarflow_runtimes._trt._folder import EngineFolder, default_folder
-from tarflow_runtimes._trt._gpu import Gpu
-from tarflow_runtimes._trt._package import import_package
-from tarflow_runtimes._trt._profiles import Profile
-from tarflow_runtimes._trt._sidecar import Identity, Sidecar, Source, Verification, Wanted, host, read_sidecar
+from tarflow_runtimes.engines.trt import package as _package
+from tarflow_runtimes.engines.trt.cache import EngineCache
+from tarflow_runtimes.engines.trt.explain import unusable
+from tarflow_runtimes.engines.trt.folder import EngineFolder, default_folder
+from tarflow_runtimes.engines.trt.gpu import Gpu
+from tarflow_runtimes.engines.trt.package import import_package
+from tarflow_runtimes.engines.trt.profiles import Profile
+from tarflow_runtimes.engines.trt.sidecar import Identity, Sidecar, Source, Verification, Wanted, host, read_sidecar
 
 IDENTITY = Identity(
     engine="trt-rtx",
@@ -28,7 +28,7 @@ IDENTITY = Identity(
     host=host(),
     flags=("REQUIRE_USER_ALLOCATION",),
     precision="float32",
-    graph="advance",
+    graph="step",
     graph_digest="a" * 64,
 )
 WANTED = Wanted(identity=IDENTITY, targets=("sm_89",), profiles=(Profile(least=1, most=8),))

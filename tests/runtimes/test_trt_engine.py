@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,23 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._bundle import open_bundle
-from tarflow_runtimes._device.host import HostDevice
-from tarflow_runtimes._engines import trt as engine_module
-from tarflow_runtimes._engines.trt import TrtMaker, open_trt, record_verification
-from tarflow_runtimes._trt import _package, _supply
-from tarflow_runtimes._trt._gpu import Gpu
-from tarflow_runtimes._trt._package import import_package
-from tarflow_runtimes._trt._profiles import Profile
-from tarflow_runtimes._trt._supply import Building
+from tarflow_runtimes.bundle.reader import open_bundle
+from tarflow_runtimes.engines.trt import engine as engine_module
+from tarflow_runtimes.engines.trt import package as _package
+from tarflow_runtimes.engines.trt import supply as _supply
+from tarflow_runtimes.engines.trt.engine import TrtMaker, open_trt, record_verification
+from tarflow_runtimes.engines.trt.gpu import Gpu
+from tarflow_runtimes.engines.trt.package import import_package
+from tarflow_runtimes.engines.trt.profiles import Profile
+from tarflow_runtimes.engines.trt.supply import Building
 
-spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
-fake = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fake)
+sys.path.insert(0, str(Path(__file__).parent))
+
+import fake_tensorrt as fake
+from host_device import HostDevice
 
 GPU = Gpu(name="Host GPU", target="sm_89", driver="CUDA 13.0")
+MIXED = tfr.Guidance(weight=1.0, attention_temperature=0.5)
 
 
 class HostGpu(HostDevice):
@@ -61,17 +63,17 @@ def engine(request, monkeypatch) -> str:
 
 @pytest.fixture
 def opened(exported, tmp_path, engine) -> Callable[..., tfr.Flow]:
-    """`opened(name, dtype)`: the bundle on the engine; engines are kept below tmp_path."""
+    """`opened(name, precision)`: the bundle on the engine; engines are kept below tmp_path."""
 
-    def open_flow(name: str = "class", stored: str = "float32", dtype: str | None = None) -> tfr.Flow:
-        bundle = open_bundle(exported(name, stored).path)
-        return tfr.Flow(bundle, open_trt(bundle, engine, dtype, folder=tmp_path / "engines"))
+    def open_flow(name: str = "class", precision: str = "float32", *, tf32: bool = False) -> tfr.Flow:
+        bundle = open_bundle(exported(name, precision).path)
+        return tfr.Flow(bundle, open_trt(bundle, engine, tf32=tf32, folder=tmp_path / "engines"))
 
     return open_flow
 
 
 def maker_of(flow: tfr.Flow) -> TrtMaker:
-    return flow.backend.maker
+    return flow.engine.maker
 
 
 def builds(engine: str) -> int:
@@ -84,9 +86,9 @@ def test_pictures_are_those_of_the_cpu(opened, flows, name):
     labels = [0, 2, None] if cpu.config.classes else None
     for options in (
         {},
-        {"guidance": 1.5, "attention_temperature": 0.7},
+        {"guidance": tfr.Guidance(weight=1.5, attention_temperature=0.7)},
         {"plan": tfr.Parallel(window=5, tolerance=1e-6)},
-        {"plan": tfr.Parallel(tolerance=1e-6, init="zeros"), "guidance": 1.0, "attention_temperature": 0.5},
+        {"plan": tfr.Parallel(tolerance=1e-6, init="zeros"), "guidance": [MIXED, 0.0, MIXED]},
     ):
         found = flow.sample(3, labels=labels, seed=3, **options).images
         np.testing.assert_allclose(found, cpu.sample(3, labels=labels, seed=3, **options).images, atol=2e-4)
@@ -99,29 +101,31 @@ def test_float16_bundles_run_in_float16(opened, flows):
     flow, cpu = opened("class", "float16"), flows("class", "float16")
     found = flow.sample(2, labels=[0, 1], seed=0).images
     np.testing.assert_allclose(found, cpu.sample(2, labels=[0, 1], seed=0).images, atol=0.05)
-    program = maker_of(flow).advance(0, images=2, branches=1, window=1)
+    program = maker_of(flow).program(0, "step", images=2)
     assert program.inputs["key_0"].dtype == np.float16
     assert program.inputs["window"].dtype == np.float32
+    assert flow.engine.precision == flow.engine_report["weights"] == "float16"
 
 
 def test_programs_have_the_shapes_of_the_graph(opened):
     maker, config = maker_of(opened()), opened().config
-    program = maker.advance(1, images=3, branches=2, window=4)
+    program = maker.program(1, "window", images=3, branches=2, window=4)
     n, d = config.patches, config.patch_values
     assert program.inputs["window"].shape == program.outputs["next_window"].shape == (3, 5, d)
-    assert program.inputs["labels"].shape == (2, 3)
-    assert program.inputs["reach"].shape == (n,)
+    assert program.inputs["labels"].shape == program.inputs["inverse_temperature"].shape == (2, 3)
+    assert program.inputs["guidance"].shape == (3, 2, n)
+    assert program.inputs["kv_positions"].shape == (n,)
     assert program.outputs["next_key_1"].shape == (6, config.heads, n, config.head_dim)
     assert program.outputs["next_calls"].dtype == np.int64
-    assert set(maker.gradient(0, images=2).inputs) == {"patches", "cotangent", "labels"}
+    assert set(maker.program(0, "gradient", images=2).inputs) == {"patches", "cotangent", "labels"}
 
 
 def test_nothing_crosses_per_step(opened):
     flow = opened("class_n16")
     flow.sample(2, labels=[0, 1], seed=0, denoise=False)  # recordings are compared with launches once
-    before = flow.backend.device.transfers.uploads, flow.backend.device.transfers.downloads
+    before = flow.engine.device.transfers.uploads, flow.engine.device.transfers.downloads
     flow.sample(2, labels=[0, 1], seed=1, denoise=False)
-    after = flow.backend.device.transfers
+    after = flow.engine.device.transfers
     assert after.uploads - before[0] <= 4 + flow.config.blocks
     assert after.downloads - before[1] == 1
 
@@ -144,20 +148,20 @@ def test_one_engine_serves_smaller_batches_and_is_there_next_time(opened, engine
 
 def test_contexts_share_one_scratch(opened):
     maker = maker_of(opened())
-    large = maker.advance(0, images=4, branches=1, window=1)
-    others = [maker.advance(1, images=2, branches=1, window=1), maker.forward(0, images=4)]
+    large = maker.program(0, "step", images=4)
+    others = [maker.program(1, "step", images=2), maker.program(0, "forward", images=4)]
     assert all(other.scratch is large.scratch for other in others)
     assert large.scratch.nbytes >= 4 * fake.SCRATCH_PER_IMAGE
-    larger = maker.advance(0, images=5, branches=2, window=1)
+    larger = maker.program(0, "step", images=5, branches=2)
     assert larger.scratch is not large.scratch
     assert larger.scratch.nbytes > large.scratch.nbytes
 
 
 def test_engines_that_nobody_uses_are_let_go(opened):
     maker = maker_of(opened())
-    program = maker.advance(0, images=1, branches=1, window=1)
+    program = maker.program(0, "step", images=1)
     assert len(maker._loaded) == 1
-    assert maker.advance(0, images=1, branches=1, window=1).engine is program.engine
+    assert maker.program(0, "step", images=1).engine is program.engine
     del program
     assert len(maker._loaded) == 0
 
@@ -187,7 +191,7 @@ def test_refusals_are_errors_with_the_first_line_that_says_why(opened, monkeypat
     flow = opened()
 
     def refuse(*_: object) -> None:
-        from tarflow_runtimes._trt._log import logger
+        from tarflow_runtimes.engines.trt.log import logger
 
         logger(import_package(engine)).log(fake.Severity.ERROR, "out of\n luck")
 
@@ -214,17 +218,17 @@ def test_tensors_that_no_graph_of_ours_has_are_refused(opened, monkeypatch, fiel
 def test_an_engine_that_failed_its_verification_is_refused(opened, flows):
     flow = opened()
     flow.sample(1, labels=[0], seed=0, denoise=False)
-    assert record_verification(flow.backend, passed=True, facts={"worst": "inverse"}) == flow.config.blocks
+    assert record_verification(flow.engine, passed=True, facts={"worst": "inverse"}) == flow.config.blocks
     opened().sample(1, labels=[0], seed=0, denoise=False)
-    record_verification(flow.backend, passed=False, facts={"worst": "inverse"})
+    record_verification(flow.engine, passed=False, facts={"worst": "inverse"})
     with pytest.raises(tfr.EngineError, match=r"failed its verification on this Host GPU with CUDA 13\.0") as caught:
         opened().sample(1, labels=[0], seed=0, denoise=False)
     assert "--rebuild" in caught.value.hint
     cache = maker_of(flow)._supply.cache
-    assert record_verification(flows("class").backend, passed=False, facts={}) == 0
+    assert record_verification(flows("class").engine, passed=False, facts={}) == 0
     assert [len(one.verifications) for one in cache.entries()] == [1] * flow.config.blocks
     for block in range(flow.config.blocks):
-        maker_of(flow)._supply.get(block, "advance", [Profile(least=1, most=1)], rebuild=True)
+        maker_of(flow)._supply.get(block, "step", [Profile(least=1, most=1)], rebuild=True)
     assert opened().sample(1, labels=[0], seed=0, denoise=False).images.shape[0] == 1
 
 
@@ -243,7 +247,7 @@ def test_a_damaged_engine_is_built_again_and_not_loaded(opened, engine, tmp_path
 def test_a_damaged_engine_that_another_process_builds_is_waited_for(opened, engine):
     flow = opened()
     supply, profiles = maker_of(flow)._supply, [Profile(least=1, most=1)]
-    sidecar = supply.get(0, "advance", profiles).sidecar
+    sidecar = supply.get(0, "step", profiles).sidecar
     path = supply.cache.path / f"{sidecar.key}.engine"
     whole, before = path.read_bytes(), builds(engine)
     path.write_bytes(bytes(len(whole)))
@@ -254,7 +258,7 @@ def test_a_damaged_engine_that_another_process_builds_is_waited_for(opened, engi
 
     supply._on_building = on_building
     with supply.cache.lock(sidecar.key), pytest.raises(tfr.Cancelled):
-        supply.get(0, "advance", profiles)
+        supply.get(0, "step", profiles)
     held = contextlib.ExitStack()
     held.enter_context(supply.cache.lock(sidecar.key))
 
@@ -263,13 +267,13 @@ def test_a_damaged_engine_that_another_process_builds_is_waited_for(opened, engi
         held.close()
 
     supply._on_building = other_process_ends
-    assert supply.get(0, "advance", profiles).reason == ""
+    assert supply.get(0, "step", profiles).reason == ""
     assert builds(engine) == before
 
 
 def test_compiled_kernels_are_shared_and_kept(opened, engine, tmp_path):
     def launch(maker: TrtMaker, block: int) -> Any:
-        program = maker.forward(block, images=1)
+        program = maker.program(block, "forward", images=1)
         buffers = {name: maker.device.allocate(one.nbytes) for name, one in (program.inputs | program.outputs).items()}
         program.bind({name: buffer.address for name, buffer in buffers.items()}).launch()
         return program.engine._how
@@ -291,7 +295,7 @@ def test_compiled_kernels_are_shared_and_kept(opened, engine, tmp_path):
     assert kernels(1) == [b"1 launches"]
 
 
-def test_flags_of_the_build_are_those_of_the_dtype(opened, engine, monkeypatch, tmp_path):
+def test_flags_of_the_build_are_those_of_the_precision(opened, engine, monkeypatch, tmp_path):
     flags = []
     build = fake.Builder.build_serialized_network
 
@@ -301,8 +305,10 @@ def test_flags_of_the_build_are_those_of_the_dtype(opened, engine, monkeypatch, 
 
     monkeypatch.setattr(fake.Builder, "build_serialized_network", watched)
     own = {"STRICT_NANS"} if engine == "trt" else {"STRICT_NANS", "REQUIRE_USER_ALLOCATION"}
-    for dtype, more in (("float32", set()), ("tf32", {"TF32"})):
-        maker_of(opened(dtype=dtype)).forward(0, images=1)
+    for tf32, more in ((False, set()), (True, {"TF32"})):
+        flow = opened(tf32=tf32)
+        maker_of(flow).program(0, "forward", images=1)
+        assert flow.engine.precision == ("tf32" if tf32 else "float32")
         assert flags[-1] == own | more
     assert len(flags) == 2
     for path in (tmp_path / "engines").glob("*.json"):
@@ -311,7 +317,7 @@ def test_flags_of_the_build_are_those_of_the_dtype(opened, engine, monkeypatch, 
 
 def test_kernel_times_are_shared_between_builds(opened, engine, tmp_path):
     maker = maker_of(opened())
-    maker.forward(0, images=1)
+    maker.program(0, "forward", images=1)
     files = list((tmp_path / "engines").glob("timing-*.bin"))
     if engine == "trt-rtx":
         assert files == []
@@ -319,15 +325,16 @@ def test_kernel_times_are_shared_between_builds(opened, engine, tmp_path):
     assert files[0].name == "timing-11.4.0-sm_89.bin"
     assert files[0].read_bytes() == fake.TimingCache.known
     files[0].write_bytes(b"of another GPU")
-    maker.forward(1, images=1)
+    maker.program(1, "forward", images=1)
     assert files[0].read_bytes() == fake.TimingCache.known
 
 
-def test_a_half_bundle_cannot_be_another_dtype(opened):
-    with pytest.raises(tfr.EngineError, match="is of float16, it cannot run in bfloat16"):
-        opened("class", "float16", "bfloat16")
-    with pytest.raises(tfr.InputError, match=r"dtype must be one of .*tf32.*, got 'int4'"):
-        opened(dtype="int4")
+def test_what_a_bundle_cannot_be_computed_in(opened):
+    with pytest.raises(tfr.InputError, match="tf32 is of float32 bundles, this one is of float16"):
+        opened("class", "float16", tf32=True)
+    with pytest.raises(tfr.EngineError, match="is of int8 and has no graphs for trt") as caught:
+        opened("class", "int8")
+    assert "tarflow convert" in caught.value.hint
 
 
 def test_a_gpu_that_the_package_has_no_target_for(opened, engine, monkeypatch):

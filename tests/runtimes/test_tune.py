@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes import _tune
-from tarflow_runtimes._plan import strategy_from_json, strategy_json
-from tarflow_runtimes._tuned import plans_path, read_plans, write_plans
+from tarflow_runtimes.decode.plan import strategy_from_json, strategy_json
+from tarflow_runtimes.decode.tuned import plans_path, read_plans, write_plans
+from tarflow_runtimes.measure import tune as _tune
 
 PARALLEL = tfr.Parallel(window=3, tolerance=1e-3, init="zeros")
 
@@ -55,7 +55,7 @@ def test_tune_takes_a_window_only_where_it_is_faster(flow, monkeypatch):
     for cost, strategy in ((1.0, tfr.Parallel), (100.0, tfr.Sequential)):
         clock = Clock()
         monkeypatch.setattr(_tune.time, "perf_counter", clock.read)
-        monkeypatch.setattr(flow, "_engine", Charged(flow.backend, clock, cost))
+        monkeypatch.setattr(flow, "_engine", Charged(flow.engine, clock, cost))
         plans = tfr.tune(flow, batches=(1,), draws=2)
         assert {type(one) for one in plans.entries[0].plan.blocks} == {strategy}
         monkeypatch.undo()
@@ -78,24 +78,12 @@ class Charged:
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
-    def stepper(self, *arguments, **options):
-        made = self.engine.stepper(*arguments, **options)
-        self._charge(made, "advance", 1.0)
-        return made
-
-    def windows(self, *arguments, **options):
-        made = self.engine.windows(*arguments, **options)
-        self._charge(made, "evaluate", self.cost)
-        return made
-
-    def _charge(self, made, name, cost) -> None:
-        method = getattr(made, name)
-
-        def charged(*arguments):
-            self.clock.now += cost
-            return method(*arguments)
-
-        setattr(made, name, charged)
+    def invert(self, *given):
+        made, reports = self.engine.invert(*given)
+        for one in reports:
+            cost = 1.0 if isinstance(one.strategy, tfr.Sequential) else self.cost
+            self.clock.now += cost * max(one.calls)
+        return made, reports
 
 
 def test_auto_without_plans_is_sequential(flow):

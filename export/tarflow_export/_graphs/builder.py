@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from tarflow_export._weights import WEIGHTS_FILE, WeightLayout
-from tarflow_runtimes._bundle import ModelConfig
+from tarflow_runtimes.bundle.config import ModelConfig
 
 OPSET = 24
 """First opset with TensorScatter."""

@@ -153,7 +153,8 @@ Tensor read_tensor(const Fields& fields, std::int64_t size) {
   }
   tensor.offset = fields.count("offset", 0, size);
   tensor.bytes = fields.count("bytes", 0, size);
-  if (tensor.bytes != bytes) throw fields.error("bytes", "must be " + std::to_string(bytes) + " for its dtype and shape");
+  if (tensor.bytes != bytes)
+    throw fields.error("bytes", "must be " + std::to_string(bytes) + " for its dtype and shape");
   if (tensor.offset % kAlignment != 0 || tensor.bytes > size - tensor.offset)
     throw fields.error("offset", "must be a multiple of 64 within the weights of every block");
   return tensor;
@@ -202,9 +203,10 @@ std::map<std::string, Signature> signatures(const Config& c, const std::string& 
                   {"lengths", "int32", {"R"}},
                   {"total", "int32", {"1"}}},
                  {{"next", "float32", {"B", number(c.patch_values)}}}};
+  const std::vector<std::string> cache_shape = {"R", number(c.heads()), number(c.patches), number(c.head_dim)};
   for (std::int64_t layer = 0; layer < c.layers; ++layer) {
     for (const char* kind : {"key_", "value_"}) {
-      const Array cache{kind + number(layer), cache_dtype, {"R", number(c.heads()), number(c.patches), number(c.head_dim)}};
+      const Array cache{kind + number(layer), cache_dtype, cache_shape};
       step.inputs.push_back(cache);
       step.outputs.push_back({"next_" + cache.name, cache.dtype, cache.shape});
     }
@@ -294,8 +296,8 @@ std::vector<Block> read_blocks(const Fields& manifest, const Config& config, con
       if (folder_of(file_of(fields, kind, files)) != folder_of(weights))
         throw fields.error("weights", "must lie beside the graphs of its block");
     }
-    blocks.push_back(
-        {fields.choice("order", {"identity", "reversed"}) == "reversed", folder_of(weights), weights.path, weights.size});
+    const bool reversed = fields.choice("order", {"identity", "reversed"}) == "reversed";
+    blocks.push_back({reversed, folder_of(weights), weights.path, weights.size});
   }
   if (static_cast<std::int64_t>(blocks.size()) != config.blocks)
     throw manifest.error("blocks", "must have " + std::to_string(config.blocks) + " entries, got " +

@@ -1,4 +1,4 @@
-// The measurements behind the limits here are in tarflow_runtimes/_engines/ort_cpu.py; they are the same numbers, so
+// The measurements behind the limits here are in tarflow_runtimes/engines/ort_cpu/engine.py; they are the same numbers, so
 // that both runtimes cut a batch at the same places and draw the same bits.
 #include "engine.hpp"
 

@@ -33,16 +33,17 @@ Ort::SessionOptions options_of(const Session::Settings& settings, const std::str
   return options;
 }
 
-Error failed(const Graph& graph, const char* what, const Ort::Exception& error, const char* hint) {
+Error failed(const Graph& graph, const char* what, const Ort::Exception& error) {
   const std::string text = error.what();
-  return engine_error("graph " + graph.name + ": ONNX Runtime " + what + ": " + text.substr(0, text.find('\n')), hint);
+  return engine_error("graph " + graph.name + ": ONNX Runtime " + what + ": " + text.substr(0, text.find('\n')),
+                      "check that the bundle and ONNX Runtime fit each other");
 }
 
 Ort::Session open(const Graph& graph, const std::string& folder, const Session::Settings& settings) {
   try {
     return {ort_environment(), graph.bytes->data(), graph.bytes->size(), options_of(settings, folder)};
   } catch (const Ort::Exception& error) {
-    throw failed(graph, "cannot open it", error, "check that the bundle and ONNX Runtime fit each other");
+    throw failed(graph, "cannot open it", error);
   }
 }
 
@@ -72,8 +73,8 @@ std::string text_of(const std::string& dtype, const std::vector<std::string>& sh
   return dtype + " [" + axes + "]";
 }
 
-/// Whether a shape is that of the manifest: one that the graph declares, where axes that are left open are -1, or, after
-/// a run, that of a result for `batch` images. Symbols other than B stand for any length then.
+/// Whether a shape is that of the manifest: one that the graph declares (`batch` 0), where axes that are left open are
+/// -1, or that of a result for `batch` images, where symbols other than B stand for any length.
 bool fits(const Shape& shape, const Array& array, std::int64_t batch) {
   if (shape.size() != array.shape.size()) return false;
   for (std::size_t i = 0; i < shape.size(); ++i) {
@@ -154,7 +155,7 @@ std::map<std::string, Ort::Value> Session::run(const std::map<std::string, const
     Ort::ThrowOnError(Ort::GetApi().Run(session_, options, input_names.data(), given.data(), given.size(),
                                         output_names.data(), output_names.size(), results.data()));
   } catch (const Ort::Exception& error) {
-    throw failed(graph_, "failed in a run", error, "");
+    throw failed(graph_, "failed in a run", error);
   }
   for (OrtValue* result : results) values.emplace_back(result);
   std::map<std::string, Ort::Value> named;
@@ -186,7 +187,7 @@ void BoundRun::operator()() {
   try {
     session_->ort().Run(options_, binding_);
   } catch (const Ort::Exception& error) {
-    throw failed(session_->graph(), "failed in a step", error, "");
+    throw failed(session_->graph(), "failed in a step", error);
   }
 }
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes._noise import standard_normal
+from tarflow_runtimes.model.noise import standard_normal
 
 Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Case = dict[str, Any]
@@ -61,7 +61,7 @@ def cases(config: tfr.ModelConfig, *, small: bool) -> list[Case]:
     return found
 
 
-def compute(flow: tfr.Flow, case: Case, images: Floats | None = None, noise: Floats | None = None) -> dict[str, Floats]:
+def compute(flow: tfr.Flow, case: Case, images: Any = None, noise: Floats | None = None) -> dict[str, Floats]:
     """The arrays of a case. `noise` replaces the seed of a sample."""
     config, call, arguments = flow.config, case["call"], dict(case["arguments"])
     if call == "noise":

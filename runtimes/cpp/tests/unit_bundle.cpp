@@ -124,16 +124,17 @@ void test_tensors() {
   changed("pos_embed.shape does not fit", "/tensors/pos_embed/shape", Json({1 << 30, 1 << 30, 1 << 30}));
   changed("pos_embed.shape does not fit", "/tensors/pos_embed/shape", Json({49, -128}));
   changed("pos_embed.shape must be a list of integers", "/tensors/pos_embed/shape", Json({"N", "W"}));
-  for (const char* name : {"pos_embed", "class_embed", "order"})
-    edited((std::string("tensors.") + name + " is missing").c_str(), [&](Json& manifest) { manifest["tensors"].erase(name); });
+  for (const std::string name : {"pos_embed", "class_embed", "order"})
+    edited(("tensors." + name + " is missing").c_str(), [&](Json& manifest) { manifest["tensors"].erase(name); });
 }
 
 void test_graphs() {
   edited("graphs.ort-cpu is missing", [](Json& manifest) { manifest["graphs"].erase("ort-cpu"); });
-  for (const char* kind : {"step", "step_guided", "step_tempered", "vjp_forward", "vjp_backward"})
-    edited((std::string("graphs.ort-cpu.") + kind + " is missing").c_str(),
+  for (const std::string kind : {"step", "step_guided", "step_tempered", "vjp_forward", "vjp_backward"})
+    edited(("graphs.ort-cpu." + kind + " is missing").c_str(),
            [&](Json& manifest) { manifest["graphs"]["ort-cpu"].erase(kind); });
-  changed("step_guided.inputs must have g, float32 [\"B\",\"32\"]", "/graphs/ort-cpu/step_guided/inputs/3/shape", Json({1, 32}));
+  changed("step_guided.inputs must have g, float32 [\"B\",\"32\"]", "/graphs/ort-cpu/step_guided/inputs/3/shape",
+          Json({1, 32}));
   changed("forward.outputs must have z", "/graphs/portable/forward/outputs/0/shape", Json({"B", 49, 17}));
   changed("forward.outputs must have z", "/graphs/portable/forward/outputs/0/dtype", "float16");
   changed("inputs[0].shape must be", "/graphs/portable/forward/inputs/0/shape", Json({"B", 49, nullptr}));

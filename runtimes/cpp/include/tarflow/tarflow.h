@@ -31,8 +31,8 @@
  * - Callbacks must not throw, and must not call into the object that calls them.
  *
  * Axes: n images, C channels, N patches, D values per patch. Images are float32 [n, C, height, width] in [-1, 1], and
- * not clipped; those of a model of tokens are float32 [n, N, D], of any range. Latents are float32 [n, N, D]. Labels are
- * int64 [n]: 0 .. classes-1, or -1 for the null class; NULL is -1 for every image, and the only choice for a model
+ * not clipped; those of a model of tokens are float32 [n, N, D], of any range. Latents are float32 [n, N, D]. Labels
+ * are int64 [n]: 0 .. classes-1, or -1 for the null class; NULL is -1 for every image, and the only choice for a model
  * without classes.
  *
  * Functions that return no status cannot fail. TARFLOW_ERROR_MEMORY and TARFLOW_ERROR_INTERNAL may come from any other.
@@ -135,8 +135,8 @@ enum { TARFLOW_DATA_IMAGE = 0, TARFLOW_DATA_TOKENS = 1 };
 
 typedef struct tarflow_config {
   size_t struct_size;
-  tarflow_data data;                              /* what the model draws */
-  int32_t nvp;                                    /* nonzero: the affine map scales, z exp(a) + b; else it adds b alone */
+  tarflow_data data; /* what the model draws */
+  int32_t nvp;       /* nonzero: a patch is z exp(a) + b, else z + b */
   int64_t image_size, image_channels, patch_size; /* 0 for tokens */
   int64_t patches;                                /* N */
   int64_t patch_values;                           /* D */
@@ -202,8 +202,8 @@ typedef struct tarflow_sample_options {
 /* Fill the first `size` bytes of the struct with defaults. Call tarflow_sample_options_init() instead. */
 TARFLOW_API void tarflow_sample_options_defaults(tarflow_sample_options *options, size_t size);
 
-/* Draw n images into `images`, [n, C, height, width] or [n, N, D], `images_length` floats; `options` may be NULL. Image i is a
- * function of the seed and first_index + i alone, in whatever batch it is drawn.
+/* Draw n images into `images`, [n, C, height, width] or [n, N, D], `images_length` floats; `options` may be NULL. Image
+ * i is a function of the seed and first_index + i alone, in whatever batch it is drawn.
  * TARFLOW_ERROR_INPUT: arguments out of range or that contradict each other. TARFLOW_ERROR_ENGINE: ONNX Runtime failed.
  * TARFLOW_ERROR_CANCELLED: on_step or tarflow_sampler_cancel(); the sampler is as usable as before. Images that hold
  * values which are not finite are no error: the log warns, and the report lists them. */

@@ -1,5 +1,5 @@
-// Fuzzes open_bundle: the manifest, and after a zero byte what lies in prior.npy. Every other file of the shipped bundle
-// is there with its size but empty of content, so that changes of single fields go deep.
+// Fuzzes open_bundle: the manifest, and after a zero byte what lies in prior.npy. Every other file of the shipped
+// bundle is there with its size but empty of content, so that changes of single fields go deep.
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -49,7 +49,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   try {
     const tarflow::detail::Bundle bundle = tarflow::detail::open_bundle(folder.path(), false);
     // What is accepted must be of a size that products of its numbers can be taken of, with tensors inside the weights.
-    if (bundle.config.dims() < 1 || static_cast<std::int64_t>(bundle.blocks.size()) != bundle.config.blocks) std::abort();
+    const auto blocks = static_cast<std::int64_t>(bundle.blocks.size());
+    if (bundle.config.dims() < 1 || blocks != bundle.config.blocks) std::abort();
     for (const tarflow::detail::Block& block : bundle.blocks) {
       const std::vector<float> rows = bundle.floats(block, "pos_embed");
       if (static_cast<std::int64_t>(rows.size()) != bundle.config.patches * bundle.config.width) std::abort();

@@ -1,0 +1,120 @@
+"""This checkout against another one, each in its own environment: time of the same pictures, called in turn.
+
+    python benchmarks/before.py --before PATH [--photos CHECKPOINT] [--rounds 15] [--json FILE]
+
+PATH is a checkout in which `make .venv/ready` has run. Each side is a process that stays; the sides take turns, and a
+ratio is the median of the rounds' ratios, this checkout's time over the other's. Bundles are each side's own: the one
+that ships with it, and with --photos one that it exports of that checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parents[1]
+
+SIDE = """
+import json, sys, time
+import tarflow_runtimes as tfr
+flows = {}
+def timed(name, path, images, guidance):
+    began = time.perf_counter()
+    flow = flows.get(name)
+    if images == 0:
+        with tfr.load(path) as flow:
+            flow.sample(1, seed=0, denoise=False)
+        return time.perf_counter() - began
+    if flow is None:
+        flow = flows[name] = tfr.load(path)
+    labels = [i % flow.config.classes for i in range(images)] if flow.config.classes else None
+    flow.sample(images, labels=labels, seed=0, guidance=guidance, denoise=False)
+    return time.perf_counter() - began
+for line in sys.stdin:
+    print(json.dumps(timed(*json.loads(line))), flush=True)
+"""
+"""One side: a job (bundle's name, path, images, guidance) a line, its seconds back; no images: load and draw one."""
+
+JOBS = {
+    "digits": [(0, 0.0), (1, 0.0), (16, 0.0), (64, 0.0), (1, 1.5), (16, 1.5), (64, 1.5)],
+    "photos": [(1, 0.0)],
+}
+"""Images and guidance of each measurement."""
+
+
+class Side:
+    """One checkout's process."""
+
+    def __init__(self, root: Path, bundles: dict[str, str | None]) -> None:
+        self.bundles = bundles
+        command = [root / ".venv" / "bin" / "python", "-c", SIDE]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
+
+    def seconds(self, name: str, images: int, guidance: float) -> float:
+        """Of one job."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([name, self.bundles[name], images, guidance]) + "\n")
+        self._process.stdin.flush()
+        return float(json.loads(self._process.stdout.readline()))
+
+
+def exported(root: Path, checkpoint: Path, folder: Path) -> str:
+    """The bundle that a checkout makes of a checkpoint."""
+    target = folder / f"{root.name}.tarflow"
+    command = [root / ".venv" / "bin" / "tarflow-export", checkpoint.resolve(), "-o", target, "--no-verify"]
+    subprocess.run(command, check=True, capture_output=True)
+    return str(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", required=True, type=Path, help="the other checkout")
+    parser.add_argument("--photos", type=Path, help="a checkpoint of photos; examples/04_train_photos has one")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", help="write the rows to this file")
+    arguments = parser.parse_args()
+    roots = (HERE, arguments.before.resolve())
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        bundles: list[dict[str, str | None]] = [{"digits": None}, {"digits": None}]
+        if arguments.photos:
+            for root, found in zip(roots, bundles, strict=True):
+                found["photos"] = exported(root, arguments.photos, Path(folder))
+        sides = [Side(root, found) for root, found in zip(roots, bundles, strict=True)]
+        print("model   images  guidance   ms here  ms there   ratio  (low..high)")
+        for name in bundles[0]:
+            for images, guidance in JOBS[name]:
+                seconds = [
+                    [side.seconds(name, images, guidance) for side in sides] for _ in range(arguments.rounds + 1)
+                ]
+                ratios = [here / there for here, there in seconds[1:]]
+                here, there = (1e3 * statistics.median(column) for column in zip(*seconds[1:], strict=True))
+                ratio = statistics.median(ratios)
+                what = "load+1" if images == 0 else str(images)
+                print(
+                    f"{name:7s} {what:>6s} {guidance:9.1f} {here:9.1f} {there:9.1f} {ratio:7.3f}"
+                    f"  {min(ratios):.2f}..{max(ratios):.2f}",
+                    flush=True,
+                )
+                rows.append(
+                    {
+                        "model": name,
+                        "images": images,
+                        "guidance": guidance,
+                        "ms": here,
+                        "ms_before": there,
+                        "ratio": ratio,
+                    }
+                )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""Rewrites that are about to go."""

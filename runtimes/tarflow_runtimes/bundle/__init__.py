@@ -1,0 +1,1 @@
+"""The format on disk: the reader, and how far a computed array may be from its reference."""

@@ -1,0 +1,183 @@
+"""`tarflow cache`: which engines are kept, why one is used or not, and removing those that are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tarflow_runtimes.cli.options import (
+    DEFAULT_BATCH,
+    DEFAULT_WINDOW,
+    Batch,
+    EngineDir,
+    Guidance,
+    Json,
+    Shapes,
+    Target,
+    Tf32,
+    Window,
+    check_engine,
+    shapes_of,
+    size_of,
+    targets_of,
+)
+from tarflow_runtimes.cli.shell import command, new_app, print_json
+from tarflow_runtimes.errors import EngineError, InputError
+
+if TYPE_CHECKING:
+    from tarflow_runtimes.engines.trt.cache import EngineCache
+    from tarflow_runtimes.engines.trt.gpu import Gpu
+    from tarflow_runtimes.engines.trt.sidecar import Sidecar
+
+ACTIONS = ("list", "explain", "prune")
+
+app = new_app()
+
+
+@command(app)
+def cache(
+    action: Annotated[str, typer.Argument(metavar="list|explain|prune")],
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="explain: a .tarflow folder. [default: every engine]")
+    ] = None,
+    *,
+    engine: Annotated[
+        str | None, typer.Option(metavar="trt|trt-rtx", help="explain: of which package; needed with BUNDLE.")
+    ] = None,
+    tf32: Tf32 = False,
+    batch: Batch = DEFAULT_BATCH,
+    guidance: Guidance = None,
+    window: Window = DEFAULT_WINDOW,
+    target: Target = None,
+    engine_dir: EngineDir = None,
+    max_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="prune: what engines may take; those not used for longest go.")
+    ] = "20G",
+    as_json: Json = False,
+) -> None:
+    """Look after the engines that TensorRT has built.
+
+    list: what is kept. explain: for every engine whether this machine can use it; with BUNDLE and the options of
+    tarflow build, for every engine that would be needed the one that does, or why there is none. prune: remove what is
+    left of builds that were killed, and engines beyond --max-size.
+    """
+    from tarflow_runtimes.engines.trt.cache import EngineCache
+
+    if action not in ACTIONS:
+        raise InputError(f"{action!r}: expected {', '.join(ACTIONS)}", hint="tarflow cache --help")
+    if bundle is not None and (action != "explain" or engine is None):
+        raise InputError(
+            "BUNDLE goes with explain and --engine", hint="tarflow cache explain BUNDLE --engine trt, or trt-rtx"
+        )
+    limit, shapes, targets = size_of("--max-size", max_size), shapes_of(batch, guidance, window), targets_of(target)
+    kept = EngineCache(engine_dir)
+    if action == "list":
+        facts, lines = _list(kept)
+    elif action == "prune":
+        facts, lines = _prune(kept, limit)
+    elif bundle is None or engine is None:
+        facts, lines = _explain_every(kept)
+    else:
+        check_engine(engine)
+        facts, lines = _explain(bundle, engine, shapes, tf32=tf32, targets=targets, engine_dir=engine_dir)
+    if as_json:
+        print_json({"folder": str(kept.path)} | facts)
+        return
+    for line in lines:
+        typer.echo(line)
+
+
+Told = tuple[dict[str, Any], list[str]]
+"""The facts for `--json`, and the same as lines for a person."""
+
+
+def _list(kept: EngineCache) -> Told:
+    engines = [_facts(kept, sidecar) for sidecar in kept.entries()]
+    lines = [
+        f"{one['name']}, {one['package']} for {', '.join(one['targets'])}, {_megabytes(one['bytes'])},"
+        f" {one['verified']}"
+        for one in engines
+    ]
+    lines.append(f"{len(engines)} engines, {_megabytes(sum(one['bytes'] for one in engines))} in {kept.path}")
+    return {"engines": engines}, lines
+
+
+def _facts(kept: EngineCache, sidecar: Sidecar) -> dict[str, Any]:
+    verdicts = {f"{one.gpu}, {one.driver}": one.passed for one in sidecar.verifications}
+    failed = [place for place, passed in verdicts.items() if not passed]
+    return {
+        "key": sidecar.key,
+        "name": sidecar.name,
+        "package": sidecar.built.get("package"),
+        "targets": list(sidecar.made.targets),
+        "profiles": [profile.to_json() for profile in sidecar.made.profiles],
+        "bytes": kept.nbytes(sidecar),
+        "built": dict(sidecar.built),
+        "verified": f"failed on {failed[0]}" if failed else "verified" if verdicts else "not verified",
+        "verifications": verdicts,
+    }
+
+
+def _prune(kept: EngineCache, limit: int) -> Told:
+    pruned = kept.prune(limit)
+    lines = [f"removed {one.name}" for one in pruned.engines]
+    others = len(pruned.leftovers)
+    lines.append(f"removed {len(pruned.engines)} engines and {others} other files, {_megabytes(pruned.nbytes)}")
+    removed = {"engines": [one.key for one in pruned.engines], "leftovers": list(pruned.leftovers)}
+    return removed | {"bytes": pruned.nbytes}, lines
+
+
+def _explain_every(kept: EngineCache) -> Told:
+    from tarflow_runtimes.engines.trt.gpu import present_gpu
+
+    gpu = present_gpu()
+    engines = [{"key": one.key, "name": one.name, "reason": _unusable(kept, one, gpu)} for one in kept.entries()]
+    return {"engines": engines}, [f"{one['name']}: {one['reason'] or 'can be used here'}" for one in engines]
+
+
+def _unusable(kept: EngineCache, sidecar: Sidecar, gpu: Gpu | None) -> str:
+    """Why this machine cannot use an engine, or nothing."""
+    from tarflow_runtimes.engines.trt.explain import unusable
+    from tarflow_runtimes.engines.trt.package import import_package
+
+    if gpu is None:
+        return "there is no GPU here to use it on"
+    try:
+        package = import_package(sidecar.made.identity.engine)
+    except EngineError as error:
+        return str(error)
+    return unusable(sidecar, package.version, gpu, kept.damage(sidecar))
+
+
+def _explain(
+    path: Path,
+    engine: str,
+    shapes: Shapes,
+    *,
+    tf32: bool,
+    targets: list[str] | None,
+    engine_dir: Path | None,
+) -> Told:
+    from tarflow_runtimes.bundle.reader import open_bundle
+    from tarflow_runtimes.engines.trt.gpu import gpu_for
+    from tarflow_runtimes.engines.trt.package import import_package
+    from tarflow_runtimes.engines.trt.supply import Supply, wanted_engines
+
+    package, bundle = import_package(engine), open_bundle(path)
+    supply = Supply(package, bundle, gpu=gpu_for(package), tf32=tf32, targets=targets, folder=engine_dir)
+    engines = [
+        {"block": block, "graph": kind} | supply.explain(block, kind, profiles).to_json()
+        for block, kind, profiles in wanted_engines(bundle, shapes.profiles(bundle.config))
+    ]
+    lines = [
+        f"block {one['block']} {one['graph']}: {'hit' if one['hit'] else 'miss'}, {one['reason']}" for one in engines
+    ]
+    if not all(one["hit"] for one in engines):
+        lines.append("tarflow build with the same options builds what is missing; so does the first use")
+    return {"engines": engines}, lines
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,46 @@
+"""`tarflow encode`: images to the noise that they would be drawn from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tarflow_runtimes.cli.image_verbs import BATCH_SIZE, BatchOption, BundleOption, Files, LabelsOption, opened
+from tarflow_runtimes.cli.options import Engine, EngineDir, Json, Overwrite, Tf32, load_options
+from tarflow_runtimes.cli.shell import command, new_app
+
+app = new_app()
+
+
+@command(app)
+def encode(
+    files: Files,
+    *,
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="PATH", help="z.npy, or z.npz with log_det beside z.")
+    ],
+    bundle: BundleOption = None,
+    engine: Engine = "ort-cpu",
+    tf32: Tf32 = False,
+    engine_dir: EngineDir = None,
+    labels: LabelsOption = None,
+    batch_size: BatchOption = BATCH_SIZE,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Map images to the noise that they would be drawn from, z [B, N, D], and log|det| in nats.
+
+    tarflow infer --noise z.npy --no-denoise maps it back.
+    """
+    import numpy as np
+
+    from tarflow_runtimes.cli.output import check_output, write_arrays
+
+    target = check_output(output, kinds=(".npy", ".npz"), overwrite=overwrite)
+    options = load_options(tf32=tf32, engine_dir=engine_dir) | {"engine": engine}
+    with opened(files, bundle, options, labels=labels, batch_size=batch_size) as work:
+        encoded = work.map(lambda flow, images, classes: flow.encode(images, labels=classes))
+        z, log_det = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
+        written = write_arrays(target, z, key="z", arrays={"log_det": log_det})
+        work.finish([{"log_det": float(value)} for value in log_det], written, as_json=as_json)

@@ -1,0 +1,146 @@
+"""Image files to the model's range and shape: PNG and its like, `.npy`, `.npz`; tokens come as arrays only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tarflow_runtimes.bundle.config import ModelConfig
+from tarflow_runtimes.errors import InputError
+
+CHANNELS_OF_MODE = {"L": 1, "RGB": 3}
+"""Pillow's modes that are taken as they are; palettes are expanded, alpha and 16 bits are refused."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSet:
+    """Images of one or more files and where each came from.
+
+    `values` is float32 [B, C, height, width] in the model's range, or [B, N, D] of a model of tokens; `sources` holds B
+    pairs of a file and its place in that file (None for a file of one image).
+    """
+
+    values: npt.NDArray[np.float32]
+    sources: tuple[tuple[Path, int | None], ...]
+
+    def name(self, index: int) -> str:
+        """`photo.png`, or `arrays.npy[3]` for the fourth image of an array file."""
+        path, place = self.sources[index]
+        return str(path) if place is None else f"{path}[{place}]"
+
+
+def read_images(paths: Sequence[Path], config: ModelConfig) -> ImageSet:
+    """Read files in the order given; an array file holds any number of images.
+
+    Raises:
+        InputError: on a file that cannot be read or does not have the shape of the model's data.
+    """
+    takes = "image files, .npy or .npz" if config.data == "image" else f".npy or .npz files, float32 {_axes(config)}"
+    arrays: list[npt.NDArray[np.float32]] = []
+    sources: list[tuple[Path, int | None]] = []
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}", hint=f"give {takes}")
+        if path.suffix.lower() in (".npy", ".npz"):
+            values = _read_array(path, config)
+            sources += [(path, place) for place in range(len(values))]
+        elif config.data == "tokens":
+            raise InputError(f"{path}: the model's data are tokens, not pictures", hint=f"give {takes}")
+        else:
+            values = _read_picture(path, config)
+            sources.append((path, None))
+        arrays.append(values)
+    return ImageSet(values=np.concatenate(arrays), sources=tuple(sources))
+
+
+def _axes(config: ModelConfig) -> str:
+    """The shape of an array of the model's data, in words."""
+    return f"[B, {', '.join(map(str, config.shape))}]"
+
+
+def _read_picture(path: Path, config: ModelConfig) -> npt.NDArray[np.float32]:
+    """One image [1, C, height, width]; 0 .. 255 becomes -1 .. 1."""
+    from PIL import Image
+
+    channels, size, _ = config.shape
+
+    if channels not in CHANNELS_OF_MODE.values():
+        raise InputError(
+            f"{path}: image files have 1 or 3 channels, the model has {channels}",
+            hint="give a .npy array [B, C, height, width]",
+        )
+    try:
+        with Image.open(path) as opened:
+            picture = (
+                opened.convert("RGB") if opened.mode == "P" and "transparency" not in opened.info else opened.copy()
+            )
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{path}: not an image that can be read", hint="give a PNG or another common image file, .npy or .npz"
+        ) from error
+    if picture.mode not in CHANNELS_OF_MODE:
+        raise InputError(
+            f"{path}: pixels of mode {picture.mode}, expected {' or '.join(CHANNELS_OF_MODE)} of 8 bits",
+            hint="convert the image first; transparency must be flattened",
+        )
+    if CHANNELS_OF_MODE[picture.mode] != channels:
+        raise InputError(
+            f"{path}: {CHANNELS_OF_MODE[picture.mode]} channels, the model has {channels}",
+            hint=f"convert the image to {'greyscale' if channels == 1 else 'RGB'} first",
+        )
+    if picture.size != (size, size):
+        raise InputError(
+            f"{path}: {picture.width}x{picture.height} pixels, the model has {size}x{size}",
+            hint="crop and scale the image first",
+        )
+    pixels = np.asarray(picture, np.float32).reshape(size, size, channels)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]) / np.float32(127.5) - np.float32(1)
+
+
+def _read_array(path: Path, config: ModelConfig) -> npt.NDArray[np.float32]:
+    what, axes = ("images", "C, height, width") if config.data == "image" else ("tokens", "N, D")
+    values = load_float32(path, key="images", what=what)
+    if not values.ndim or values.shape[1:] != config.shape:
+        raise InputError(
+            f"{path}: shape {list(values.shape)}, expected {_axes(config)}", hint=f"{what} are [B, {axes}]"
+        )
+    return values
+
+
+def load_float32(path: Path, *, key: str, what: str) -> npt.NDArray[np.float32]:
+    """A finite float32 array of a `.npy` file, or the array `key` of an `.npz` file; never runs code from the file.
+
+    Raises:
+        InputError: on a file that is missing or damaged, another dtype, or a value that is not finite.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{path}: {'is a folder' if path.is_dir() else 'no such file'}", hint="give a float32 .npy file"
+        )
+    try:
+        with path.open("rb") as file:
+            loaded: Any = np.load(file, allow_pickle=False)
+            array = loaded if isinstance(loaded, np.ndarray) else loaded[key]
+    except KeyError:
+        raise InputError(f"{path}: holds no array named {key!r}", hint=f"save it as np.savez(..., {key}=...)") from None
+    except Exception as error:  # damaged files raise ValueError, BadZipFile, EOFError, zlib.error, ...
+        raise InputError(f"{path}: not a NumPy file that can be read", hint="give a float32 .npy file") from error
+    if array.dtype != np.float32:
+        raise InputError(
+            f"{path}: dtype {array.dtype}, expected float32",
+            hint="np.save(path, array.astype('float32')), in the model's range [-1, 1]"
+            if what == "images"
+            else "np.save(path, array.astype('float32'))",
+        )
+    if array.size == 0:
+        raise InputError(f"{path}: shape {list(array.shape)} holds no {what}", hint="write at least one into it")
+    if not np.isfinite(array).all():
+        raise InputError(
+            f"{path}: {int((~np.isfinite(array)).sum())} values are not finite", hint=f"{what} must be finite numbers"
+        )
+    return array

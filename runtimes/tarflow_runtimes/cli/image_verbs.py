@@ -1,0 +1,127 @@
+"""What the verbs that take image files share: `encode`, `denoise`, `log-prob`, `classify`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tarflow_runtimes.cli.shell import note, print_json, require
+
+if TYPE_CHECKING:
+    from tarflow_runtimes import Flow
+    from tarflow_runtimes.cli.image_input import ImageSet
+
+BATCH_SIZE = 64
+"""Images that run together unless told otherwise."""
+
+Files = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="FILES",
+        help="Image files of the model's size, or .npy and .npz arrays: [B, C, h, w] in -1 .. 1, or tokens [B, N, D].",
+    ),
+]
+BundleOption = Annotated[
+    Path | None,
+    typer.Option("--bundle", metavar="BUNDLE", help="A .tarflow folder. [default: the digits of the package]"),
+]
+LabelsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--labels",
+        metavar="LIST",
+        help="Class of each image, by number or name; null for no class. A shorter list is repeated.",
+    ),
+]
+BatchOption = Annotated[int, typer.Option("--batch-size", metavar="COUNT", help="Images that run together.")]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Work:
+    """One run of a verb: the images read, the model that takes them, and what came out."""
+
+    flow: Flow
+    images: ImageSet
+    labels: list[int] | None
+    batch_size: int
+    seconds: float = 0.0
+
+    def map(self, function: Callable[[Flow, Any, list[int] | None], Any]) -> list[Any]:
+        """The function's result for each batch of images."""
+        from tarflow_runtimes.cli.progress import StepClock
+
+        total = len(self.images.values)
+        results = []
+        with StepClock("images") as clock:
+            for start in range(0, total, self.batch_size):
+                part = slice(start, min(start + self.batch_size, total))
+                labels = None if self.labels is None else self.labels[part]
+                results.append(function(self.flow, self.images.values[part], labels))
+                clock.show(part.stop, total)
+        self.seconds = clock.seconds
+        return results
+
+    def facts(self) -> dict[str, Any]:
+        """What ran: bundle, digest, engine, precision."""
+        bundle, engine = self.flow.bundle, self.flow.engine
+        return {
+            "bundle": str(bundle.path),
+            "digest": bundle.digest,
+            "engine": engine.name,
+            "precision": engine.precision,
+        }
+
+    def finish(
+        self, rows: Sequence[dict[str, Any]], written: Sequence[Path], *, as_json: bool, table: str = ""
+    ) -> None:
+        """Say what came out: JSON, or a row of the table for each image, on stdout; a line about files on stderr."""
+        from tarflow_runtimes.cli.labels import label_name
+        from tarflow_runtimes.cli.output import counted
+
+        named = [{"file": self.images.name(index)} | row for index, row in enumerate(rows)]
+        if self.labels is not None:
+            words = [label_name(label, self.flow.config.labels) for label in self.labels]
+            named = [row | {"label": word} for row, word in zip(named, words, strict=True)]
+        if as_json:
+            files = [str(path) for path in written]
+            print_json(self.facts() | {"images": named, "files": files, "seconds": self.seconds})
+        elif table:
+            for row in named:
+                typer.echo(table.format(**row))
+        if written:
+            what = str(written[0]) if len(written) == 1 else f"{len(written)} files to {written[0].parent}"
+            count = counted(len(rows), self.flow.config)
+            note(f"wrote {what} ({count}, {self.seconds:.1f} s, {self.flow.engine_name})")
+
+
+@contextlib.contextmanager
+def opened(
+    paths: list[Path], bundle: Path | None, options: dict[str, Any], *, labels: str | None, batch_size: int
+) -> Iterator[Work]:
+    """Open the model; read the images and labels that a verb was given."""
+    require(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}", f"leave it out for {BATCH_SIZE}")
+
+    import tarflow_runtimes as tfr
+    from tarflow_runtimes.cli.image_input import read_images
+    from tarflow_runtimes.cli.labels import check_labels, parse_labels, spread
+
+    with tfr.load(bundle, **options) as flow:
+        config = flow.config
+        listed = parse_labels(labels, classes=config.classes, names=config.labels)
+        images = read_images(paths, config)
+        check_labels(listed, len(images.values))
+        classes = spread(listed, len(images.values))
+        yield Work(flow=flow, images=images, labels=classes, batch_size=batch_size)
+
+
+def png_names(images: ImageSet) -> list[str]:
+    """A PNG file for each image, called after the file that it came from; numbered where two would be the same."""
+    stems = [path.stem + ("" if place is None else f"_{place:06d}") for path, place in images.sources]
+    if len(set(stems)) < len(stems):
+        stems = [f"{index:06d}_{stem}" for index, stem in enumerate(stems)]
+    return [f"{stem}.png" for stem in stems]

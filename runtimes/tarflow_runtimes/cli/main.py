@@ -1,0 +1,117 @@
+"""`tarflow VERB`: a table of verbs, each resolved on use, so that the command itself imports nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Verb:
+    """A verb: the `module:app` that runs it, one line of help, and the extra that brings its packages."""
+
+    target: str
+    summary: str
+    extra: str = "ort"
+
+
+VERBS = {
+    "train": Verb(target="tarflow_sdk._train_cli:app", summary="Train a model (needs PyTorch).", extra="train"),
+    "export": Verb(
+        target="tarflow_export._cli:app",
+        summary="Turn a checkpoint into a verified bundle (needs PyTorch).",
+        extra="export",
+    ),
+    "convert": Verb(
+        target="tarflow_export._convert_cli:app",
+        summary="Make a bundle one of half precision or int8.",
+        extra="convert",
+    ),
+    "build": Verb(
+        target="tarflow_runtimes.cli.build:app", summary="Build a bundle's engines for TensorRT.", extra="trt-rtx"
+    ),
+    "cache": Verb(
+        target="tarflow_runtimes.cli.cache:app", summary="Look after the engines that were built.", extra="trt-rtx"
+    ),
+    "infer": Verb(target="tarflow_runtimes.cli.infer:app", summary="Draw images from a bundle."),
+    "encode": Verb(target="tarflow_runtimes.cli.encode:app", summary="Map images to noise and log|det|."),
+    "denoise": Verb(target="tarflow_runtimes.cli.denoise:app", summary="Take the training noise out of images."),
+    "log-prob": Verb(target="tarflow_runtimes.cli.log_prob:app", summary="Log-probability and bits/dim of images."),
+    "classify": Verb(target="tarflow_runtimes.cli.classify:app", summary="Class posteriors of images."),
+    "bench": Verb(target="tarflow_runtimes.cli.bench:app", summary="Measure how fast a bundle decodes here."),
+    "tune": Verb(target="tarflow_runtimes.cli.tune:app", summary="Find the fastest way to decode on this machine."),
+    "doctor": Verb(target="tarflow_runtimes.cli.doctor:app", summary="Say which engines are ready on this machine."),
+    "inspect": Verb(target="tarflow_runtimes.cli.inspect:app", summary="Say what a bundle holds."),
+    "verify": Verb(target="tarflow_runtimes.cli.verify:app", summary="Repeat a bundle's verification on an engine."),
+}
+
+RENAMED = {"score": "log-prob"}
+"""Verbs that are now called otherwise."""
+
+
+def main() -> NoReturn:
+    """Entry point of the console script `tarflow`."""
+    try:
+        dispatch(sys.argv[1:])
+    except KeyboardInterrupt:  # while a module loads
+        raise SystemExit(130) from None
+
+
+def dispatch(arguments: Sequence[str]) -> NoReturn:
+    """Run the verb that the arguments name."""
+    match list(arguments):
+        case [] | ["--help" | "-h" | "help"]:
+            _say(_help())
+            raise SystemExit(0)
+        case ["--version"]:
+            from importlib.metadata import version
+
+            _say(f"tarflow {version('tarflow-sdk')}")
+            raise SystemExit(0)
+        case ["help", verb]:
+            arguments = [verb, "--help"]
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        _unknown(verb)
+    from tarflow_runtimes.cli.shell import run
+
+    def app(**options: object) -> object:
+        # inside `run`, which turns a package that is not installed into one line
+        from importlib import import_module
+
+        module, _, attribute = VERBS[verb].target.partition(":")
+        return getattr(import_module(module), attribute)(**options)
+
+    run(app, rest, name=f"tarflow {verb}", extra=VERBS[verb].extra)
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return f"""Usage: tarflow VERB [OPTIONS] ...
+
+  Train, export, sample and evaluate transformer autoregressive flows.
+
+Verbs:
+{verbs}
+
+Options:
+  --version  Print the version and exit.
+  --help     Show this message and exit; tarflow VERB --help describes a verb.
+"""
+
+
+def _unknown(verb: str) -> NoReturn:
+    from difflib import get_close_matches
+
+    what = "option" if verb.startswith("-") else "verb"
+    near = get_close_matches(verb, [*VERBS, *RENAMED], n=1)
+    hint = f"did you mean tarflow {RENAMED.get(near[0], near[0])}?" if near else f"the verbs are {', '.join(VERBS)}"
+    sys.stderr.write(f"error: unknown {what} {verb!r}\nhint: {hint}\n")
+    raise SystemExit(2)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text.rstrip("\n") + "\n")

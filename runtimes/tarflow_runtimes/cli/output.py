@@ -1,0 +1,165 @@
+"""`-o`: where pictures and arrays go; checked before any work, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tarflow_runtimes.bundle.config import ModelConfig
+from tarflow_runtimes.errors import InputError
+from tarflow_runtimes.io.pictures import grid, save_png, to_uint8
+
+Kind = Literal[".png", ".npy", ".npz", ".json", "folder"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """A place to write to, known to be writable and free: `kind` says what is written there."""
+
+    path: Path
+    kind: Kind
+    overwrite: bool
+
+
+def check_output(text: str, *, kinds: Sequence[Kind], overwrite: bool, option: str = "-o") -> Output:
+    """Read `-o` and make sure that it can be written; creates nothing.
+
+    Raises:
+        InputError: on another ending, a missing or unwritable parent folder, or an existing file without `overwrite`.
+    """
+    path = Path(text)
+    is_folder = "folder" in kinds and (text.endswith(("/", os.sep)) or path.is_dir())
+    kind: Any = "folder" if is_folder else path.suffix.lower()
+    if not text or kind not in kinds:
+        endings = ", ".join("/ (a folder)" if kind == "folder" else kind for kind in kinds)
+        raise InputError(f"{option} {text}: cannot tell what to write", hint=f"the name must end in {endings}")
+    parent = path.parent
+    if not parent.is_dir():
+        raise InputError(f"{option} {text}: the folder {parent} does not exist", hint=f"mkdir -p {parent}")
+    if path.is_dir() != is_folder and path.exists():
+        raise InputError(
+            f"{option} {text}: is {'a folder' if path.is_dir() else 'not a folder'}", hint="give another name"
+        )
+    if path.exists() and not is_folder and not overwrite:
+        raise InputError(f"{option} {text}: exists already", hint="add --overwrite, or give another name")
+    try:
+        with tempfile.TemporaryFile(dir=path if path.is_dir() else parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{option} {text}: cannot write there ({error.strerror})", hint="give a folder that you may write to"
+        ) from error
+    return Output(path=path, kind=kind, overwrite=overwrite)
+
+
+def check_pictures(output: Output, config: ModelConfig, *, names: Sequence[str]) -> None:
+    """Make sure that the model's images can be PNG files, and that a folder holds none of these names yet.
+
+    Raises:
+        InputError: when not.
+    """
+    if output.kind not in (".png", "folder"):
+        return
+    if config.data == "tokens":
+        raise InputError(
+            f"-o {output.path}: the model's data are tokens, of which there is no picture",
+            hint="write them as an array: -o samples.npy",
+        )
+    if config.image_channels not in (1, 3):
+        raise InputError(
+            f"-o {output.path}: PNG files have 1 or 3 channels, the model has {config.image_channels}",
+            hint="write the images as an array: -o images.npy",
+        )
+    if output.kind == "folder" and not output.overwrite:
+        taken = [name for name in names if (output.path / name).exists()]
+        if taken:
+            raise InputError(
+                f"-o {output.path}: holds {taken[0]} already", hint="add --overwrite, or give another folder"
+            )
+
+
+def write_pictures(
+    output: Output,
+    images: npt.NDArray[np.float32],
+    *,
+    names: Sequence[str],
+    text: Mapping[str, str],
+    arrays: Mapping[str, Any],
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+) -> list[Path]:
+    """Write images as a grid, a folder of PNG files, or an array, and tokens as an array; returns the files written.
+
+    `names` are the files in a folder, `text` goes into each PNG file, `arrays` joins the images in an `.npz` file,
+    `columns` and `captions` shape the grid.
+    """
+    if output.kind in (".npy", ".npz"):
+        return write_arrays(output, images, key="images", arrays=arrays)
+    levels = to_uint8(images)
+    if output.kind == ".png":
+        sheet = grid(levels, columns=columns, captions=captions)
+        publish(output.path, lambda path: save_png(path, sheet, text))
+        return [output.path]
+    with _new_folder(output.path), _scratch_folder(output.path) as scratch:
+        for name, image in zip(names, levels, strict=True):
+            save_png(scratch / name, image, text)
+        for name in names:
+            (scratch / name).replace(output.path / name)
+    return [output.path / name for name in names]
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[None]:
+    """Make the folder if it is not there, and take it away again when writing into it fails."""
+    created = not path.exists()
+    path.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if created:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def write_arrays(output: Output, main: npt.NDArray[Any], *, key: str, arrays: Mapping[str, Any]) -> list[Path]:
+    """Write `main` as an `.npy` file, or with `arrays` beside it as an `.npz` file; returns the file written."""
+
+    def save(path: Path) -> None:
+        with path.open("wb") as file:
+            if output.kind == ".npy":
+                np.save(file, main)
+            else:
+                np.savez(file, **{key: main, **arrays})
+
+    publish(output.path, save)
+    return [output.path]
+
+
+def counted(n: int, config: ModelConfig) -> str:
+    """`3 images`, or `3 samples` of tokens."""
+    return f"{n} {'image' if config.data == 'image' else 'sample'}{'s' * (n != 1)}"
+
+
+def publish(path: Path, save: Callable[[Path], None]) -> None:
+    """Write beside `path` and rename into place, so that a reader never sees half a file."""
+    with _scratch_folder(path.parent) as scratch:
+        save(scratch / path.name)
+        (scratch / path.name).replace(path)
+
+
+@contextlib.contextmanager
+def _scratch_folder(parent: Path) -> Iterator[Path]:
+    scratch = Path(tempfile.mkdtemp(prefix=".tarflow-", dir=parent))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

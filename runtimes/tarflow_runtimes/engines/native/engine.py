@@ -1,0 +1,195 @@
+"""`NativeEngine`: sequential decoding in the native kernel, one call a block; everything else on ONNX Runtime.
+
+The kernel takes all steps of all images of a block in one call, outside the interpreter. Its bits depend on the
+weights, the noise and the conditions of an image alone: not on the batch, the threads or the processor.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from tarflow_runtimes.bundle.reader import Bundle
+from tarflow_runtimes.decode.plan import BlockReport, Sequential
+from tarflow_runtimes.decode.turn import Conditions, Floats, Integers, OnTurn, Turn
+from tarflow_runtimes.engines.api import Cotangent
+from tarflow_runtimes.engines.native.library import CANCELLED, Block, NativeError, Watch, open_library
+from tarflow_runtimes.engines.ort_cpu.cpus import cpu_name, usable_cpus
+from tarflow_runtimes.engines.ort_cpu.engine import OrtCpuEngine
+from tarflow_runtimes.errors import EngineError
+
+PRECISIONS: Final = ("float32", "bfloat16", "int8")
+"""What the kernel reads; activations are float32."""
+
+PACKED_BYTES: Final = 4 << 30
+"""Packed blocks that are kept; models that are larger pack each block anew in its turn."""
+
+LOOK: Final = 0.02
+"""Seconds between two looks at the progress of a call."""
+
+
+class NativeEngine:
+    """The native kernel on the CPU. What it does not do, `forward`, `vjp` and windows, is ONNX Runtime's.
+
+    Raises:
+        EngineError: when the library is not there, or the bundle is of a precision that the kernel does not read.
+    """
+
+    name = provider = "native"
+    to_device = None
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._library = open_library()
+        if bundle.precision not in PRECISIONS:
+            raise EngineError(
+                f"engine native reads {', '.join(PRECISIONS)}, bundle {bundle.path.name} is of {bundle.precision}",
+                hint="use engine ort-cpu",
+            )
+        self.bundle = bundle
+        self.precision: str = bundle.precision
+        self._threads = usable_cpus()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._blocks: dict[int, Block] = {}
+        self._rest: OrtCpuEngine | None = None
+
+    def to_host(self, given: object) -> object:
+        """What was given."""
+        return given
+
+    def invert(
+        self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
+    ) -> tuple[Floats, tuple[BlockReport, ...]]:
+        """Invert blocks one after the other, each from what the one before made."""
+        x, reports = noise, []
+        for number, turn in enumerate(turns):
+            on_done = None if on_step is None else functools.partial(on_step, number)
+            if isinstance(turn.strategy, Sequential):
+                x, report = self._sequential(turn, x, conditions, on_done)
+            else:
+                heard = None if on_done is None else (lambda _, done, tell=on_done: tell(done))
+                x, (report,) = self._ort_cpu().invert([turn], x, conditions, heard)
+            reports.append(report)
+        return x, tuple(reports)
+
+    def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
+        """Patches [B, N, D], labels [B] -> (z [B, N, D], log|det| [B], nats) of one block."""
+        return self._ort_cpu().forward(block, patches, labels)
+
+    def vjp(
+        self, blocks: Sequence[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
+    ) -> tuple[Floats, Floats]:
+        """Patches -> (z after these blocks, d/d patches of (c . z + sum of log|det|)) with c = `cotangent`(z)."""
+        return self._ort_cpu().vjp(blocks, patches, labels, cotangent)
+
+    def report(self) -> Mapping[str, Any]:
+        """The kernel, threads and device."""
+        return {
+            "engine": self.name,
+            "kernel": self._library.kernels[0],
+            "threads": self._threads,
+            "weights": self.precision,
+            "device": f"{cpu_name()}, {self._threads} CPUs",
+        }
+
+    def close(self) -> None:
+        """Free the packed blocks and the sessions; calls that are running end as they would have."""
+        with self._lock:
+            self._closed = True
+            self._blocks.clear()
+            if self._rest is not None:
+                self._rest.close()
+
+    def _sequential(
+        self, turn: Turn, noise: Floats, conditions: Conditions, on_done: Callable[[int], object] | None
+    ) -> tuple[Floats, BlockReport]:
+        """One patch after the other; images without guidance run with one branch, apart from the others."""
+        last = noise.shape[1] - 1
+        steps = last if turn.steps is None else min(turn.steps, last)
+        block, is_reversed = self._block(turn.block), self.bundle.blocks[turn.block].is_reversed
+        ordered = np.array(noise[:, ::-1] if is_reversed else noise, np.float32, order="C")  # the result, in time
+        guided = conditions.guidance.any(axis=(1, 2)) & (conditions.branches == 2)
+        groups = [np.flatnonzero(guided == has_guidance) for has_guidance in (False, True)]
+        done = 0
+        for branches, images in enumerate(groups, start=1):
+            if not len(images):
+                continue
+            given = conditions.of(images, branches)
+            run = functools.partial(
+                self._library.invert,
+                block,
+                ordered[images],
+                labels=given.labels,
+                guidance=given.guidance if branches == 2 else None,
+                inverse_temperature=given.inverse_temperature,
+                branches=branches,
+                steps=steps,
+                threads=self._threads,
+            )
+            share, before = len(images) / len(noise), done
+
+            def tell(of_group: int, share: float = share, before: int = before) -> None:
+                if on_done is not None:
+                    on_done(before + int(of_group * share))
+
+            ordered[images] = _watched(run, len(images), tell)
+            done += int(steps * share)
+        if on_done is not None and done < steps:
+            on_done(steps)
+        x = np.ascontiguousarray(ordered[:, ::-1]) if is_reversed else ordered
+        return x, BlockReport(block=turn.block, strategy=turn.strategy, calls=(steps,) * len(noise))
+
+    def _block(self, number: int) -> Block:
+        """A packed block; those used longest ago go when many are kept."""
+        with self._lock:
+            if self._closed:
+                raise EngineError("the engine is closed", hint="load the bundle again")
+            block = self._blocks.pop(number, None) or self._library.pack(self.bundle, number)
+            self._blocks[number] = block
+            while len(self._blocks) > max(1, PACKED_BYTES // block.packed.nbytes):
+                del self._blocks[next(iter(self._blocks))]
+            return block
+
+    def _ort_cpu(self) -> OrtCpuEngine:
+        """What runs the rest, opened when first needed."""
+        with self._lock:
+            if self._closed:
+                raise EngineError("the engine is closed", hint="load the bundle again")
+            if self._rest is None:
+                self._rest = OrtCpuEngine(self.bundle)
+            return self._rest
+
+
+def _watched(run: Callable[..., Floats], images: int, on_done: Callable[[int], object]) -> Floats:
+    """Run a call of the kernel in a thread; tell of its steps from this one, and end it when this is interrupted."""
+    watch, made, failed = Watch(), [], []
+
+    def call() -> None:
+        try:
+            made.append(run(watch=watch))
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            failed.append(error)
+
+    thread, told = threading.Thread(target=call, name="tarflow-native", daemon=True), 0
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(LOOK)
+            done = int(watch.progress[0]) // images
+            if done > told:
+                told = done
+                on_done(done)
+    except BaseException:  # Ctrl-C, or what on_done raises: no kernel may go on after the call has ended
+        watch.cancel[0] = 1
+        thread.join()
+        raise
+    if failed:
+        error = failed[0]
+        if isinstance(error, NativeError) and error.status == CANCELLED:
+            raise EngineError("the native kernel was cancelled by nobody", hint="report this") from error
+        raise error
+    return made[0]

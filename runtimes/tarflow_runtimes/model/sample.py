@@ -1,0 +1,63 @@
+"""`Sample`: what the sampler returns, with the ways to look at it and to keep it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tarflow_runtimes.decode.plan import DecodeReport
+from tarflow_runtimes.engines.gpu.array import DeviceArray
+from tarflow_runtimes.io.pictures import save_images, to_uint8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sample:
+    """Images drawn by `Flow.sample`.
+
+    `images` is float32 [B, C, height, width] in the model's range, about [-1, 1] and not clipped, or [B, N, D] of a
+    model of tokens; `seed` is that of the noise, or one for each image, None when the caller gave the noise; `metadata`
+    says how the images were made, and goes into PNG files; `report` says how the blocks were inverted; `to_device`
+    copies arrays to the engine's device, where it has one.
+    """
+
+    images: npt.NDArray[np.float32]
+    seed: int | tuple[int, ...] | None
+    first_index: int = 0
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    report: DecodeReport = dataclasses.field(default_factory=DecodeReport)
+    to_device: Callable[[npt.NDArray[np.float32]], DeviceArray] | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def images_device(self) -> DeviceArray | None:
+        """The images [B, C, height, width] in the memory of the engine's device; None where the engine has none.
+
+        Every access copies them there once more, so keep it. `torch.from_dlpack(sample.images_device)` and CuPy's
+        `from_dlpack` take it without a copy (it has `__dlpack__` and `__cuda_array_interface__`), and its memory lives
+        as long as it or what was made of it, also when the Flow is closed.
+        """
+        return None if self.to_device is None else self.to_device(self.images)
+
+    def uint8(self) -> npt.NDArray[np.uint8]:
+        """The images as 8-bit values [B, height, width, C]: rint(127.5 * clip(x, -1, 1) + 127.5).
+
+        Raises:
+            InputError: when a value is not finite.
+        """
+        return to_uint8(self.images)
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write `grid.png`, a folder of PNG files, `images.npy` or `images.npz`; returns the files written.
+
+        A file that is there already is replaced; a failed save leaves nothing new behind.
+
+        Raises:
+            InputError: when the images cannot be written there or not in this format.
+        """
+        seed = {} if self.seed is None else {"seed": self.seed}
+        text = {f"tarflow:{key}": value for key, value in self.metadata.items()}
+        return save_images(path, self.images, text=text, arrays=seed, first_index=self.first_index)

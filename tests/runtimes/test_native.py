@@ -1,0 +1,142 @@
+"""Engine `native` in the runtime: the same pictures as ort-cpu, one set of bits, progress, cancelling, refusals."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+import tarflow_runtimes as tfr
+from tarflow_runtimes.doctor.requirements import NATIVE_BUILD, native_library
+
+is_built = pytest.mark.skipif(native_library() is None, reason=f"the native kernel was not built: {NATIVE_BUILD}")
+
+GUIDANCE = {
+    "plain": 0.0,
+    "guided": tfr.Guidance(weight=1.5, attention_temperature=0.7),
+    "annealed": tfr.Guidance(weight=2.0, guide="b", attention_temperature=1.4, anneal=True),
+}
+MODELS = ["class_n16", "unconditional", "three_blocks", "no_nvp", "no_nvp_unconditional", "one_head", "tokens"]
+
+
+@pytest.fixture(scope="module")
+def native(exported: Callable) -> Iterator[Callable[..., tfr.Flow]]:
+    """`native(name, precision)`: an open flow on the engine."""
+    opened: dict[tuple[str, str], tfr.Flow] = {}
+
+    def get(name: str, precision: str = "float32") -> tfr.Flow:
+        key = name, precision
+        return opened.setdefault(key, opened.get(key) or tfr.load(exported(name, precision).path, engine="native"))
+
+    yield get
+    for flow in opened.values():
+        flow.close()
+
+
+@is_built
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", GUIDANCE)
+def test_pictures_are_those_of_ort_cpu(exported, flows, native, name, kind):
+    noise, labels = exported(name).latents(5), exported(name).labels(5)
+    found = native(name).decode(noise, labels, guidance=GUIDANCE[kind])
+    np.testing.assert_array_equal(noise, exported(name).latents(5), "the caller's noise was written to")
+    np.testing.assert_allclose(found, flows(name).decode(noise, labels, guidance=GUIDANCE[kind]), rtol=0, atol=2e-5)
+
+
+@is_built
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_rounded_weights(exported, flows, native, precision):
+    noise, labels = exported("class").latents(3), exported("class").labels(3)
+    whole, rounded = flows("class").decode(noise, labels), native("class", precision).decode(noise, labels)
+    assert 1e-5 < np.abs(rounded - whole).max() < 0.05
+    assert native("class", precision).engine_report["weights"] == precision
+
+
+@is_built
+def test_an_image_has_one_set_of_bits(native):
+    """In any batch, beside guided and unguided ones."""
+    flow = native("class_n16")
+    guidance = [GUIDANCE["guided"], 0.0, GUIDANCE["annealed"], 0.0, GUIDANCE["guided"]]
+    labels, seeds = [0, 1, 2, None, 0], [3, 1, 4, 1, 5]
+    together = flow.sample(5, labels=labels, seed=seeds, guidance=guidance, denoise=False).images
+    for i in range(5):
+        alone = flow.sample(1, labels=labels[i : i + 1], seed=seeds[i], guidance=guidance[i], denoise=False).images[0]
+        np.testing.assert_array_equal(alone, together[i])
+    whole = flow.sample(40, seed=2, denoise=False).images
+    np.testing.assert_array_equal(flow.sample(40, seed=2, denoise=False, batch_size=7).images, whole)
+
+
+@is_built
+def test_everything_else_is_that_of_ort_cpu(exported, flows, native):
+    source, flow, other = exported("class"), native("class"), flows("class")
+    images, labels = source.images(3), source.labels(3)
+    np.testing.assert_array_equal(flow.log_prob(images, labels), other.log_prob(images, labels))
+    np.testing.assert_array_equal(flow.denoise(images, labels), other.denoise(images, labels))
+    plan = tfr.Parallel(window=2, tolerance=1e-5)
+    noise = source.latents(2)
+    np.testing.assert_array_equal(flow.decode(noise, plan=plan), other.decode(noise, plan=plan))
+
+
+@is_built
+def test_progress_and_cancelling(native):
+    flow = native("class_n16")
+    told: list[tfr.Step] = []
+    expected = flow.sample(20, seed=0, denoise=False, on_step=told.append).images
+    steps = [step.step for step in told]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == told[-1].total == 2 * 15
+    threads = threading.active_count()
+    with pytest.raises(tfr.Cancelled):
+        flow.sample(20, seed=0, on_step=lambda _: False)
+    assert threading.active_count() == threads
+    np.testing.assert_array_equal(flow.sample(20, seed=0, denoise=False).images, expected)
+
+
+@is_built
+def test_ctrl_c_ends_the_kernel(native):
+    flow = native("class_n16")
+    threads = threading.active_count()
+
+    def interrupt(_: tfr.Step) -> None:
+        _thread.interrupt_main()
+
+    def draw() -> None:
+        for _ in range(100):
+            flow.sample(200, seed=0, denoise=False, on_step=interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        draw()
+    assert threading.active_count() == threads
+
+
+@is_built
+def test_what_it_does_not_run(exported):
+    with pytest.raises(tfr.EngineError, match=r"int8, bundle class\.tarflow is of float16") as caught:
+        tfr.load(exported("class", "float16").path, engine="native")
+    assert "ort-cpu" in caught.value.hint
+    with tfr.load(exported("class", "bfloat16").path, engine="native") as flow:
+        assert np.isfinite(flow.sample(1, seed=0, denoise=False).images).all()
+        with pytest.raises(tfr.EngineError, match="no graphs for ort-cpu"):
+            flow.sample(1, seed=0)
+    flow = tfr.load(exported("class").path, engine="native")
+    flow.close()
+    with pytest.raises(tfr.EngineError, match="closed"):
+        flow.sample(1, seed=0)
+
+
+def test_a_library_that_is_not_there_says_how_to_build_it(exported, monkeypatch, tmp_path):
+    from tarflow_runtimes.engines.native import library
+
+    library.open_library.cache_clear()
+    monkeypatch.setattr(library, "native_library", lambda: None)
+    with pytest.raises(tfr.EngineError, match="was not built") as caught:
+        tfr.load(exported("class").path, engine="native")
+    assert caught.value.hint == NATIVE_BUILD
+    (tmp_path / "other.so").write_bytes(b"not a library")
+    monkeypatch.setattr(library, "native_library", lambda: tmp_path / "other.so")
+    with pytest.raises(tfr.EngineError, match="does not load"):
+        tfr.load(exported("class").path, engine="native")
+    library.open_library.cache_clear()
