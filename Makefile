@@ -61,7 +61,7 @@ format: $(VENV)/ready
 clean:
 	rm -rf $(VENV) build mnist.tarflow demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# make native   the native kernel, build/native/libtarflow_native.so (needs a C++ compiler)
+# make native   the native kernel, put into the package (needs a C++ compiler)
 # make native-wasm   the same as a WebAssembly module (needs clang and lld)
 # make native-deps   what test-native runs besides, from Debian's packages
 # make test-native   its tests: exactness, bits, sanitizers, WebAssembly under Node, aarch64 under an emulator
@@ -70,7 +70,7 @@ NATIVE_PACKAGES = clang cmake g++ g++-aarch64-linux-gnu libc6-dev-arm64-cross ll
 .PHONY: native native-wasm native-deps test-native
 
 native:
-	$(PYTHON) runtimes/native/native_build.py --output build/native
+	$(PYTHON) runtimes/native/native_build.py --output build/native --into runtimes/tarflow_runtimes/engines/native
 
 native-wasm:
 	$(PYTHON) runtimes/native/native_build.py --output build/native --wasm --compiler clang++

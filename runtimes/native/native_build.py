@@ -1,6 +1,6 @@
 """Build the shared library with one compiler call for each object and one to link; no CMake.
 
-    python runtimes/native/native_build.py [--output FOLDER] [--compiler CXX] [--flags "-fsanitize=thread -g"]
+    python runtimes/native/native_build.py [--output FOLDER] [--into FOLDER] [--compiler CXX] [--flags "-g"]
 
 Prints the library's path. `build` is what a package's build hook calls.
 """
@@ -84,12 +84,26 @@ def compile_objects(
         return list(pool.map(compile_one, parts.items()))
 
 
-def build(output: Path, *, cxx: str, architecture: str | None = None, flags: tuple[str, ...] = ()) -> Path:
-    """Compile and link into the folder `output`; returns the library. Raises subprocess.CalledProcessError."""
+def build(
+    output: Path,
+    *,
+    cxx: str,
+    folder: Path | None = None,
+    architecture: str | None = None,
+    flags: tuple[str, ...] = (),
+) -> Path:
+    """Compile and link in the folder `output`; returns the library, which goes to `folder` if that is given.
+
+    It appears complete or not at all: a process that runs the one before keeps it.
+
+    Raises:
+        subprocess.CalledProcessError: when the compiler or the linker fails.
+    """
     made = compile_objects(output, cxx=cxx, architecture=architecture, flags=flags)
-    library = output / library_name()
-    subprocess.run([cxx, "-shared", *flags, *map(str, made), "-pthread", "-o", str(library)], check=True)
-    return library
+    library = (folder or output) / library_name()
+    linked = library.with_name(f"{library.name}.{os.getpid()}")
+    subprocess.run([cxx, "-shared", *flags, *map(str, made), "-pthread", "-o", str(linked)], check=True)
+    return linked.replace(library)
 
 
 def build_wasm(output: Path, *, cxx: str, flags: tuple[str, ...] = ()) -> Path:
@@ -112,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="build the native kernel of TarFlow")
     parser.add_argument("--output", type=Path, default=Path("build/native"))
     parser.add_argument("--compiler", default=compiler())
+    parser.add_argument("--into", type=Path, help="folder that the library goes to; by default that of --output")
     parser.add_argument("--architecture", help="x86_64, aarch64; by default this machine's")
     parser.add_argument("--flags", default="", help="more flags for compiling and linking")
     parser.add_argument(
@@ -124,7 +139,15 @@ def main() -> None:
     if arguments.wasm:
         print(build_wasm(arguments.output, cxx=arguments.compiler, flags=flags))
         return
-    print(build(arguments.output, cxx=arguments.compiler, architecture=arguments.architecture, flags=flags))
+    print(
+        build(
+            arguments.output,
+            cxx=arguments.compiler,
+            folder=arguments.into,
+            architecture=arguments.architecture,
+            flags=flags,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from tarflow_export import convert_bundle, export_bundle
-from tarflow_runtimes._bundle import Bundle, open_bundle  # the table of tensors is no public name
-from tarflow_runtimes._engine import Conditions, Turn  # what both sides are given, an engine's protocol
-from tarflow_runtimes._engines import Options, open_engine
-from tarflow_runtimes._plan import Sequential
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle  # the table of tensors is no public name
+from tarflow_runtimes.decode.plan import Sequential
+from tarflow_runtimes.decode.turn import Conditions, Turn  # what both sides are given, an engine's protocol
+from tarflow_runtimes.engines.open import Options, open_engine
 from tarflow_sdk import FlowConfig, TarFlow
 from tarflow_sdk.testing import random_model, tiny_config, tiny_token_config
 

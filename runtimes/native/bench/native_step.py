@@ -50,10 +50,10 @@ def seconds(run: Callable[[], object]) -> float:
 def main() -> None:
     options = parse()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
-    from tarflow_runtimes._bundle import open_bundle
-    from tarflow_runtimes._engine import Conditions, Turn
-    from tarflow_runtimes._engines import Options, open_engine
-    from tarflow_runtimes._plan import Sequential
+    from tarflow_runtimes.bundle.reader import open_bundle
+    from tarflow_runtimes.decode.plan import Sequential
+    from tarflow_runtimes.decode.turn import Conditions, Turn
+    from tarflow_runtimes.engines.open import Options, open_engine
 
     bundle, library = open_bundle(options.bundle), Library(options.library)
     config = bundle.config
@@ -70,8 +70,8 @@ def main() -> None:
             branches = 2 if weight else 1
             rng = np.random.default_rng(0)
             noise = rng.standard_normal((batch, config.patches, config.patch_values), dtype=np.float32)
-            if bundle.prior is not None:
-                noise *= np.sqrt(bundle.prior)
+            if bundle.prior_variance is not None:
+                noise *= np.sqrt(bundle.prior_variance)
             labels = None
             if config.classes:
                 null = np.full(batch, config.classes)
