@@ -152,8 +152,8 @@ def test_tokens(tarflow: Callable, token_bundle: Path) -> None:
     [
         (("log-prob", "a.png"), "a.png: the model's data are tokens, not pictures"),
         (("encode", "c.npy", "-o", "z.npy"), "shape [3, 1, 8, 8], expected [B, 5, 3]"),
-        (("denoise", "x.npy", "-o", "x.png"), "-o x.png: the model's data are tokens"),
-        (("denoise", "x.npy", "-o", "x/"), "-o x: the model's data are tokens"),
+        (("denoise", "x.npy", "-o", "x.png"), "-o x.png: the data are tokens"),
+        (("denoise", "x.npy", "-o", "x/"), "-o x/: the data are tokens"),
     ],
 )
 def test_there_are_no_pictures_of_tokens(

@@ -130,8 +130,8 @@ def test_tokens(tarflow: Callable, token_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message", "mended"),
     [
-        (("-o", "x.png"), "-o x.png: the model's data are tokens", "-o samples.npy"),
-        (("-o", "x/"), "-o x: the model's data are tokens", "-o samples.npy"),
+        (("-o", "x.png"), "-o x.png: the data are tokens", ".npy or .npz"),
+        (("-o", "x/"), "-o x/: the data are tokens", ".npy or .npz"),
         (("--captions",), "--captions are written into a grid only", "leave --captions out"),
     ],
 )
@@ -276,7 +276,7 @@ def test_engines_that_are_not_there_say_how_to_install_them(refused: Callable, c
 
 def test_other_models(refused: Callable, colour_bundle: Path, deep_bundle: Path) -> None:
     assert "the model has no classes" in refused("infer", colour_bundle, "--labels", "0").err
-    assert "PNG files have 1 or 3 channels, the model has 2" in refused("infer", deep_bundle, "--no-denoise").err
+    assert "PNG files have 1 or 3 channels, the images have 2" in refused("infer", deep_bundle, "--no-denoise").err
     assert "--no-denoise" in refused("infer", deep_bundle, "-o", "x.npy").err
 
 

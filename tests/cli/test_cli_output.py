@@ -6,28 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tarflow_runtimes.bundle.config import ModelConfig
-from tarflow_runtimes.cli.image_input import read_images
-from tarflow_runtimes.cli.output import Output, check_output, grid, write_arrays
 from tarflow_runtimes.errors import InputError
-from tarflow_runtimes.io.pictures import to_uint8
+from tarflow_runtimes.io.pictures import grid, to_uint8
+from tarflow_runtimes.io.read import read_images
+from tarflow_runtimes.io.write import Output, check_output, write_arrays
 
-
-def model(**shape: int) -> ModelConfig:
-    """The configuration of a model of these images or tokens."""
-    rest = {"width": 64, "blocks": 2, "layers": 2, "head_dim": 32, "classes": 0, "nvp": True}
-    return ModelConfig(**shape, **rest, noise="gaussian", noise_std=None, labels=None)  # type: ignore[arg-type]
-
-
-GREY = model(image_size=8, image_channels=1, patch_size=4)
-COLOUR = model(image_size=8, image_channels=3, patch_size=4)
-TOKENS = model(tokens=5, token_values=3)
+GREY, COLOUR, TOKENS = (1, 8, 8), (3, 8, 8), (5, 3)
 
 
 def test_levels_of_a_picture_come_back(tmp_path: Path) -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(levels).save(tmp_path / "all.png")
-    images = read_images([tmp_path / "all.png"], model(image_size=16, image_channels=1, patch_size=4))
+    images = read_images([tmp_path / "all.png"], (1, 16, 16))
     assert images.values.dtype == np.float32
     assert images.values.shape == (1, 1, 16, 16)
     assert (images.values.min(), images.values.max()) == (-1.0, 1.0)
@@ -63,7 +53,7 @@ def test_images_without_a_caption_font_problem() -> None:
 def test_array_files_are_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     path.write_text("old")
-    output = Output(path=path, kind=".npz", overwrite=True)
+    output = Output(name="-o x.npz", path=path, kind=".npz", overwrite=True)
 
     class Broken:
         def __array__(self, *_: object, **__: object) -> np.ndarray:
@@ -149,4 +139,4 @@ def test_missing_files_and_models_without_pictures(tmp_path: Path) -> None:
         read_images([tmp_path], GREY)
     Image.new("L", (8, 8)).save(tmp_path / "grey.png")
     with pytest.raises(InputError, match="the model has 2"):
-        read_images([tmp_path / "grey.png"], model(image_size=8, image_channels=2, patch_size=4))
+        read_images([tmp_path / "grey.png"], (2, 8, 8))

@@ -138,6 +138,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert listed(tmp_path) == ["images.npy"]
 
 
+def test_a_failed_folder_leaves_nothing_new(tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(tfr.InputError, match=f"{tmp_path}/folder: .*No space left"):
+        sample().save(tmp_path / "folder")
+    assert listed(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["grid.png", "folder"])
+def test_tokens_are_no_pictures(tmp_path, name):
+    tokens = Sample(images=np.zeros((2, 5, 3), np.float32), seed=0)
+    with pytest.raises(tfr.InputError, match=f"{tmp_path / name}.*tokens"):
+        tokens.save(tmp_path / name)
+    assert tokens.save(tmp_path / "tokens.npy") == [tmp_path / "tokens.npy"]
+    assert listed(tmp_path) == ["tokens.npy"]
+
+
 def test_a_flow_says_how_its_images_were_made(flows):
     flow = flows("class")
     made = flow.sample(2, labels=[0, 1], seed=3, guidance=1.5, first_index=4, denoise=False)

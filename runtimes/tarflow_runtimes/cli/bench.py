@@ -19,7 +19,7 @@ from tarflow_runtimes.cli.shell import command, json_text, new_app, note, printa
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tarflow_runtimes.cli.output import Output
+    from tarflow_runtimes.io.write import Output
     from tarflow_runtimes.measure.bench_results import BenchResult, CaseResult
 
 app = new_app()
@@ -78,8 +78,8 @@ def bench(
     require(good, f"--tolerance must be a finite number and not negative, got {tolerance}", "1e-5 is usual")
 
     # These load NumPy: not before --help and the checks above.
-    from tarflow_runtimes.cli.output import check_output
     from tarflow_runtimes.cli.progress import StepClock
+    from tarflow_runtimes.io.write import check_output
     from tarflow_runtimes.measure.bench import bench as run_bench
     from tarflow_runtimes.measure.bench import parallel_of
 
@@ -114,7 +114,7 @@ def bench(
 
 def _write(result: BenchResult, data: Output | None, plot: Output | None) -> None:
     """Both files, each whole or not at all; everything is made before the first is written."""
-    from tarflow_runtimes.cli.output import publish
+    from tarflow_runtimes.io.write import publish
     from tarflow_runtimes.measure.bench_plot import draw_plot
 
     files: list[tuple[Output, bytes]] = []

@@ -54,17 +54,17 @@ def denoise(
     """Take Gaussian noise out of images: one step of sigma^2 along the gradient of the log-probability."""
     import numpy as np
 
-    from tarflow_runtimes.cli.output import check_output, check_pictures, write_pictures
+    from tarflow_runtimes.io.write import PICTURES, check_output, check_pictures, write_pictures
 
     good = sigma is None or (sigma > 0.0 and math.isfinite(sigma))
     require(good, f"--sigma must be a positive number, got {sigma}", "leave it out for the training noise")
     good = strength >= 0.0 and math.isfinite(strength)
     require(good, f"--strength must be a finite number and not negative, got {strength}", "1 is the full step")
-    target = check_output(output, kinds=(".png", "folder", ".npy", ".npz"), overwrite=overwrite)
+    target = check_output(output, kinds=PICTURES, overwrite=overwrite)
     options = load_options(tf32=tf32, engine_dir=engine_dir) | {"engine": engine}
     with opened(files, bundle, options, labels=labels, batch_size=batch_size) as work:
         names = png_names(work.images)
-        check_pictures(target, work.flow.config, names=names)
+        check_pictures(target, work.flow.config.shape, names=names)
         images = np.concatenate(
             work.map(lambda flow, images, classes: flow.denoise(images, labels=classes, sigma=sigma, strength=strength))
         )

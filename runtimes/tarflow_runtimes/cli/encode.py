@@ -35,7 +35,7 @@ def encode(
     """
     import numpy as np
 
-    from tarflow_runtimes.cli.output import check_output, write_arrays
+    from tarflow_runtimes.io.write import check_output, write_arrays
 
     target = check_output(output, kinds=(".npy", ".npz"), overwrite=overwrite)
     options = load_options(tf32=tf32, engine_dir=engine_dir) | {"engine": engine}

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tarflow_runtimes.cli.shell import note, print_json, require
+from tarflow_runtimes.cli.shell import counted, note, print_json, require
 
 if TYPE_CHECKING:
     from tarflow_runtimes import Flow
-    from tarflow_runtimes.cli.image_input import ImageSet
+    from tarflow_runtimes.io.read import ImageSet
 
 BATCH_SIZE = 64
 """Images that run together unless told otherwise."""
@@ -81,7 +81,6 @@ class Work:
     ) -> None:
         """Say what came out: JSON, or a row of the table for each image, on stdout; a line about files on stderr."""
         from tarflow_runtimes.cli.labels import label_name
-        from tarflow_runtimes.cli.output import counted
 
         named = [{"file": self.images.name(index)} | row for index, row in enumerate(rows)]
         if self.labels is not None:
@@ -95,7 +94,7 @@ class Work:
                 typer.echo(table.format(**row))
         if written:
             what = str(written[0]) if len(written) == 1 else f"{len(written)} files to {written[0].parent}"
-            count = counted(len(rows), self.flow.config)
+            count = counted(len(rows), self.flow.config.data)
             note(f"wrote {what} ({count}, {self.seconds:.1f} s, {self.flow.engine_name})")
 
 
@@ -107,13 +106,13 @@ def opened(
     require(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}", f"leave it out for {BATCH_SIZE}")
 
     import tarflow_runtimes as tfr
-    from tarflow_runtimes.cli.image_input import read_images
     from tarflow_runtimes.cli.labels import check_labels, parse_labels, spread
+    from tarflow_runtimes.io.read import read_images
 
     with tfr.load(bundle, **options) as flow:
         config = flow.config
         listed = parse_labels(labels, classes=config.classes, names=config.labels)
-        images = read_images(paths, config)
+        images = read_images(paths, config.shape)
         check_labels(listed, len(images.values))
         classes = spread(listed, len(images.values))
         yield Work(flow=flow, images=images, labels=classes, batch_size=batch_size)

@@ -13,13 +13,13 @@ import typer
 
 from tarflow_runtimes.cli.decode_options import check_decode, plan_of, warnings_told
 from tarflow_runtimes.cli.options import BundleArgument, Engine, EngineDir, Json, Overwrite, Tf32, load_options
-from tarflow_runtimes.cli.shell import command, new_app, note, print_json, require, run
+from tarflow_runtimes.cli.shell import command, counted, new_app, note, print_json, require, run
 from tarflow_runtimes.errors import InputError
 
 if TYPE_CHECKING:
     from tarflow_runtimes.bundle.config import ModelConfig
-    from tarflow_runtimes.cli.output import Kind, Output
     from tarflow_runtimes.decode.turn import Floats
+    from tarflow_runtimes.io.write import Output
 
 DEFAULT_COUNT = 16
 GUIDES = ("a", "b", "ab")
@@ -119,8 +119,8 @@ def infer(
     import tarflow_runtimes as tfr
     from tarflow_runtimes.bundle.reader import open_bundle
     from tarflow_runtimes.cli.labels import label_name, spread
-    from tarflow_runtimes.cli.output import counted, write_arrays, write_pictures
     from tarflow_runtimes.cli.progress import StepClock
+    from tarflow_runtimes.io.write import write_arrays, write_pictures
     from tarflow_runtimes.model.flow import shipped_bundle
     from tarflow_runtimes.model.noise import standard_normal
 
@@ -197,7 +197,7 @@ def infer(
         )
     source = f"seed {sample.seed}" if noise is None else f"noise of {noise}"
     pace = f"{clock.seconds:.1f} s, {1e3 * clock.per_step:.2f} ms per step"
-    note(f"wrote {target.path}: {counted(count, config)}, {source}, {flow.engine_name}, {pace}")
+    note(f"wrote {target.path}: {counted(count, config.data)}, {source}, {flow.engine_name}, {pace}")
 
 
 def _columns(count: int, *, period: int) -> int | None:
@@ -211,8 +211,8 @@ def _asked(
     n: int | None, labels: str | None, noise: Path | None, config: ModelConfig
 ) -> tuple[int, list[int] | None, Floats | None]:
     """How many images are asked for, the labels listed, and the noise given; checked against the model."""
-    from tarflow_runtimes.cli.image_input import load_float32
     from tarflow_runtimes.cli.labels import check_labels, parse_labels
+    from tarflow_runtimes.io.read import load_float32
 
     listed = parse_labels(labels, classes=config.classes, names=config.labels)
     if noise is None:
@@ -239,13 +239,12 @@ def _outputs(
     overwrite: bool,
 ) -> tuple[Output, Output | None]:
     """`-o` and `--save-latents`, checked against the model and each other."""
-    from tarflow_runtimes.cli.output import check_output, check_pictures
+    from tarflow_runtimes.io.write import PICTURES, check_output, check_pictures
 
     is_image = config.data == "image"
     default = "samples.png" if is_image else "samples.npy"
-    kinds: Sequence[Kind] = (".png", "folder", ".npy", ".npz")
-    target = check_output(default if output is None else output, kinds=kinds, overwrite=overwrite)
-    check_pictures(target, config, names=names)
+    target = check_output(default if output is None else output, kinds=PICTURES, overwrite=overwrite)
+    check_pictures(target, config.shape, names=names)
     if captions and target.kind != ".png":
         mend = "give -o grid.png, or leave --captions out" if is_image else "leave --captions out"
         raise InputError("--captions are written into a grid only", hint=mend)

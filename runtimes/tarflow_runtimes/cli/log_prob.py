@@ -42,7 +42,7 @@ def log_prob(
     """
     import numpy as np
 
-    from tarflow_runtimes.cli.output import check_output, write_arrays
+    from tarflow_runtimes.io.write import check_output, write_arrays
     from tarflow_runtimes.model.density import PIXEL_SCALE_BITS
 
     target = None if output is None else check_output(output, kinds=(".npy", ".npz"), overwrite=overwrite)

@@ -136,6 +136,11 @@ def note(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def counted(n: int, data: str) -> str:
+    """`3 images`, or `3 samples` of tokens."""
+    return f"{n} {'image' if data == 'image' else 'sample'}{'s' * (n != 1)}"
+
+
 def print_json(document: object) -> None:
     """Data for the next program: one JSON object on stdout."""
     typer.echo(json_text(document))

@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from tarflow_runtimes.decode.plan import DecodeReport
 from tarflow_runtimes.engines.gpu.array import DeviceArray
-from tarflow_runtimes.io.pictures import save_images, to_uint8
+from tarflow_runtimes.errors import InputError
+from tarflow_runtimes.io.pictures import to_uint8
+from tarflow_runtimes.io.write import PICTURES, check_output, check_pictures, write_pictures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -58,6 +60,15 @@ class Sample:
         Raises:
             InputError: when the images cannot be written there or not in this format.
         """
-        seed = {} if self.seed is None else {"seed": self.seed}
+        name = os.fspath(path) if Path(path).suffix else f"{Path(path)}/"  # without an ending: a folder
+        output = check_output(name, kinds=PICTURES, overwrite=True, option="")
+        names = [f"{self.first_index + index:06d}.png" for index in range(len(self.images))]
+        check_pictures(output, self.images.shape[1:], names=names)
         text = {f"tarflow:{key}": value for key, value in self.metadata.items()}
-        return save_images(path, self.images, text=text, arrays=seed, first_index=self.first_index)
+        arrays = {} if self.seed is None else {"seed": self.seed}
+        try:
+            return write_pictures(output, self.images, names=names, text=text, arrays=arrays)
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot write there ({error.strerror})", hint="give a folder that you may write to"
+            ) from error

@@ -1,4 +1,4 @@
-"""`-o`: where pictures and arrays go; checked before any work, written whole or not at all."""
+"""Where pictures and arrays go: checked before any work, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,82 +9,82 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.errors import InputError
 from tarflow_runtimes.io.pictures import grid, save_png, to_uint8
 
 Kind = Literal[".png", ".npy", ".npz", ".json", "folder"]
 
+PICTURES: Final[tuple[Kind, ...]] = (".png", "folder", ".npy", ".npz")
+"""What images are written as."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
-    """A place to write to, known to be writable and free: `kind` says what is written there."""
+    """A place to write to, known to be writable and free.
 
+    `name` is what messages call it, `kind` what is written there.
+    """
+
+    name: str
     path: Path
     kind: Kind
     overwrite: bool
 
 
 def check_output(text: str, *, kinds: Sequence[Kind], overwrite: bool, option: str = "-o") -> Output:
-    """Read `-o` and make sure that it can be written; creates nothing.
+    """Read the path that `option` (none where a caller gave it) names and make sure that it can be written.
+
+    Creates nothing.
 
     Raises:
         InputError: on another ending, a missing or unwritable parent folder, or an existing file without `overwrite`.
     """
-    path = Path(text)
+    name, path = f"{option} {text}".lstrip(), Path(text)
     is_folder = "folder" in kinds and (text.endswith(("/", os.sep)) or path.is_dir())
     kind: Any = "folder" if is_folder else path.suffix.lower()
     if not text or kind not in kinds:
         endings = ", ".join("/ (a folder)" if kind == "folder" else kind for kind in kinds)
-        raise InputError(f"{option} {text}: cannot tell what to write", hint=f"the name must end in {endings}")
+        raise InputError(f"{name}: cannot tell what to write", hint=f"the name must end in {endings}")
     parent = path.parent
     if not parent.is_dir():
-        raise InputError(f"{option} {text}: the folder {parent} does not exist", hint=f"mkdir -p {parent}")
+        raise InputError(f"{name}: the folder {parent} does not exist", hint=f"mkdir -p {parent}")
     if path.is_dir() != is_folder and path.exists():
-        raise InputError(
-            f"{option} {text}: is {'a folder' if path.is_dir() else 'not a folder'}", hint="give another name"
-        )
+        raise InputError(f"{name}: is {'a folder' if path.is_dir() else 'not a folder'}", hint="give another name")
     if path.exists() and not is_folder and not overwrite:
-        raise InputError(f"{option} {text}: exists already", hint="add --overwrite, or give another name")
+        raise InputError(f"{name}: exists already", hint="add --overwrite, or give another name")
     try:
         with tempfile.TemporaryFile(dir=path if path.is_dir() else parent):
             pass
     except OSError as error:
         raise InputError(
-            f"{option} {text}: cannot write there ({error.strerror})", hint="give a folder that you may write to"
+            f"{name}: cannot write there ({error.strerror})", hint="give a folder that you may write to"
         ) from error
-    return Output(path=path, kind=kind, overwrite=overwrite)
+    return Output(name=name, path=path, kind=kind, overwrite=overwrite)
 
 
-def check_pictures(output: Output, config: ModelConfig, *, names: Sequence[str]) -> None:
-    """Make sure that the model's images can be PNG files, and that a folder holds none of these names yet.
+def check_pictures(output: Output, shape: Sequence[int], *, names: Sequence[str]) -> None:
+    """Make sure that images of this shape can be PNG files, and that a folder holds none of these names yet.
 
     Raises:
         InputError: when not.
     """
     if output.kind not in (".png", "folder"):
         return
-    if config.data == "tokens":
-        raise InputError(
-            f"-o {output.path}: the model's data are tokens, of which there is no picture",
-            hint="write them as an array: -o samples.npy",
-        )
-    if config.image_channels not in (1, 3):
-        raise InputError(
-            f"-o {output.path}: PNG files have 1 or 3 channels, the model has {config.image_channels}",
-            hint="write the images as an array: -o images.npy",
-        )
-    if output.kind == "folder" and not output.overwrite:
-        taken = [name for name in names if (output.path / name).exists()]
-        if taken:
-            raise InputError(
-                f"-o {output.path}: holds {taken[0]} already", hint="add --overwrite, or give another folder"
-            )
+    problem = ""
+    if len(shape) != 3:
+        problem = "the data are tokens, of which there is no picture"
+    elif shape[0] not in (1, 3):
+        problem = f"PNG files have 1 or 3 channels, the images have {shape[0]}"
+    if problem:
+        raise InputError(f"{output.name}: {problem}", hint="write an array: .npy or .npz")
+    taken = [name for name in names if (output.path / name).exists()] if output.kind == "folder" else []
+    if taken and not output.overwrite:
+        raise InputError(f"{output.name}: holds {taken[0]} already", hint="add --overwrite, or give another folder")
 
 
 def write_pictures(
@@ -142,11 +142,6 @@ def write_arrays(output: Output, main: npt.NDArray[Any], *, key: str, arrays: Ma
 
     publish(output.path, save)
     return [output.path]
-
-
-def counted(n: int, config: ModelConfig) -> str:
-    """`3 images`, or `3 samples` of tokens."""
-    return f"{n} {'image' if config.data == 'image' else 'sample'}{'s' * (n != 1)}"
 
 
 def publish(path: Path, save: Callable[[Path], None]) -> None:

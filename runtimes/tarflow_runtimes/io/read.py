@@ -1,4 +1,4 @@
-"""Image files to the model's range and shape: PNG and its like, `.npy`, `.npz`; tokens come as arrays only."""
+"""Image files and arrays, checked against the shape of the model's data, in its range; tokens come as arrays only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.errors import InputError
 
 CHANNELS_OF_MODE = {"L": 1, "RGB": 3}
@@ -34,41 +33,43 @@ class ImageSet:
         return str(path) if place is None else f"{path}[{place}]"
 
 
-def read_images(paths: Sequence[Path], config: ModelConfig) -> ImageSet:
-    """Read files in the order given; an array file holds any number of images.
+def read_images(paths: Sequence[Path], shape: Sequence[int]) -> ImageSet:
+    """Read files in the order given, images of shape [C, height, width] or tokens of shape [N, D].
+
+    An array file holds any number of them.
 
     Raises:
         InputError: on a file that cannot be read or does not have the shape of the model's data.
     """
-    takes = "image files, .npy or .npz" if config.data == "image" else f".npy or .npz files, float32 {_axes(config)}"
+    is_image = len(shape) == 3
+    takes = "image files, .npy or .npz" if is_image else f".npy or .npz files, float32 {_axes(shape)}"
     arrays: list[npt.NDArray[np.float32]] = []
     sources: list[tuple[Path, int | None]] = []
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}", hint=f"give {takes}")
         if path.suffix.lower() in (".npy", ".npz"):
-            values = _read_array(path, config)
+            values = _read_array(path, shape)
             sources += [(path, place) for place in range(len(values))]
-        elif config.data == "tokens":
+        elif not is_image:
             raise InputError(f"{path}: the model's data are tokens, not pictures", hint=f"give {takes}")
         else:
-            values = _read_picture(path, config)
+            values = _read_picture(path, shape)
             sources.append((path, None))
         arrays.append(values)
     return ImageSet(values=np.concatenate(arrays), sources=tuple(sources))
 
 
-def _axes(config: ModelConfig) -> str:
+def _axes(shape: Sequence[int]) -> str:
     """The shape of an array of the model's data, in words."""
-    return f"[B, {', '.join(map(str, config.shape))}]"
+    return f"[B, {', '.join(map(str, shape))}]"
 
 
-def _read_picture(path: Path, config: ModelConfig) -> npt.NDArray[np.float32]:
+def _read_picture(path: Path, shape: Sequence[int]) -> npt.NDArray[np.float32]:
     """One image [1, C, height, width]; 0 .. 255 becomes -1 .. 1."""
     from PIL import Image
 
-    channels, size, _ = config.shape
-
+    channels, height, width = shape
     if channels not in CHANNELS_OF_MODE.values():
         raise InputError(
             f"{path}: image files have 1 or 3 channels, the model has {channels}",
@@ -93,22 +94,20 @@ def _read_picture(path: Path, config: ModelConfig) -> npt.NDArray[np.float32]:
             f"{path}: {CHANNELS_OF_MODE[picture.mode]} channels, the model has {channels}",
             hint=f"convert the image to {'greyscale' if channels == 1 else 'RGB'} first",
         )
-    if picture.size != (size, size):
+    if picture.size != (width, height):
         raise InputError(
-            f"{path}: {picture.width}x{picture.height} pixels, the model has {size}x{size}",
+            f"{path}: {picture.width}x{picture.height} pixels, the model has {width}x{height}",
             hint="crop and scale the image first",
         )
-    pixels = np.asarray(picture, np.float32).reshape(size, size, channels)
+    pixels = np.asarray(picture, np.float32).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]) / np.float32(127.5) - np.float32(1)
 
 
-def _read_array(path: Path, config: ModelConfig) -> npt.NDArray[np.float32]:
-    what, axes = ("images", "C, height, width") if config.data == "image" else ("tokens", "N, D")
+def _read_array(path: Path, shape: Sequence[int]) -> npt.NDArray[np.float32]:
+    what, axes = ("images", "C, height, width") if len(shape) == 3 else ("tokens", "N, D")
     values = load_float32(path, key="images", what=what)
-    if not values.ndim or values.shape[1:] != config.shape:
-        raise InputError(
-            f"{path}: shape {list(values.shape)}, expected {_axes(config)}", hint=f"{what} are [B, {axes}]"
-        )
+    if not values.ndim or values.shape[1:] != tuple(shape):
+        raise InputError(f"{path}: shape {list(values.shape)}, expected {_axes(shape)}", hint=f"{what} are [B, {axes}]")
     return values
 
 
