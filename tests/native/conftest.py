@@ -7,7 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tarflow_export import convert_bundle, export_bundle
 from tarflow_runtimes.bundle.reader import Bundle, open_bundle  # the table of tensors is no public name
 from tarflow_runtimes.decode.plan import Sequential
 from tarflow_runtimes.decode.turn import Conditions, Turn  # what both sides are given, an engine's protocol
+from tarflow_runtimes.engines.native.library import Block, Library  # what is tested
 from tarflow_runtimes.engines.open import Options, open_engine
 from tarflow_sdk import FlowConfig, TarFlow
 from tarflow_sdk.testing import random_model, tiny_config, tiny_token_config
@@ -29,7 +30,6 @@ BUILD = ROOT / "build" / "native"
 DIGITS = ROOT / "examples" / "01_train_mnist" / "mnist_model_4_128_4_4_0.10.safetensors"
 sys.path.insert(0, str(NATIVE))
 
-from native_binding import Block, Library, invert_blocks  # noqa: E402
 from native_build import build, compiler  # noqa: E402
 
 CONFIGS: dict[str, FlowConfig] = {
@@ -51,6 +51,21 @@ CONFIGS: dict[str, FlowConfig] = {
     "odd_tokens": tiny_token_config(tokens=37, token_values=17, width=33, head_dim=11, layers=3),
 }
 """Widths that are no multiple of 32, head sizes that are no multiple of 16, and the usual ones."""
+
+
+def invert_blocks(
+    library: Library,
+    blocks: Sequence[Block],
+    reversed_blocks: Sequence[bool],
+    noise: np.ndarray[Any, Any],
+    **conditions: Any,
+) -> np.ndarray[Any, Any]:
+    """All blocks, the last one first: noise [B, N, D] -> patches in the order of the data."""
+    x = noise
+    for block, is_reversed in zip(reversed(blocks), reversed(reversed_blocks), strict=True):
+        ordered = library.invert(block, x[:, ::-1] if is_reversed else x, **conditions)
+        x = np.ascontiguousarray(ordered[:, ::-1] if is_reversed else ordered)
+    return x
 
 
 @dataclasses.dataclass(frozen=True)

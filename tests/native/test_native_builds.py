@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native_binding import Library
 from native_build import build, build_wasm, compile_objects
+
+from tarflow_runtimes.engines.native.library import Library
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[1] / "runtimes" / "native"

@@ -8,7 +8,8 @@ import time
 
 import numpy as np
 import pytest
-from native_binding import NativeError, Shape, Watch, aligned_bytes, shape_of
+
+from tarflow_runtimes.engines.native.library import NativeError, Shape, Watch, aligned_bytes, shape_of
 
 CANCELLED, BAD_SHAPE, BAD_PRECISION, BAD_TENSOR, BAD_ORDER, SMALL, NOT_PACKED, BAD_ARGUMENT, BAD_KERNEL = range(1, 10)
 

@@ -16,15 +16,29 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from native_binding import Library, invert_blocks
+from tarflow_runtimes.engines.native.library import Block, Library
+
+
+def invert_blocks(
+    library: Library,
+    blocks: Sequence[Block],
+    reversed_blocks: Sequence[bool],
+    noise: np.ndarray[Any, Any],
+    **conditions: Any,
+) -> np.ndarray[Any, Any]:
+    """All blocks, the last one first: noise [B, N, D] -> patches in the order of the data."""
+    x = noise
+    for block, is_reversed in zip(reversed(blocks), reversed(reversed_blocks), strict=True):
+        ordered = library.invert(block, x[:, ::-1] if is_reversed else x, **conditions)
+        x = np.ascontiguousarray(ordered[:, ::-1] if is_reversed else ordered)
+    return x
 
 
 def parse() -> argparse.Namespace:
