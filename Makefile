@@ -1,5 +1,8 @@
 # make demo   environment, export of the shipped checkpoint, sampling on the CPU, demo.png
+# make native   the native kernel, put into the package (needs a C++ compiler)
 # make test   environment, all tests but the long ones of libtarflow
+# make test-native   those of the native kernel alone; make native-deps brings what they compile for other machines with
+# make native-wasm   the kernel as a WebAssembly module (needs clang and lld)
 # make cpp-deps   what libtarflow is built with, from Debian's packages
 # make test-cpp   libtarflow: all of its tests, sanitizers, consumers, the matrix of models against Python
 # make fuzz-cpp   libtarflow: damaged bundles for FUZZ_SECONDS (needs clang)
@@ -14,9 +17,11 @@ BIN = $(VENV)/bin
 CHECKPOINT = examples/01_train_mnist/mnist_model_4_128_4_4_0.10.safetensors
 PYTEST_OPTIONS ?=
 FUZZ_SECONDS ?= 600
+NATIVE_PLACE = --output build/native --into runtimes/tarflow_runtimes/engines/native
+NATIVE_PACKAGES = clang cmake g++ g++-aarch64-linux-gnu libc6-dev-arm64-cross lld qemu-user
 CPP_PACKAGES = cmake g++ make nlohmann-json3-dev libpng-dev pkgconf
 
-.PHONY: demo test cpp-deps test-cpp fuzz-cpp lint format clean
+.PHONY: demo native native-wasm native-deps test-native test cpp-deps test-cpp fuzz-cpp lint format clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,12 +31,27 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 demo: $(VENV)/ready
+	$(BIN)/python runtimes/native/native_build.py $(NATIVE_PLACE) || echo "no C++ compiler: engine ort-cpu it is"
 	$(BIN)/tarflow-export $(CHECKPOINT) -o mnist.tarflow --overwrite
-	$(BIN)/tarflow-infer mnist.tarflow -n 100 --labels all --guidance 2 --seed 0 --captions -o demo.png --overwrite
+	$(BIN)/tarflow-infer mnist.tarflow --engine auto -n 100 --labels all --guidance 2 --seed 0 --captions -o demo.png \
+		--overwrite
 	@echo "look at demo.png"
 
+native:
+	$(PYTHON) runtimes/native/native_build.py $(NATIVE_PLACE)
+
+native-wasm:
+	$(PYTHON) runtimes/native/native_build.py --output build/native --wasm --compiler clang++
+
+native-deps:
+	dpkg --status $(NATIVE_PACKAGES) >/dev/null 2>&1 || { apt-get --quiet update && \
+		apt-get --quiet install --yes --no-install-recommends $(NATIVE_PACKAGES); }
+
+test-native: $(VENV)/ready
+	$(BIN)/python -m pytest tests/native $(PYTEST_OPTIONS)
+
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not cpp" $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -m "not cpp" -n 2 $(PYTEST_OPTIONS)
 
 cpp-deps:
 	dpkg --status $(CPP_PACKAGES) >/dev/null 2>&1 || { apt-get --quiet update && \
@@ -60,24 +80,3 @@ format: $(VENV)/ready
 
 clean:
 	rm -rf $(VENV) build mnist.tarflow demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis
-
-# make native   the native kernel, put into the package (needs a C++ compiler)
-# make native-wasm   the same as a WebAssembly module (needs clang and lld)
-# make native-deps   what test-native runs besides, from Debian's packages
-# make test-native   its tests: exactness, bits, sanitizers, WebAssembly under Node, aarch64 under an emulator
-NATIVE_PACKAGES = clang cmake g++ g++-aarch64-linux-gnu libc6-dev-arm64-cross lld qemu-user
-
-.PHONY: native native-wasm native-deps test-native
-
-native:
-	$(PYTHON) runtimes/native/native_build.py --output build/native --into runtimes/tarflow_runtimes/engines/native
-
-native-wasm:
-	$(PYTHON) runtimes/native/native_build.py --output build/native --wasm --compiler clang++
-
-native-deps:
-	dpkg --status $(NATIVE_PACKAGES) >/dev/null 2>&1 || { apt-get --quiet update && \
-		apt-get --quiet install --yes --no-install-recommends $(NATIVE_PACKAGES); }
-
-test-native: $(VENV)/ready
-	$(BIN)/python -m pytest tests/native $(PYTEST_OPTIONS)
