@@ -51,7 +51,7 @@ def export(
     ] = False,
     engine: Annotated[
         str | None,
-        typer.Option(metavar="trt|trt-rtx", help="Build TensorRT's engines of the bundle, too, as tarflow build does."),
+        typer.Option(metavar="trt|trt-rtx", help="Also build TensorRT's engines (experimental), as by tarflow build."),
     ] = None,
     engine_dir: EngineDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,

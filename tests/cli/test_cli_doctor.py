@@ -39,11 +39,16 @@ def test_this_machine(tarflow: Callable) -> None:
     assert {"system", "driver", "onnxruntime", "tensorrt", "tensorrt_rtx", "auto"} <= set(words)
     report = json.loads(tarflow("doctor", "--json").out)
     assert list(report["engines"]) == ["native", "ort-cpu", "ort-cuda", "trt", "trt-rtx"]
-    assert report["engines"]["ort-cpu"] == {"ready": True, "problem": None, "remedy": None}
+    assert report["engines"]["ort-cpu"] == {
+        "ready": True,
+        "problem": None,
+        "remedy": None,
+        "experimental": False,
+    }
     assert report["facts"]["modules"]["onnxruntime"]["file"] in result.out
     for name, verdict in report["engines"].items():
         if not verdict["ready"]:
-            assert f"not ready: {verdict['problem']}" == words[name]
+            assert f"not ready{' (experimental)' * verdict['experimental']}: {verdict['problem']}" == words[name]
             assert verdict["remedy"] in result.out
     assert words["auto"] == f"takes {report['auto']['engine']}"
 
@@ -63,7 +68,7 @@ def test_a_machine_with_a_gpu(tarflow: Callable, found: Callable, here: Facts) -
     assert "GPU 1               NVIDIA H200, sm_90, 150.0 GB\n" in result.out
     assert "driver              580.65.06, runs CUDA up to 13.1\n" in result.out
     assert "CUDA provider       of onnxruntime, for CUDA 13.0, loads\n" in result.out
-    assert "ort-cuda            ready\n" in result.out
+    assert "ort-cuda            ready (experimental)\n" in result.out
     assert result.out.endswith("auto                takes ort-cuda\n")
 
 

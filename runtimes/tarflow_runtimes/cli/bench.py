@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tarflow_runtimes.cli.lists import count, items, weight
-from tarflow_runtimes.cli.options import BundleArgument, EngineDir, Overwrite, Tf32, load_options
+from tarflow_runtimes.cli.options import ENGINES_HELP, BundleArgument, EngineDir, Overwrite, Tf32, load_options
 from tarflow_runtimes.cli.shell import command, json_text, new_app, note, printable, require
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ WIDTH = 160
 def bench(
     bundle: BundleArgument = None,
     *,
-    engine: Annotated[str, typer.Option(metavar="LIST", help="What runs the graphs.")] = "ort-cpu",
+    engine: Annotated[str, typer.Option(metavar="LIST", help=ENGINES_HELP)] = "ort-cpu",
     tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     batch: Annotated[str, typer.Option(metavar="LIST", help="Images that run together.")] = "1,16",

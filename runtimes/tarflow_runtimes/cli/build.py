@@ -41,7 +41,7 @@ app = new_app()
 def build(
     bundle: BundleArgument = None,
     *,
-    engine: Annotated[str, typer.Option(metavar="trt|trt-rtx", help="TensorRT, or TensorRT for RTX.")],
+    engine: Annotated[str, typer.Option(metavar="trt|trt-rtx", help="TensorRT, or TensorRT for RTX (experimental).")],
     tf32: Tf32 = False,
     batch: Batch = DEFAULT_BATCH,
     guidance: Guidance = None,

@@ -44,7 +44,8 @@ def cache(
     ] = None,
     *,
     engine: Annotated[
-        str | None, typer.Option(metavar="trt|trt-rtx", help="explain: of which package; needed with BUNDLE.")
+        str | None,
+        typer.Option(metavar="trt|trt-rtx", help="explain: of which (experimental) engine; needed with BUNDLE."),
     ] = None,
     tf32: Tf32 = False,
     batch: Batch = DEFAULT_BATCH,

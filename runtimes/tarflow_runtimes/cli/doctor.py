@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tarflow_runtimes.cli.options import Json
+from tarflow_runtimes.cli.options import EXPERIMENTAL, Json
 from tarflow_runtimes.cli.shell import FAILED, command, new_app, note, print_json, printable
 
 if TYPE_CHECKING:
@@ -31,7 +31,12 @@ def doctor(
     facts = gather()
     found, (engine, reason), unfit = verdicts(facts), choose(facts), warnings(facts)
     engines = {
-        name: {"ready": fault is None, "problem": fault and fault.problem, "remedy": fault and fault.remedy}
+        name: {
+            "ready": fault is None,
+            "problem": fault and fault.problem,
+            "remedy": fault and fault.remedy,
+            "experimental": name in EXPERIMENTAL,
+        }
         for name, fault in found.items()
     }
     if as_json:
@@ -74,7 +79,8 @@ def _print_engines(engines: dict[str, Any], auto: str) -> None:
     """A line for each engine, with the remedy on a line of its own."""
     typer.echo()
     for name, verdict in engines.items():
-        _line(name, "ready" if verdict["ready"] else f"not ready: {verdict['problem']}")
+        experimental = " (experimental)" * verdict["experimental"]
+        _line(name, f"ready{experimental}" if verdict["ready"] else f"not ready{experimental}: {verdict['problem']}")
         if not verdict["ready"]:
             _line("", verdict["remedy"])
     _line("auto", f"takes {auto}" + ("" if engines[auto]["ready"] else ", which is not ready"))

@@ -24,9 +24,12 @@ BundleArgument = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")]
 
-Engine = Annotated[
-    str, typer.Option(metavar="NAME", help="What runs the graphs: ort-cpu, ort-cuda, trt, trt-rtx, or auto.")
-]
+EXPERIMENTAL = ("ort-cuda", "trt", "trt-rtx")
+"""Engines that are not proven on a GPU."""
+
+ENGINES_HELP = f"What computes: auto, native, ort-cpu; on GPUs {', '.join(EXPERIMENTAL)} (experimental)."
+
+Engine = Annotated[str, typer.Option(metavar="NAME", help=ENGINES_HELP)]
 
 Tf32 = Annotated[bool, typer.Option("--tf32", help="Let a GPU round the factors of float32 products to 11 bits.")]
 
