@@ -74,8 +74,9 @@ def load(
 ) -> Flow:
     """Open the bundle at `path`, or the one that comes with the package, on an engine.
 
-    Engines are `ort-cpu` and, on an NVIDIA GPU, `ort-cuda`, `trt` and `trt-rtx` (docs/GPU.md). `auto` takes the first
-    that is ready of trt, trt-rtx, ort-cuda and ort-cpu, and says why in `engine_report`. An engine computes in the
+    Engines are `ort-cpu`; `native`, faster, where its library was built (runtimes/native); and, on an NVIDIA GPU and
+    experimental, `ort-cuda`, `trt` and `trt-rtx` (docs/GPU.md). `auto` takes the first that is ready of trt, trt-rtx,
+    ort-cuda, native and ort-cpu, and says why in `engine_report`. An engine computes in the
     bundle's precision; `tarflow convert` makes bundles of another. With `tf32` a GPU may round the factors of a float32
     bundle's products to 11 bits.
 
