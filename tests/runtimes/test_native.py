@@ -88,6 +88,12 @@ def test_progress_and_cancelling(native):
     steps = [step.step for step in told]
     assert steps == sorted(set(steps))
     assert steps[-1] == told[-1].total == 2 * 15
+    assert {step.block for step in told} == {0, 1}
+    for _ in range(50):  # a block may end before anybody looks at it
+        mixed: list[tfr.Step] = []
+        flow.sample(3, labels=[0, 1, 2], guidance=[0.0, 1.0, 0.0], seed=0, denoise=False, on_step=mixed.append)
+        assert mixed[-1].step == 2 * 15
+        assert 15 in {step.step for step in mixed}
     threads = threading.active_count()
     with pytest.raises(tfr.Cancelled):
         flow.sample(20, seed=0, on_step=lambda _: False)

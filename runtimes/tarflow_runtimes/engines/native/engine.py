@@ -174,11 +174,12 @@ def _watched(run: Callable[..., Floats], images: int, on_done: Callable[[int], o
         except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
             failed.append(error)
 
-    thread, told = threading.Thread(target=call, name="tarflow-native", daemon=True), 0
+    thread, told, runs = threading.Thread(target=call, name="tarflow-native", daemon=True), 0, True
     thread.start()
     try:
-        while thread.is_alive():
+        while runs:
             thread.join(LOOK)
+            runs = thread.is_alive()  # asked before the progress, so that the last of it is told
             done = int(watch.progress[0]) // images
             if done > told:
                 told = done
