@@ -40,8 +40,9 @@ def convert_bundle(
 
     float16 and bfloat16 round linear layers, their activations and the caches; int8 rounds the weights of the layers
     to 8 bits with a scale for every 128, and steps round the activations of these products, too. The bundle appears
-    complete and verified, or not at all; no processor computes in bfloat16, so that such a bundle says `unverified`
-    until `tarflow verify --engine` on a GPU. `on_verified` is called with the comparisons whether they passed or not.
+    complete and verified, or not at all; ONNX Runtime on a CPU does not compute in bfloat16, so that such a bundle says
+    `unverified` until `tarflow verify --engine` on a GPU. `on_verified` is called with the comparisons whether they
+    passed or not.
 
     Raises:
         BundleError: when the source is missing, damaged or unsafe.

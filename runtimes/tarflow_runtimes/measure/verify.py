@@ -224,11 +224,12 @@ class _Run:
         expected: npt.NDArray[Any],
         graph: tuple[str, str, int] | None = None,
     ) -> None:
-        """Compare; `graph` is the provider, kind and block of what computed it."""
+        """Compare; `graph` is the provider, kind and block of what computed it, if that is a graph of the bundle."""
         tolerance = tolerance_for(self.subject.name, self.subject.precision, stage)
         unit = unit_of(self.config.dims) if stage in ("log_det", "log_prob") else 1.0
         made = compare(f"{where} {stage}", stage, actual, expected, tolerance=tolerance, floors=self.floors, unit=unit)
-        file = None if graph is None else self.bundle.name(self.bundle.graph(*graph))
+        known = graph is not None and graph[0] in (PORTABLE, *self.bundle.graphs)
+        file = self.bundle.name(self.bundle.graph(*graph)) if graph is not None and known else None
         self.records.append(dataclasses.replace(made, graph=file))
 
     def block(self, k: int, stages: Collection[str]) -> None:
@@ -242,11 +243,11 @@ class _Run:
         if "gradient" in stages:
             cotangent = reference.cotangent[k + 1]
             actual_z, gradient = self.subject.vjp([k], x, labels, lambda _, images: cotangent[images])
-            halves = ("vjp_forward", "vjp_backward") if self.subject.provider == "ort-cpu" else ("", "gradient")
-            provider = "ort-cpu" if halves[0] else PORTABLE
-            if halves[0]:
-                self.record(where, "forward", actual_z, z, (provider, halves[0], k))
-            self.record(where, "gradient", gradient, reference.cotangent[k], (provider, halves[1], k))
+            backward = PORTABLE, "gradient", k
+            if "vjp_backward" in self.bundle.graphs.get(self.subject.provider, ()):
+                self.record(where, "forward", actual_z, z, (self.subject.provider, "vjp_forward", k))
+                backward = self.subject.provider, "vjp_backward", k
+            self.record(where, "gradient", gradient, reference.cotangent[k], backward)
         for kind in KINDS:
             if "inverse" in stages:
                 turn = Turn(block=k, strategy=Sequential(), steps=reference.steps)
