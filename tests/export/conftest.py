@@ -64,6 +64,12 @@ class Exported:
     def manifest(self) -> dict[str, Any]:
         return dict(json.loads((self.folder / "manifest.json").read_text()))
 
+    def tensor(self, block: int, name: str) -> np.ndarray[Any, Any]:
+        """A tensor of a block, read where the manifest says; bfloat16 as its bits."""
+        entry = self.manifest["tensors"][name]
+        raw = (self.folder / f"block_{block:02d}" / "weights.bin").read_bytes()[entry["offset"] :][: entry["bytes"]]
+        return np.frombuffer(raw, entry["dtype"].replace("bfloat16", "uint16")).reshape(entry["shape"])
+
     def labels(self, images: int, kind: str = "mixed") -> tuple[torch.Tensor | None, dict[str, Any]]:
         """PyTorch's labels (null -1), and the graphs' input (null `classes`); nothing for models without classes."""
         if not self.config.classes:

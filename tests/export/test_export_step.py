@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -187,3 +188,94 @@ def test_float16_caches_are_halves_and_the_inverse_stays_close(exported: Any) ->
     assert {cache.dtype for cache in walk.caches.values()} == {np.dtype("float16")}
     expected = expected_inverse(tiny, 0, z, labels, GUIDANCES["everything"])
     assert np.linalg.norm(x - expected) / np.linalg.norm(expected) < 5e-3
+
+
+class ReadyWalk:
+    """The inverse of a `Walk` through the graphs of `ort-cpu`, fed as docs/BUNDLE.md says and by nothing else."""
+
+    def __init__(self, tiny: Any, block: int, walk: Walk, *, form: str, window: bool) -> None:
+        self.tiny, self.block, self.walk, self.window = tiny, block, walk, window
+        self.session = tiny.run_ready(block, ("window" if window else "step") + form)
+        inputs = {value.name: value for value in self.session.get_inputs()}
+        rows = walk.fixed["inverse_temperature"].size
+        self.caches = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.full([1 if window else rows, *value.shape[1:]], 7, dtype))
+            for name, value in inputs.items()
+            if name.startswith(("key_", "value_"))
+            for dtype in [tiny.manifest["cache"]["dtype"]]
+        }
+        self.names = [name for name in inputs if name not in self.caches]
+
+    def step(self, patches: np.ndarray, i: int) -> np.ndarray:
+        """Patches [B, S, D] at block positions i, i + 1, ...: S is 1, or B is 1 where it takes windows."""
+        config, order, fixed = self.tiny.config, self.tiny.order(self.block), self.walk.fixed
+        (batch, size), branches = patches.shape[:2], len(fixed["inverse_temperature"])
+        places, width = np.arange(i, i + size), config.width
+        embedding = np.broadcast_to(
+            self.tiny.tensor(self.block, "pos_embed")[order[places]], (branches, batch, size, width)
+        )
+        if config.classes:
+            embedding = embedding + self.tiny.tensor(self.block, "class_embed")[fixed["labels"]][:, :, None]
+        g = fixed["guidance"][:, :, places].transpose(0, 2, 1)  # (B, S, 2)
+        temperatures = np.repeat(fixed["inverse_temperature"].ravel(), size)[:, None]
+        query_factor = np.concatenate([np.tile(temperatures, width), np.ones((len(temperatures), 2 * width))], axis=1)
+        given = {
+            "rows": np.tile(patches.reshape(-1, config.patch_values), (branches, 1)),
+            "embedding": embedding.reshape(-1, width),
+            "query_factor": query_factor.astype(self.tiny.manifest["cache"]["dtype"]),
+            "z": fixed["noise"][:, order[places + 1]].reshape(-1, config.patch_values),
+            "g": np.repeat(g if config.nvp else g[..., 1:], config.patch_values, axis=2).reshape(batch * size, -1),
+            "lengths": np.full(1 if self.window else len(temperatures), i + size - 1, np.int32),
+            "total": np.array([i + size], np.int32),
+        }
+        bound = self.session.io_binding()
+        for name in self.names:
+            bound.bind_cpu_input(name, np.ascontiguousarray(given[name]))
+        for name, cache in self.caches.items():  # written in place
+            bound.bind_ortvalue_input(name, cache)
+            bound.bind_ortvalue_output(f"next_{name}", cache)
+        bound.bind_output("next")
+        self.session.run_with_iobinding(bound)
+        return bound.get_outputs()[-1].numpy().reshape(patches.shape)
+
+
+FORMS = {"": "unguided", "_guided": "annealed", "_tempered": "everything"}
+"""How the names of the graphs of `ort-cpu` end, and guidance that takes them."""
+
+CLOSE = {"float32": 1e-6, "float16": 1e-3, "int8": 5e-2}
+"""From the portable step: sums in another order; halves that round apart; products of which int8's graphs of `ort-cpu`
+round the activations to 8 bits, too."""
+
+
+def far_apart(tiny: Any, form: str, *, window: bool) -> float:
+    """The largest distance, relative from 1 on, of what a graph of `ort-cpu` and the portable step yield."""
+    images = 1 if window else 3
+    largest = 0.0
+    for k in range(tiny.config.blocks):
+        _, fed = tiny.labels(images)
+        x, z = (tiny.patches(images, seed=seed).numpy() for seed in (k, 50 + k))
+        x = x[:, tiny.order(k)]
+        walk = Walk(tiny, k, z, fed, GUIDANCES[FORMS[form]])
+        ready = ReadyWalk(tiny, k, walk, form=form, window=window)
+        last = tiny.config.patches - 1
+        # Windows of many lengths; one that goes back writes its entries again.
+        places = [(0, last), (1, 2), (0, 1), (1, last)] if window else [(i, i + 1) for i in range(last)]
+        for i, j in places:
+            expected = walk.step(x[:, i:j], np.full(images, i))
+            difference = np.abs(ready.step(x[:, i:j], i) - expected) / np.maximum(1.0, np.abs(expected))
+            largest = max(largest, float(difference.max()))
+    return largest
+
+
+@pytest.mark.parametrize("window", [False, True], ids=["step", "window"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_graphs_of_the_cpu_equal_the_portable_step(tiny: Any, form: str, window: bool) -> None:
+    assert far_apart(tiny, form, window=window) <= CLOSE["float32"]
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+@pytest.mark.parametrize("window", [False, True], ids=["step", "window"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_graphs_of_the_cpu_stay_close_when_rounded(exported: Any, form: str, window: bool, precision: str) -> None:
+    for name in ("class", "no_nvp_unconditional", "tokens"):
+        assert far_apart(exported(name, precision), form, window=window) <= CLOSE[precision]
