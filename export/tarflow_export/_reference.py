@@ -23,9 +23,9 @@ from tarflow_export._source import bundle_config
 from tarflow_export._verify import Extent
 from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.measure.verify import Reference, unit_of
-from tarflow_runtimes.model.density import PIXEL_SCALE_BITS
 from tarflow_runtimes.model.noise import standard_normal
 from tarflow_sdk._inverse import Guidance, inverse_block
+from tarflow_sdk._likelihood import PIXEL_SCALE_BITS
 from tarflow_sdk._model import NULL_LABEL, FlowBlock, TarFlow
 
 SEED = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 import typer
@@ -43,7 +42,7 @@ def log_prob(
     import numpy as np
 
     from tarflow_runtimes.io.write import check_output, write_arrays
-    from tarflow_runtimes.model.density import PIXEL_SCALE_BITS
+    from tarflow_runtimes.model.density import bits_per_dim_of
 
     target = None if output is None else check_output(output, kinds=(".npy", ".npz"), overwrite=overwrite)
     options = load_options(tf32=tf32, engine_dir=engine_dir) | {"engine": engine}
@@ -51,7 +50,7 @@ def log_prob(
         values = np.concatenate(work.map(lambda flow, images, classes: flow.log_prob(images, labels=classes)))
         columns, table = {"log_prob": values}, "{file}\t{log_prob:.3f}"
         if work.flow.config.data == "image":
-            columns["bits_per_dim"] = -values / (work.flow.config.dims * math.log(2.0)) + PIXEL_SCALE_BITS
+            columns["bits_per_dim"] = bits_per_dim_of(values, work.flow.config)
             table += "\t{bits_per_dim:.4f}"
         written = [] if target is None else write_arrays(target, values, key="log_prob", arrays=columns)
         rows = [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]

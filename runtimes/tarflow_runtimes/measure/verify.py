@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from tarflow_runtimes.decode.plan import BlockReport, Parallel, Sequential
 from tarflow_runtimes.decode.turn import Conditions, Floats, Integers, OnTurn, Turn
 from tarflow_runtimes.engines.api import Cotangent
 from tarflow_runtimes.errors import BundleError, VerificationError
-from tarflow_runtimes.model.density import PIXEL_SCALE_BITS
+from tarflow_runtimes.model.density import bits_per_dim_of, log_prob_of
 
 UNIT_PER_DIM: Final = 1e-3
 """Nats per dim, see `unit_of`; with a tolerance of 1e-5 it allows an error of 1e-8 nats per dim."""
@@ -315,11 +314,8 @@ class _Run:
     def density(self, u: Floats, log_det: Floats) -> None:
         """The log-likelihood, summed in float64."""
         prior = np.broadcast_to(self.deviation, u.shape[1:]).astype(np.float64)
-        log_normal = -0.5 * np.square(u, dtype=np.float64).sum(axis=(1, 2)) - 0.5 * self.config.dims * math.log(
-            2 * math.pi
-        )
-        log_prob = log_normal + log_det - np.log(prior).sum()
+        log_prob = log_prob_of(u, log_det - np.log(prior).sum())
         self.record("whole model", "log_prob", log_prob, self.reference.log_prob)
         if self.reference.bits_per_dim is not None:
-            bits = -log_prob / (self.config.dims * math.log(2)) + PIXEL_SCALE_BITS
+            bits = bits_per_dim_of(log_prob, self.config)
             self.record("whole model", "bits_per_dim", bits, self.reference.bits_per_dim)

@@ -6,7 +6,6 @@ log q(x) = sum over dims of log N(u; 0, 1) + log|det|, u = z / sqrt(prior), all 
 from __future__ import annotations
 
 import math
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +14,6 @@ from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.bundle.reader import Bundle
 from tarflow_runtimes.decode.turn import Floats, Integers
 from tarflow_runtimes.engines.api import Engine
-
-PIXEL_SCALE_BITS: Final = 7.0
-"""Bits/dim between images in [-1, 1] and in [0, 256): log2(128)."""
 
 Doubles = npt.NDArray[np.float64]
 
@@ -38,6 +34,11 @@ def log_prob_of(u: Floats, log_det: Doubles) -> Doubles:
     """Log q [B], nats, of what `encode_patches` returned."""
     square = np.square(u, dtype=np.float64).sum(axis=(1, 2))
     return np.asarray(-0.5 * square - 0.5 * math.log(2.0 * math.pi) * (u[0].size) + log_det)
+
+
+def bits_per_dim_of(log_prob: Doubles, config: ModelConfig) -> Doubles:
+    """-log q / (dims ln 2) + 7: bits per value on the scale of 0..255, which is 128 = 2^7 times as wide as [-1, 1]."""
+    return -log_prob / (config.dims * math.log(2.0)) + 7.0
 
 
 def score(engine: Engine, bundle: Bundle, patches: Floats, labels: Integers | None) -> Floats:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import math
 import os
 import secrets
 import warnings
@@ -25,7 +24,7 @@ from tarflow_runtimes.engines.gpu.array import OnGpu
 from tarflow_runtimes.engines.open import Options, open_engine
 from tarflow_runtimes.errors import BundleError, DecodeWarning, InputError
 from tarflow_runtimes.model.arguments import Label, class_numbers, float_array, guidance_of, integer, seeds_of
-from tarflow_runtimes.model.density import PIXEL_SCALE_BITS, encode_patches, log_prob_of, patchify, score, unpatchify
+from tarflow_runtimes.model.density import bits_per_dim_of, encode_patches, log_prob_of, patchify, score, unpatchify
 from tarflow_runtimes.model.guidance import Guidance, conditions_of, real
 from tarflow_runtimes.model.noise import standard_normal
 from tarflow_runtimes.model.progress import OnStep, decode_patches, progress
@@ -113,6 +112,11 @@ class Flow:
     Threads: every method but `close` may be called from any number of threads at once; they share the weights and
     nothing else. `on_step` is called in the thread that called the method. After `close` (or the end of a `with`)
     calls that are running finish, or raise EngineError; new ones raise EngineError.
+
+    >>> import tarflow_runtimes as tfr
+    >>> with tfr.load() as flow:  # the model that ships
+    ...     print(flow.bundle.path.name, flow.config.shape, len(flow.class_names))
+    mnist.tarflow (1, 28, 28) 10
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, engine_reason: str = "asked for") -> None:
@@ -208,6 +212,13 @@ class Flow:
         Raises:
             InputError: on arguments out of range or that contradict each other.
             Cancelled: when `on_step` returned False; the Flow stays usable.
+
+        >>> import tarflow_runtimes as tfr
+        >>> with tfr.load() as flow:
+        ...     three = flow.sample(3, labels=[1, 2, -1], seed=7, guidance=[0.0, 1.5, 0.0]).images
+        ...     alone = flow.sample(1, labels=[2], seed=7, first_index=1, guidance=1.5).images
+        >>> three.shape, bool(abs(three[1] - alone[0]).max() < 1e-4)
+        ((3, 1, 28, 28), True)
         """
         config = self.config
         n = integer("n", n, minimum=1)
@@ -283,6 +294,13 @@ class Flow:
         Raises:
             InputError: on arguments out of range or that contradict each other.
             Cancelled: when `on_step` returned False; the Flow stays usable.
+
+        >>> import numpy as np, tarflow_runtimes as tfr
+        >>> with tfr.load() as flow:
+        ...     images = np.zeros((2, *flow.config.shape), np.float32)
+        ...     z, _ = flow.encode(images, labels=[3, 4])
+        ...     bool(abs(flow.decode(z, labels=[3, 4]) - images).max() < 1e-3)
+        True
         """
         latents = self._floats("z", z, ("B", self.config.patches, self.config.patch_values))
         n = len(latents)
@@ -298,6 +316,12 @@ class Flow:
 
         Raises:
             InputError: on images or labels that do not fit the model.
+
+        >>> import numpy as np, tarflow_runtimes as tfr
+        >>> with tfr.load() as flow:
+        ...     z, log_det = flow.encode(np.zeros((2, 1, 28, 28), np.float32), labels=[3, 4])
+        >>> z.shape, log_det.shape
+        ((2, 49, 16), (2,))
         """
         pairs = [encode_patches(self._engine, self._bundle, x, y) for x, y in self._chunks(images, labels)]
         z, log_det = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
@@ -308,6 +332,12 @@ class Flow:
 
         Raises:
             InputError: on images or labels that do not fit the model.
+
+        >>> import tarflow_runtimes as tfr
+        >>> with tfr.load() as flow:  # a digit is likelier as what it is
+        ...     seven = flow.sample(1, labels=[7], seed=0).images
+        ...     bool(flow.log_prob(seven, labels=[7]) > flow.log_prob(seven, labels=[0]))
+        True
         """
         return log_prob_of(*self.encode(images, labels))
 
@@ -316,10 +346,16 @@ class Flow:
 
         Raises:
             InputError: on images or labels that do not fit the model, and on a model of tokens.
+
+        >>> import numpy as np, tarflow_runtimes as tfr
+        >>> with tfr.load() as flow:
+        ...     noisy = np.random.default_rng(0).uniform(-1, 1, (1, 1, 28, 28)).astype(np.float32)
+        ...     bool(flow.bits_per_dim(noisy) > 7)  # nothing that a digit would be
+        True
         """
         if self.config.data == "tokens":
             raise InputError("bits/dim is of images, and this model's data are tokens", hint="use log_prob (nats)")
-        return -self.log_prob(images, labels) / (self.config.dims * math.log(2.0)) + PIXEL_SCALE_BITS
+        return bits_per_dim_of(self.log_prob(images, labels), self.config)
 
     def denoise(
         self, images: Arrays, labels: Labels = None, *, sigma: float | None = None, strength: float = 1.0
@@ -332,6 +368,13 @@ class Flow:
             InputError: on arguments that do not fit, or when sigma is neither known nor given.
 
         Source: Zhai et al. 2024, section 2.5 (Tweedie's formula).
+
+        >>> import tarflow_runtimes as tfr
+        >>> with tfr.load() as flow:  # what `sample` does last
+        ...     noisy = flow.sample(1, labels=[7], seed=0, denoise=False).images
+        ...     clean = flow.sample(1, labels=[7], seed=0).images
+        ...     bool(abs(flow.denoise(noisy, labels=[7]) - clean).max() < 1e-5)
+        True
         """
         scale = np.float32(real("strength", strength) * self._sigma(sigma, "pass sigma (--sigma)") ** 2)
         parts = [x + scale * score(self._engine, self._bundle, x, y) for x, y in self._chunks(images, labels)]
@@ -342,6 +385,11 @@ class Flow:
 
         Raises:
             InputError: on a model without classes, or images that do not fit it.
+
+        >>> import tarflow_runtimes as tfr
+        >>> with tfr.load() as flow:
+        ...     flow.classify(flow.sample(4, labels=[3, 1, 4, 1], seed=0).images).argmax(axis=1).tolist()
+        [3, 1, 4, 1]
         """
         if not self.config.classes:
             raise InputError("this model has no classes, so it cannot classify", hint="use a class-conditional model")
