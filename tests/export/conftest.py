@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
+import tarflow_export._write  # to plant wrong weights where they are written
 from tarflow_export import convert_bundle, export_bundle
 from tarflow_sdk import FlowConfig, TarFlow
 from tarflow_sdk.testing import random_model, tiny_config, tiny_token_config
@@ -120,3 +121,23 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
 def tiny(request: pytest.FixtureRequest, exported: Export) -> Exported:
     """Every model of the matrix in turn, float32."""
     return exported(request.param)
+
+
+@pytest.fixture
+def wrong_weight(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let the exporter write wrong numbers into the tensor of that name of every block."""
+    original = tarflow_export._write.block_tensors
+
+    def plant(name: str) -> None:
+        def tensors(*args: Any, **options: Any) -> Any:
+            for tensor, array in original(*args, **options):
+                if tensor == "order" == name:
+                    array = array[::-1].copy()  # noqa: PLW2901
+                elif tensor == name:
+                    array = array.copy()  # noqa: PLW2901
+                    array.flat[array.size // 2] += 0.5
+                yield tensor, array
+
+        monkeypatch.setattr(tarflow_export._write, "block_tensors", tensors)
+
+    return plant
