@@ -13,13 +13,17 @@ import torch
 
 from tarflow_export import ExportError, convert_bundle, export_bundle
 from tarflow_runtimes.bundle.reader import open_bundle
+from tarflow_runtimes.errors import BundleError
 from tarflow_sdk.testing import random_model, tiny_config
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A verified float32 bundle."""
-    return export_bundle(random_model(tiny_config()), tmp_path_factory.mktemp("whole") / "x.tarflow").path
+    """A verified float32 bundle; some weights lie halfway between two of bfloat16, above an even one and an odd one."""
+    model = random_model(tiny_config())
+    with torch.no_grad():
+        model.blocks[1].proj_in.weight[0, :4] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, -1 - 3 * 2**-8]) / 8
+    return export_bundle(model, tmp_path_factory.mktemp("whole") / "x.tarflow").path
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +62,26 @@ def test_bfloat16_is_rounded_to_nearest_even_and_says_that_nothing_was_verified(
         else:
             assert "norm" in name or name.endswith("_embed") or name == "order"
             np.testing.assert_array_equal(after, before)
+    ties = bundle.tensor(1, "proj_in.weight")[0, :4] & 0x7FFF
+    assert [hex(bits) for bits in ties] == ["0x3e00", "0x3e02", "0x3e00", "0x3e02"]
 
 
-def test_float16_is_what_an_export_in_float16_writes(converted: dict[str, Path], tmp_path: Path) -> None:
-    exported = export_bundle(random_model(tiny_config()), tmp_path / "x.tarflow", dtype="float16", verify=False)
-    files, others = (open_bundle(path).manifest["files"] for path in (exported.path, converted["float16"]))
-    assert files == {name: others[name] for name in files}
+def test_float16_is_what_an_export_in_float16_writes(tmp_path: Path) -> None:
+    model = random_model(tiny_config())
+    whole = export_bundle(model, tmp_path / "whole.tarflow", verify=False).path
+    converted = convert_bundle(whole, tmp_path / "half.tarflow", precision="float16", verify=False)
+    exported = export_bundle(model, tmp_path / "x.tarflow", dtype="float16", verify=False)
+    files, others = (open_bundle(report.path).manifest["files"] for report in (exported, converted))
+    assert files == others
 
 
-@pytest.mark.parametrize("patch_values", [16, 40])
-def test_int8_is_the_nearest_of_255_levels_of_each_group(tmp_path: Path, patch_values: int) -> None:
-    """Widths of 64 and 192: columns that fill no group, and several."""
-    config = tiny_config(width=64 if patch_values == 16 else 192, layers=1, blocks=1)
-    whole = export_bundle(random_model(config), tmp_path / "x.tarflow", verify=False).path
+@pytest.mark.parametrize("width", [64, 192])
+def test_int8_is_the_nearest_of_255_levels_of_each_group(tmp_path: Path, width: int) -> None:
+    """Columns that fill no group, and one and a half; and a row of zeros."""
+    model = random_model(tiny_config(width=width, layers=1, blocks=1))
+    with torch.no_grad():
+        model.blocks[0].attn_blocks[0].attention.qkv.weight[0] = 0
+    whole = export_bundle(model, tmp_path / "x.tarflow", verify=False).path
     rounded = convert_bundle(whole, tmp_path / "y.tarflow", precision="int8", verify=False).path
     source, bundle = open_bundle(whole), open_bundle(rounded)
     names = [name.removesuffix(".int8") for name in bundle.tensors if name.endswith(".int8")]
@@ -83,6 +94,7 @@ def test_int8_is_the_nearest_of_255_levels_of_each_group(tmp_path: Path, patch_v
         scale = bundle.tensor(0, f"{name}.scale").astype(np.float64)
         assert levels.shape == (len(weight), -(-weight.shape[1] // 128), 128)
         assert np.abs(levels).max() == 127
+        assert (np.isfinite(scale) & (scale > 0)).all()
         found = (levels * scale[:, :, None]).reshape(len(weight), -1)
         assert not found[:, weight.shape[1] :].any()
         bound = np.repeat(scale, 128, axis=1)[:, : weight.shape[1]] * 0.5001
@@ -101,39 +113,80 @@ def test_a_quarter_of_the_bytes(tmp_path: Path) -> None:
     assert 0.25 < sizes["int8"] / sizes["float32"] < 0.28
 
 
-def test_what_cannot_be_converted(whole: Path, converted: dict[str, Path], tmp_path: Path) -> None:
+def refused(source: Path, output: Path, **options: Any) -> str:
+    """The one line of the refusal, and its hint."""
+    with pytest.raises(ExportError) as caught:
+        convert_bundle(source, output, **options)
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
+    return f"{caught.value}; {caught.value.hint}"
+
+
+def test_a_rounded_bundle_is_converted_from_its_source_instead(
+    whole: Path, converted: dict[str, Path], tmp_path: Path
+) -> None:
     target = tmp_path / "y.tarflow"
-    unverified = export_bundle(random_model(tiny_config()), tmp_path / "x.tarflow", verify=False).path
-    large = random_model(tiny_config())
+    for path in converted.values():
+        assert "the float32 bundle that it was made from" in refused(path, target, precision="int8")
+    assert convert_bundle(whole, target, precision="int8", verify=False).path == target
+
+
+def test_a_bundle_without_a_reference_is_converted_unverified(tmp_path: Path) -> None:
+    target = tmp_path / "y.tarflow"
+    source = export_bundle(random_model(tiny_config()), tmp_path / "x.tarflow", verify=False).path
+    for precision in ("float16", "bfloat16", "int8"):
+        assert "--no-verify" in refused(source, target, precision=precision)
+    assert convert_bundle(source, target, precision="float16", verify=False).verification["status"] == "skipped"
+
+
+def test_weights_beyond_float16_are_named(tmp_path: Path) -> None:
+    target, model = tmp_path / "y.tarflow", random_model(tiny_config())
     with torch.no_grad():
-        large.blocks[1].proj_in.weight[0, 0] = 1e5
-    beyond = export_bundle(large, tmp_path / "large.tarflow", verify=False).path
-    cases: list[tuple[Path, Path, Any, str, str]] = [
-        (converted["float16"], target, "int8", "rounded again", "float32 bundle"),
-        (unverified, target, "float16", "no reference", "--no-verify"),
-        (whole, whole, "float16", "exists already", "--overwrite"),
-        (whole, target, "float64", "precision must be one of", "float16"),
-        (whole, tmp_path / "missing" / "y.tarflow", "int8", "does not exist", "folder"),
-    ]
-    for source, output, precision, message, hint in cases:
-        with pytest.raises(ExportError, match=message) as caught:
-            convert_bundle(source, output, precision=precision)
-        assert hint in f"{caught.value} {caught.value.hint}"
-    with pytest.raises(ExportError, match=r"blocks\.1\.proj_in\.weight holds values beyond the range of float16"):
-        convert_bundle(beyond, target, precision="float16", verify=False)
-    with pytest.raises(ExportError, match="is the bundle to convert"):
-        convert_bundle(whole, whole, precision="float16", overwrite=True)
-    assert not target.exists()
+        model.blocks[1].proj_in.weight[0, 0] = 1e5
+    source = export_bundle(model, tmp_path / "x.tarflow", verify=False).path
+    words = refused(source, target, precision="float16", verify=False)
+    assert words.startswith("blocks.1.proj_in.weight holds values beyond the range of float16")
+    assert sorted(tmp_path.iterdir()) == [source]
+    convert_bundle(source, target, precision="bfloat16", verify=False)
+
+
+def test_targets_and_precisions_that_do_not_fit(whole: Path, tmp_path: Path) -> None:
+    before = open_bundle(whole).digest
+    assert "--overwrite" in refused(whole, whole, precision="float16")
+    assert "another name" in refused(whole, whole, precision="float16", overwrite=True)
+    assert "does not exist" in refused(whole, tmp_path / "missing" / "y.tarflow", precision="int8")
+    assert open_bundle(whole).digest == before
+    for precision in ("float32", "float64", "int4"):
+        with pytest.raises(ExportError, match="precision must be one of float16, bfloat16, int8, got"):
+            convert_bundle(whole, tmp_path / "y.tarflow", precision=precision)  # type: ignore[arg-type]
+    with pytest.raises(BundleError, match="no such directory"):
+        convert_bundle(tmp_path / "none.tarflow", tmp_path / "y.tarflow", precision="int8")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["write", "verify"])
+def test_an_interrupted_conversion_leaves_what_was_there(whole: Path, tmp_path: Path, stage: str) -> None:
+    def interrupt(now: str, done: int, total: int) -> None:
+        if now == stage and done == 1 and total > 1:
+            raise KeyboardInterrupt
+
+    target = tmp_path / "y.tarflow"
+    before = convert_bundle(whole, target, precision="float16", verify=False).digest
+    with pytest.raises(KeyboardInterrupt):
+        convert_bundle(whole, target, precision="int8", overwrite=True, on_progress=interrupt)
+    assert open_bundle(target).digest == before
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_convert_runs_where_pytorch_is_not(whole: Path, tmp_path: Path) -> None:
+    """Of the training core it needs the base class of errors alone."""
     code = f"""
 import sys
 for name in ("torch", "safetensors", "scipy"):
     sys.modules[name] = None
 from tarflow_export import convert_bundle
-report = convert_bundle({str(whole)!r}, {str(tmp_path / "y.tarflow")!r}, precision="int8")
-print(report.verification["status"], "tarflow_sdk._model" in sys.modules)
+print(convert_bundle({str(whole)!r}, {str(tmp_path / "y.tarflow")!r}, precision="int8").verification["status"])
+print(*sorted(name for name in sys.modules if name.startswith("tarflow_sdk")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "passed False\n", done.stderr
+    assert done.stdout == "passed\ntarflow_sdk tarflow_sdk._errors\n", done.stderr
