@@ -90,24 +90,60 @@ def test_the_runtime_needs_onnxruntime_and_nothing_else_of_onnx() -> None:
     assert [requirement.split(">=")[0] for requirement in extras["ort"]] == ["onnxruntime"]
 
 
+PIP = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, *PIP, "wheel", "--no-deps", "--wheel-dir", folder, ROOT], check=True, timeout=600)
+    (path,) = folder.glob("tarflow_sdk-*.whl")
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_clean_environment(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    built = {"__pycache__", ".so", ".dylib", ".dll"}  # on this machine, for this machine
+    sources = {
+        (package / path.relative_to(folder)).as_posix()
+        for package, folder in ((Path(name), folder) for name, folder in PACKAGES.items())
+        for path in folder.rglob("*")
+        if path.is_file() and not built & {*path.parts, path.suffix}
+    }
+    (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
+    assert {name for name in names if not name.startswith(info)} == sources
+    shipped = "tarflow_runtimes/models/mnist.tarflow"
+    assert {f"{shipped}/manifest.json", f"{shipped}/reference.npz", f"{shipped}/graphs/ort-cpu/step.onnx"} <= names
+    assert {f"{info}/entry_points.txt", f"{info}/licenses/LICENSE"} <= names
+    metadata = zipfile.ZipFile(wheel).read(f"{info}/METADATA").decode()
+    needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert {line.split()[1].split(">")[0] for line in needed} == {"numpy", "typer", "rich", "pillow"}
+
+
+WITHOUT = """
+import sys
+for name in ("google", "onnx", "onnx_ir", "torch"):
+    sys.modules[name] = None
+import tarflow_runtimes as tfr
+with tfr.load() as flow:
+    assert flow.sample(2, labels=[3, 7], seed=0, guidance=1.0).images.shape == (2, 1, 28, 28)
+"""
+"""ONNX Runtime brings protobuf along, but nothing here needs it."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_clean_environment(wheel: Path, tmp_path: Path) -> None:
     """The wheel with the `ort` extra samples where neither torch nor onnx is installed."""
-    pip = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run(
-        [sys.executable, *pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)], check=True, timeout=600
-    )
-    (wheel,) = tmp_path.glob("tarflow_sdk-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(PACKAGES)
-    assert "tarflow_runtimes/models/mnist.tarflow/manifest.json" in names
     venv.create(tmp_path / "env", with_pip=True)
     binaries = tmp_path / "env" / ("Scripts" if sys.platform == "win32" else "bin")
-    subprocess.run([binaries / "python", *pip, "install", f"{wheel}[ort]"], check=True, timeout=600)
-    absent = subprocess.run([binaries / "python", "-c", "import torch, onnx"], capture_output=True, check=False)
-    assert absent.returncode != 0
-    subprocess.run([binaries / "python", "-c", "import tarflow_runtimes"], check=True, cwd=tmp_path)
+    subprocess.run([binaries / "python", *PIP, "install", f"{wheel}[ort]"], check=True, timeout=600)
+    for absent in ("torch", "onnx", "onnx_ir", "safetensors"):
+        done = subprocess.run([binaries / "python", "-c", f"import {absent}"], capture_output=True, check=False)
+        assert done.returncode != 0, absent
+    subprocess.run([binaries / "python", "-c", WITHOUT], check=True, cwd=tmp_path, timeout=120)
     subprocess.run(
         [binaries / "tarflow-infer", "-n", "2", "--labels", "3,7", "-o", "two.png"],
         check=True,
