@@ -1,10 +1,10 @@
 """This checkout against another one, each in its own environment: time of the same pictures, called in turn.
 
-    python benchmarks/before.py --before PATH [--photos CHECKPOINT] [--rounds 15] [--json FILE]
+    python benchmarks/before.py --before PATH [--rounds 15] [--json FILE]
 
-PATH is a checkout in which `make .venv/ready` has run. Each side is a process that stays; the sides take turns, and a
-ratio is the median of the rounds' ratios, this checkout's time over the other's. Bundles are each side's own: the one
-that ships with it, and with --photos one that it exports of that checkpoint.
+PATH is a checkout in which `make .venv/ready` has run. Each side is a process that stays; the sides take turns, each
+first in every other round, and a ratio is the median of the rounds' ratios, this checkout's time over the other's.
+Bundles are each side's own: the one that ships with it, and one that it exports of the photos' checkpoint here.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+from _peer import PAUSE
+from _work import CHECKPOINTS, ROOT, header, write_json
 
 SIDE = """
 import json, sys, time
@@ -63,11 +67,25 @@ class Side:
         self._process.stdin.flush()
         return float(json.loads(self._process.stdout.readline()))
 
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
-def exported(root: Path, checkpoint: Path, folder: Path) -> str:
-    """The bundle that a checkout makes of a checkpoint."""
-    target = folder / f"{root.name}.tarflow"
-    command = [root / ".venv" / "bin" / "tarflow-export", checkpoint.resolve(), "-o", target, "--no-verify"]
+
+def round_of(sides: tuple[Side, Side], number: int, job: tuple[str, int, float]) -> tuple[float, float]:
+    """Seconds of both sides; which is first changes with the round, and each finds the cores at rest."""
+    seconds = [0.0, 0.0]
+    for side in (0, 1) if number % 2 else (1, 0):
+        time.sleep(PAUSE)
+        seconds[side] = sides[side].seconds(*job)
+    return seconds[0], seconds[1]
+
+
+def exported(root: Path, target: Path) -> str:
+    """The bundle that a checkout makes of the photos' checkpoint."""
+    command = [root / ".venv" / "bin" / "tarflow-export", CHECKPOINTS["photos"], "-o", target, "--no-verify"]
     subprocess.run(command, check=True, capture_output=True)
     return str(target)
 
@@ -75,24 +93,24 @@ def exported(root: Path, checkpoint: Path, folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", required=True, type=Path, help="the other checkout")
-    parser.add_argument("--photos", type=Path, help="a checkpoint of photos; examples/04_train_photos has one")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", help="write the rows to this file")
     arguments = parser.parse_args()
-    roots = (HERE, arguments.before.resolve())
+    roots = (ROOT, arguments.before.resolve())
+    for root in roots:
+        if not (root / ".venv" / "bin" / "tarflow-export").is_file():
+            parser.error(f"{root} has no environment: run `make .venv/ready` there")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        bundles: list[dict[str, str | None]] = [{"digits": None}, {"digits": None}]
-        if arguments.photos:
-            for root, found in zip(roots, bundles, strict=True):
-                found["photos"] = exported(root, arguments.photos, Path(folder))
-        sides = [Side(root, found) for root, found in zip(roots, bundles, strict=True)]
+        bundles: list[dict[str, str | None]] = [
+            {"digits": None, "photos": exported(root, Path(folder) / f"{side}.tarflow")}
+            for side, root in enumerate(roots)
+        ]
+        sides = (Side(roots[0], bundles[0]), Side(roots[1], bundles[1]))
         print("model   images  guidance   ms here  ms there   ratio  (low..high)")
-        for name in bundles[0]:
-            for images, guidance in JOBS[name]:
-                seconds = [
-                    [side.seconds(name, images, guidance) for side in sides] for _ in range(arguments.rounds + 1)
-                ]
+        for name, jobs in JOBS.items():
+            for images, guidance in jobs:
+                seconds = [round_of(sides, number, (name, images, guidance)) for number in range(arguments.rounds + 1)]
                 ratios = [here / there for here, there in seconds[1:]]
                 here, there = (1e3 * statistics.median(column) for column in zip(*seconds[1:], strict=True))
                 ratio = statistics.median(ratios)
@@ -112,8 +130,10 @@ def main() -> None:
                         "ratio": ratio,
                     }
                 )
+        for side in sides:
+            side.close()
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(arguments.json, {"header": header(rounds=arguments.rounds), "rows": rows})
 
 
 if __name__ == "__main__":

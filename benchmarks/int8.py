@@ -1,16 +1,21 @@
 """Steps of a wide model: the original eager PyTorch sampler, this SDK in float32, and an int8 bundle of it.
 
     python benchmarks/int8.py --reference PATH/TO/ml-tarflow [--batch 1,4,16] [--blocks 2] [--json FILE]
+    python benchmarks/int8.py --effect [--json FILE]
 
 The shape is that of the published AFHQ model, 256 x 256 x 3, patch 8, width 768, 8 layers, with random weights, and by
 default 2 of its 8 blocks. Each side lives in a process of its own and is called in turn; times are those of the first
 steps of every block, where the original's caches, which it copies at each step, are still short.
+
+`--effect` times nothing: what int8 does to images of the trained models, from the same noise, without guidance and
+without the denoiser. The density is the float32 model's for both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -25,6 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _peer import Peer, resident, serve
+from _work import CHECKPOINTS, Work, header, write_json
 
 SHAPE = {"image_size": 256, "image_channels": 3, "patch_size": 8, "width": 768, "layers": 8, "classes": 3}
 PATCHES, PATCH_VALUES, LABEL = 1024, 192, 1
@@ -142,9 +148,46 @@ def compare(
     return rows
 
 
+def effect(name: str, folder: Path, images: int) -> dict[str, Any]:
+    """A trained model's images in int8 beside those in float32; mean and worst of each measure."""
+    import tarflow_runtimes as tfr
+    from tarflow_export import convert_bundle
+
+    work = Work.prepare(name, CHECKPOINTS[name], folder / name)
+    rounded = convert_bundle(work.bundle, folder / f"{name}-int8.tarflow", precision="int8", verify=False).path
+    labels = work.labels(images)
+    with tfr.load(work.bundle) as stored, tfr.load(rounded) as changed:
+        x, y = (flow.sample(images, labels=labels, seed=0, denoise=False).images for flow in (stored, changed))
+        bits, bits_float32 = stored.bits_per_dim(y, labels), stored.bits_per_dim(x, labels)
+    difference = np.abs(y.astype(np.float64) - x).reshape(images, -1)
+    psnr = [10 * math.log10(4 / square) if square else math.inf for square in np.square(difference).mean(axis=1)]
+    return {
+        "model": work.model,
+        "images": images,
+        "psnr_db": [float(np.mean(psnr)), min(psnr)],
+        "max_difference": [float(difference.max(axis=1).mean()), float(difference.max())],
+        "bits_per_dim": [float(bits.mean()), float(bits.max())],
+        "bits_per_dim_float32": [float(bits_float32.mean()), float(bits_float32.max())],
+    }
+
+
+def print_effect(images: int, path: str | None) -> None:
+    """Of both trained models."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [effect(name, Path(folder), images) for name in CHECKPOINTS]
+    for row in rows:
+        print(f"{row['model']}, {images} images: mean, worst")
+        for name in ("psnr_db", "max_difference", "bits_per_dim", "bits_per_dim_float32"):
+            print(f"  {name:22s} {row[name][0]:9.4f} {row[name][1]:9.4f}")
+    if path:
+        write_json(path, {"header": header(), "rows": rows})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", required=True, help="folder of the original code (transformer_flow.py)")
+    parser.add_argument("--reference", default="", help="folder of the original code (transformer_flow.py)")
+    parser.add_argument("--effect", action="store_true", help="images of trained models in int8 against float32")
+    parser.add_argument("--images", type=int, default=16, help="--effect: images")
     parser.add_argument("--batch", default="1", help="as 1,4,16")
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=32, help="of each block")
@@ -152,8 +195,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep checkpoint and bundle here")
     parser.add_argument("--json", help="write the rows to this file")
     arguments = parser.parse_args()
+    if arguments.effect:
+        print_effect(arguments.images, arguments.json)
+        return
     if not (Path(arguments.reference) / "transformer_flow.py").is_file():
-        parser.error(f"{arguments.reference} has no transformer_flow.py")
+        parser.error("--reference must name the folder of the original code, with transformer_flow.py in it")
     script, reference = str(Path(__file__).resolve()), str(Path(arguments.reference).resolve())
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
@@ -164,7 +210,7 @@ def main() -> None:
             Peer("float32", script, str(folder)),
             Peer("int8", script, str(folder)),
         ]
-        header = {
+        head = {
             "date": datetime.now(UTC).date().isoformat(),
             "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs",
             "shape": SHAPE | {"blocks": arguments.blocks},
@@ -173,7 +219,7 @@ def main() -> None:
             "numpy": version("numpy"),
             "runtimes": {peer.name: peer.ready["runtime"] for peer in peers},
         }
-        print(json.dumps(header))
+        print(json.dumps(head))
         print("batch  sampler   ms/step  speed-up  (low..high)  relative diff  peak MB  weights MB  growth/weights")
         rows = []
         for batch in map(int, arguments.batch.split(",")):
@@ -190,7 +236,7 @@ def main() -> None:
         for peer in peers:
             peer.close()
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"header": header, "rows": rows}, indent=2) + "\n")
+        Path(arguments.json).write_text(json.dumps({"header": head, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
