@@ -1,6 +1,8 @@
 """The forward and gradient graphs equal PyTorch; all graphs are standard, alike across blocks, and share weights."""
 
 import collections
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,6 +155,21 @@ def test_run_ready_graphs_keep_their_tensors_in_the_weights(
             assert len(tensor.raw_data) <= 64
     domains = {node.domain for node in model.graph.node}
     assert domains == ({"", "com.microsoft"} if provider == "ort-cpu" and not kind.startswith("vjp") else {""})
+
+
+@pytest.mark.parametrize(
+    ("precision", "provider", "kind"),
+    [(one, *graph) for one in PRECISIONS for graph in RUN_READY if graph[0] in PRECISIONS[one]],
+)
+def test_run_ready_graphs_are_valid(exported: Any, tmp_path: Path, precision: str, provider: str, kind: str) -> None:
+    """Beside the weights, where the checker looks for them; it knows no types of ONNX Runtime's own operators."""
+    tiny = exported("class", precision)
+    for file in (tiny.folder / "block_00" / "weights.bin", tiny.folder / "graphs" / provider / f"{kind}.onnx"):
+        shutil.copy(file, tmp_path)
+    model = onnx.load(tmp_path / f"{kind}.onnx")
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    assert (opsets.pop(""), opsets, model.ir_version) == (24, {"com.microsoft": 1} if opsets else {}, 12)
+    onnx.checker.check_model(model, full_check=not opsets)
 
 
 def test_the_steps_of_the_cpu_have_no_portable_attention(exported: Any) -> None:
