@@ -95,7 +95,7 @@ def check_planted(make: Any, monkeypatch: Any, folder: Path, graph: tuple[Any, s
     "name",
     [
         "order", "pos_embed", "class_embed", "proj_in.weight", "proj_out.bias", "attn_blocks.0.attention.norm.weight",
-        "attn_blocks.1.attention.qkv.weight", "attn_blocks.1.mlp.main.2.bias",
+        "attn_blocks.0.attention.qkv.weight", "attn_blocks.0.mlp.main.2.bias",
     ],
 )  # fmt: skip
 def test_one_wrong_weight_fails_and_leaves_nothing(
@@ -103,7 +103,7 @@ def test_one_wrong_weight_fails_and_leaves_nothing(
 ) -> None:
     wrong_weight(name)
     with pytest.raises(VerificationError, match="missed their tolerance") as caught:
-        export_bundle(random_model(tiny_config()), tmp_path / "x.tarflow")
+        export_bundle(random_model(SMALLEST), tmp_path / "x.tarflow")
     assert caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
@@ -118,5 +118,5 @@ def test_a_wrong_prior_fails_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(tarflow_export._export, "load", load)
     with pytest.raises(VerificationError, match="whole model"):
-        export_bundle(random_model(tiny_config(nvp=False)), tmp_path / "x.tarflow")
+        export_bundle(random_model(dataclasses.replace(SMALLEST, nvp=False)), tmp_path / "x.tarflow")
     assert list(tmp_path.iterdir()) == []
