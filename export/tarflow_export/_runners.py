@@ -1,6 +1,6 @@
 """What the verification runs graphs with, as simply as can be: `PortableRunner` and `DecodeLoopRunner`, on the CPU.
 
-They keep one session at a time, so that their memory is that of one block. Each is a `_verify.Subject`.
+They keep one session at a time, so that their memory is that of one block. Each has the `Passes` of an engine.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ BUILD = ROOT / "build" / "native"
 DIGITS = ROOT / "examples" / "01_train_mnist" / "mnist_model_4_128_4_4_0.10.safetensors"
 sys.path.insert(0, str(NATIVE))
 
+from bench.native_step import invert_blocks  # noqa: E402
 from native_build import build, compiler  # noqa: E402
 
 CONFIGS: dict[str, FlowConfig] = {
@@ -51,21 +52,6 @@ CONFIGS: dict[str, FlowConfig] = {
     "odd_tokens": tiny_token_config(tokens=37, token_values=17, width=33, head_dim=11, layers=3),
 }
 """Widths that are no multiple of 32, head sizes that are no multiple of 16, and the usual ones."""
-
-
-def invert_blocks(
-    library: Library,
-    blocks: Sequence[Block],
-    reversed_blocks: Sequence[bool],
-    noise: np.ndarray[Any, Any],
-    **conditions: Any,
-) -> np.ndarray[Any, Any]:
-    """All blocks, the last one first: noise [B, N, D] -> patches in the order of the data."""
-    x = noise
-    for block, is_reversed in zip(reversed(blocks), reversed(reversed_blocks), strict=True):
-        ordered = library.invert(block, x[:, ::-1] if is_reversed else x, **conditions)
-        x = np.ascontiguousarray(ordered[:, ::-1] if is_reversed else ordered)
-    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,17 +86,7 @@ class Model:
         return Conditions(labels=labels, guidance=guidance, inverse_temperature=inverse_temperature)
 
     def native(self, noise: np.ndarray[Any, Any], conditions: Conditions, **options: Any) -> np.ndarray[Any, Any]:
-        return invert_blocks(
-            self.library,
-            self.blocks,
-            [block.is_reversed for block in self.bundle.blocks],
-            noise,
-            labels=conditions.labels,
-            guidance=conditions.guidance,
-            inverse_temperature=conditions.inverse_temperature,
-            branches=conditions.branches,
-            **options,
-        )
+        return invert_blocks(self.library, self.blocks, self.bundle, noise, conditions, **options)
 
     def ort(self, noise: np.ndarray[Any, Any], conditions: Conditions) -> np.ndarray[Any, Any]:
         engine, _ = open_engine("ort-cpu", self.bundle, Options(tf32=False, engine_dir=None, on_building=None))

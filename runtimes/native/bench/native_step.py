@@ -23,21 +23,34 @@ from typing import Any
 
 import numpy as np
 
+from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from tarflow_runtimes.decode.plan import Sequential
+from tarflow_runtimes.decode.turn import Conditions, Turn
 from tarflow_runtimes.engines.native.library import Block, Library
+from tarflow_runtimes.engines.open import Options, open_engine
 
 
 def invert_blocks(
     library: Library,
     blocks: Sequence[Block],
-    reversed_blocks: Sequence[bool],
+    bundle: Bundle,
     noise: np.ndarray[Any, Any],
-    **conditions: Any,
+    conditions: Conditions,
+    **options: Any,
 ) -> np.ndarray[Any, Any]:
     """All blocks, the last one first: noise [B, N, D] -> patches in the order of the data."""
     x = noise
-    for block, is_reversed in zip(reversed(blocks), reversed(reversed_blocks), strict=True):
-        ordered = library.invert(block, x[:, ::-1] if is_reversed else x, **conditions)
-        x = np.ascontiguousarray(ordered[:, ::-1] if is_reversed else ordered)
+    for block, packed in zip(reversed(bundle.blocks), reversed(blocks), strict=True):
+        ordered = library.invert(
+            packed,
+            x[:, ::-1] if block.is_reversed else x,
+            labels=conditions.labels,
+            guidance=conditions.guidance,
+            inverse_temperature=conditions.inverse_temperature,
+            branches=conditions.branches,
+            **options,
+        )
+        x = np.ascontiguousarray(ordered[:, ::-1] if block.is_reversed else ordered)
     return x
 
 
@@ -64,16 +77,10 @@ def seconds(run: Callable[[], object]) -> float:
 def main() -> None:
     options = parse()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
-    from tarflow_runtimes.bundle.reader import open_bundle
-    from tarflow_runtimes.decode.plan import Sequential
-    from tarflow_runtimes.decode.turn import Conditions, Turn
-    from tarflow_runtimes.engines.open import Options, open_engine
-
     bundle, library = open_bundle(options.bundle), Library(options.library)
     config = bundle.config
     engine, _ = open_engine("ort-cpu", bundle, Options(tf32=False, engine_dir=None, on_building=None))
     blocks = [library.pack(bundle, block) for block in range(config.blocks)]
-    is_reversed = [block.is_reversed for block in bundle.blocks]
     turns = [Turn(block=block, strategy=Sequential()) for block in reversed(range(config.blocks))]
     kernel = options.kernel or library.kernels[0]
     print(f"{bundle.path.name} ({bundle.precision}), {options.threads} threads, {kernel}, {options.rounds} rounds")
@@ -98,18 +105,7 @@ def main() -> None:
                 return engine.invert(turns, noise, conditions)[0]
 
             def native(noise: np.ndarray = noise, conditions: Conditions = conditions) -> np.ndarray:
-                return invert_blocks(
-                    library,
-                    blocks,
-                    is_reversed,
-                    noise,
-                    labels=conditions.labels,
-                    guidance=conditions.guidance,
-                    inverse_temperature=conditions.inverse_temperature,
-                    branches=conditions.branches,
-                    threads=options.threads,
-                    kernel=kernel,
-                )
+                return invert_blocks(library, blocks, bundle, noise, conditions, threads=options.threads, kernel=kernel)
 
             difference = float(np.abs(reference() - native()).max())
             pairs = []

@@ -19,28 +19,23 @@ Cotangent = Callable[[Floats, slice], Floats]
 """The derivative of something with respect to z, given the z [., N, D] of some images and which they are."""
 
 
-class Engine(Protocol):
-    """Runs the graphs of one bundle. Patches are [B, N, D] in the order of the data.
+class Passes(Protocol):
+    """The passes through the blocks of one bundle, which can be verified. Patches [B, N, D] come in the data's order.
 
     Labels are int64, 0 .. classes - 1 or `classes`, the null class; None on models without classes.
-    Every method but `close` may be called from several threads at once.
-
-    Raises:
-        EngineError: from any method, when a graph cannot be opened or run, or after `close`.
     """
 
-    name: str
-    provider: str
-    """The provider whose run-ready graphs it runs, as in the bundle."""
-    precision: str
-    """What it computes linear layers in: the bundle's, or tf32."""
+    @property
+    def name(self) -> str:
+        """The engine's name, which with `precision` picks its line of the table of tolerances."""
 
     @property
-    def to_device(self) -> Callable[[npt.NDArray[Any]], DeviceArray] | None:
-        """Copies an array to the engine's device, for others to take; None where the engine computes on the host."""
+    def provider(self) -> str:
+        """The provider whose run-ready graphs it runs, as in the bundle."""
 
-    def to_host(self, given: object) -> object:
-        """A copy on the host of an array in a device's memory; anything else comes back as it is."""
+    @property
+    def precision(self) -> str:
+        """What it computes linear layers in: the bundle's, or tf32."""
 
     def invert(
         self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
@@ -57,6 +52,23 @@ class Engine(Protocol):
 
         `cotangent` is called with some images at a time, in any order and from any thread.
         """
+
+
+class Engine(Passes, Protocol):
+    """Runs the graphs of one bundle.
+
+    Every method but `close` may be called from several threads at once.
+
+    Raises:
+        EngineError: from any method, when a graph cannot be opened or run, or after `close`.
+    """
+
+    @property
+    def to_device(self) -> Callable[[npt.NDArray[Any]], DeviceArray] | None:
+        """Copies an array to the engine's device, for others to take; None where the engine computes on the host."""
+
+    def to_host(self, given: object) -> object:
+        """A copy on the host of an array in a device's memory; anything else comes back as it is."""
 
     def report(self) -> Mapping[str, Any]:
         """What runs where: versions, threads, device. JSON values."""

@@ -11,18 +11,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zipfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from tarflow_runtimes.bundle.reader import PORTABLE, Bundle
 from tarflow_runtimes.bundle.tolerances import Record, compare, tolerance_for
-from tarflow_runtimes.decode.plan import BlockReport, Parallel, Sequential
-from tarflow_runtimes.decode.turn import Conditions, Floats, Integers, OnTurn, Turn
-from tarflow_runtimes.engines.api import Cotangent
+from tarflow_runtimes.decode.plan import Parallel, Sequential
+from tarflow_runtimes.decode.turn import Conditions, Floats, Turn
+from tarflow_runtimes.engines.api import Passes
 from tarflow_runtimes.errors import BundleError, VerificationError
 from tarflow_runtimes.model.density import bits_per_dim_of, log_prob_of
 
@@ -34,35 +34,6 @@ STAGES: Final = ("forward", "gradient", "inverse", "window")
 
 KINDS: Final = {"unguided": "", "guided": "_guided", "tempered": "_tempered"}
 """The inverses of the reference, and what the graphs of `ort-cpu` that run them end with."""
-
-
-class Subject(Protocol):
-    """What is verified: as much of an `Engine` as the stages need."""
-
-    @property
-    def name(self) -> str:
-        """The engine's name, which with `precision` picks its line of the table of tolerances."""
-
-    @property
-    def provider(self) -> str:
-        """Whose graphs it runs."""
-
-    @property
-    def precision(self) -> str:
-        """What it computes linear layers in."""
-
-    def invert(
-        self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
-    ) -> tuple[Floats, tuple[BlockReport, ...]]:
-        """As of an engine."""
-
-    def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
-        """As of an engine."""
-
-    def vjp(
-        self, blocks: Sequence[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
-    ) -> tuple[Floats, Floats]:
-        """As of an engine."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +144,7 @@ def unit_of(dims: int) -> float:
 
 def verify(
     bundle: Bundle,
-    subject: Subject,
+    subject: Passes,
     *,
     blocks: Collection[int] | None = None,
     stages: Collection[str] = STAGES,
@@ -203,7 +174,7 @@ def verify(
 class _Run:
     """One pass over the reference; `records` grows."""
 
-    def __init__(self, bundle: Bundle, subject: Subject, reference: Reference) -> None:
+    def __init__(self, bundle: Bundle, subject: Passes, reference: Reference) -> None:
         self.bundle = bundle
         self.config = bundle.config
         self.subject = subject
