@@ -30,6 +30,9 @@ def test_batch_threads_and_kernel_do_not_matter(models, name, precision, kind):
             assert np.array_equal(model.native(noise[images], conditions.of(images)), expected[images])
     for threads in (2, 3, 100):
         assert np.array_equal(model.native(noise, conditions, threads=threads), expected)
+    for few in (slice(0, 1), slice(3, 5)):  # rows too few to share out: the threads share columns
+        for threads in (2, 4):
+            assert np.array_equal(model.native(noise[few], conditions.of(few), threads=threads), expected[few]), threads
     for kernel in model.library.kernels:
         few = slice(0, 2 if (name, kernel) == ("digits", "portable") else 11)  # portable takes seconds
         assert np.array_equal(model.native(noise[few], conditions.of(few), kernel=kernel), expected[few]), kernel

@@ -41,7 +41,7 @@ def test_sanitizers_find_nothing(models, job, cxx, tools, tmp_path, sanitizer): 
     runner = build_runner(tmp_path / "build", cxx, run, flags=flags)
     for name, precision in CASES:
         model = models(name, precision)
-        for batch, kind, threads in ((11, "guided", 3), (1, "plain", 1), (2, "guided", 1)):
+        for batch, kind, threads in ((11, "guided", 3), (1, "plain", 1), (1, "plain", 2), (2, "guided", 1)):
             noise, conditions = model.noise(batch), model.conditions(batch, kind)
             for kernel in model.library.kernels if threads > 1 else ("-",):
                 run(runner, job(model, 0, noise, conditions), kernel, threads, tmp_path / "x")

@@ -5,12 +5,15 @@
 
 namespace tarflow_native {
 
+struct Team;
+
 /// Some images of a batch, and where their inputs begin.
 struct Images {
   const Shape *shape;
   const Layout *layout;
   const unsigned char *packed;
-  unsigned char *workspace; ///< workspace_of(*shape, branches * count).bytes
+  unsigned char *workspace; ///< workspace_of(*shape, branches * count, members).bytes
+  Team *team;               ///< null, or who shares the work
   i64 count, branches, steps;
   i64 batch;                        ///< from the labels of one branch to those of the next
   const float *noise;               ///< [count, N, D]
@@ -24,8 +27,8 @@ struct Images {
 
 struct Kernel {
   const char *name;
-  /// Whether it ran to its end.
-  bool (*invert)(const Images &images);
+  /// The part of one thread; `member` is 0 for the leader, and without a team. Whether the leader ran to its end.
+  bool (*invert)(const Images &images, i64 member);
 };
 
 extern const Kernel X86_64_V4, X86_64_V3, AARCH64, PORTABLE;

@@ -12,26 +12,30 @@
 #include "block.hpp"
 #include "norm.hpp"
 #include "product.hpp"
+#include "team.hpp"
 
 namespace tarflow_native::TARFLOW_NATIVE_TARGET {
 namespace {
 
-/// Pointers into the workspace, and what all steps of a group of images share.
+/// Pointers into the workspace, and what all steps of a group of images share. `normed`, `logits` and `sums` are one
+/// thread's own.
 struct Run {
   const Images &images;
   const Shape &shape;
   Workspace space;
   i64 rows;
-  float *x, *h, *normed, *wide, *out, *logits, *z, *sums, *keys, *values;
+  float *x, *h, *wide, *attended, *out, *z, *keys, *values;
+  float *normed, *logits, *sums;
 };
 
-Run begin(const Images &images) {
+Run run_of(const Images &images, i64 member) {
   const i64 rows = images.branches * images.count;
-  const Workspace space = workspace_of(*images.shape, rows);
-  __builtin_memset(images.workspace, 0, static_cast<size_t>(space.cleared));
+  const Workspace space = workspace_of(*images.shape, rows, images.team ? images.team->members : 1);
   const auto at = [&](i64 offset) { return reinterpret_cast<float *>(images.workspace + offset); };
-  return Run{images, *images.shape, space, rows, at(space.x), at(space.h), at(space.normed), at(space.wide),
-             at(space.out), at(space.logits), at(space.z), at(space.sums), at(space.keys), at(space.values)};
+  const auto own = [&](i64 offset) { return at(offset + member * space.member_bytes); };
+  return Run{images,        *images.shape, space,          rows,           at(space.x),      at(space.h),
+             at(space.wide), at(space.attended), at(space.out), at(space.z), at(space.keys), at(space.values),
+             own(space.normed), own(space.logits), own(space.sums)};
 }
 
 const float *packed(const Run &run, i64 offset) {
@@ -74,16 +78,16 @@ struct Head {
   float *q, *keys, *values, *out;
 };
 
-Head head_of(const Run &run, i64 layer, i64 number) {
-  const i64 count = heads(run.shape), row = number / count, head = number % count, at = head * run.shape.head_dim;
+Head head_of(const Run &run, i64 layer, i64 row, i64 head) {
+  const i64 count = heads(run.shape), at = head * run.shape.head_dim;
   return Head{run.wide + row * run.space.wide_stride + at,
               run.keys + (layer * run.rows + row) * run.space.key_row + head * (run.space.key_row / count),
               run.values + (layer * run.rows + row) * run.space.value_row + head * (run.space.value_row / count),
-              run.normed + row * run.space.width_stride + at};
+              run.attended + row * run.space.width_stride + at};
 }
 
-/// q times 1/tau, and times 1/sqrt(E) unless that is folded into the weights of q.
-void scale_queries(const Run &run) {
+/// q of some columns times 1/tau, and times 1/sqrt(E) unless that is folded into the weights of q.
+void scale_queries(const Run &run, i64 first, i64 last) {
   const Images &images = run.images;
   const float scale = images.layout->layer.qkv.format == Format::float32
                           ? 1.0F
@@ -92,22 +96,23 @@ void scale_queries(const Run &run) {
     const i64 condition = row / images.count * images.batch + row % images.count;
     const float factor = scale * (images.inverse_temperature ? images.inverse_temperature[condition] : 1.0F);
     float *q = run.wide + row * run.space.wide_stride;
-    for (i64 i = 0; factor != 1.0F && i < run.shape.width; ++i) q[i] *= factor;
+    for (i64 i = first; factor != 1.0F && i < last; ++i) q[i] *= factor;
   }
 }
 
-/// normed = attention of the position `step` over the positions 0 .. step, from q, k, v in `wide`.
+/// attended = attention of the position `step` over the positions 0 .. step, from q, k, v in `wide`, of some heads.
 ///
 /// In three phases over a few heads at a time, whose short chains of instructions then overlap.
-void attend(const Run &run, i64 step, i64 layer) {
-  const i64 width = run.shape.width, size = run.shape.head_dim, all = run.rows * heads(run.shape);
+void attend(const Run &run, i64 step, i64 layer, i64 first_head, i64 last_head) {
+  const i64 width = run.shape.width, size = run.shape.head_dim, own = last_head - first_head, all = run.rows * own;
   const i64 stride = run.space.logits_stride;
-  scale_queries(run);
+  const auto numbered = [&](i64 i) { return head_of(run, layer, i / own, first_head + i % own); };
+  scale_queries(run, first_head * size, last_head * size);
   for (i64 first = 0; first < all; first += HEADS_TOGETHER) {
     const i64 count = smaller(HEADS_TOGETHER, all - first);
     float total[HEADS_TOGETHER];
     for (i64 i = 0; i < count; ++i) {
-      const Head head = head_of(run, layer, first + i);
+      const Head head = numbered(first + i);
       append_key(head.q + width, step, size, head.keys);
       append_value(head.q + 2 * width, step, size, head.values);
       head_logits(head.q, head.keys, step + 1, size, run.logits + i * stride);
@@ -115,27 +120,48 @@ void attend(const Run &run, i64 step, i64 layer) {
     for (i64 i = 0; i < count; ++i) total[i] = exponentials(run.logits + i * stride, step + 1);
     for (i64 i = 0; i < count; ++i) {
       // A head whose size is not a multiple of 16 writes zeros after itself, where the next one follows.
-      const Head head = head_of(run, layer, first + i);
+      const Head head = numbered(first + i);
       head_values(run.logits + i * stride, step + 1, head.values, size, total[i], head.out);
     }
   }
 }
 
-void run_layer(const Run &run, i64 step, i64 layer) {
+/// q, k and v of some heads. Where they are not all of them, a head is whole panels.
+void project_heads(const Run &run, const unsigned char *base, i64 first_head, i64 last_head) {
+  const Linear &qkv = run.images.layout->layer.qkv;
+  const Rows rows{run.normed, run.space.width_stride, run.wide, run.space.wide_stride, run.rows, false};
+  const i64 count = heads(run.shape), panels = run.shape.head_dim / PANEL;
+  if (first_head == 0 && last_head == count) return product(qkv, base, rows, run.sums);
+  for (i64 kind = 0; kind < 3; ++kind)
+    product(qkv, (kind * count + first_head) * panels, (kind * count + last_head) * panels, base, rows, run.sums);
+}
+
+/// A layer, in four phases of a team, after each of which all columns are there.
+void run_layer(const Run &run, Member &me, i64 step, i64 layer) {
   const Layer &parts = run.images.layout->layer;
   const Layout &layout = *run.images.layout;
   const unsigned char *base = run.images.packed + layout.first_layer + layer * layout.layer_bytes;
   const i64 narrow = run.space.width_stride, wide = run.space.wide_stride;
-  normalise_rows(run, parts.attention_norm, base);
-  product(parts.qkv, base, Rows{run.normed, narrow, run.wide, wide, run.rows, false}, run.sums);
-  attend(run, step, layer);
-  product(parts.proj, base, Rows{run.normed, narrow, run.h, narrow, run.rows, true}, run.sums);
-  normalise_rows(run, parts.mlp_norm, base);
-  product(parts.expand, base, Rows{run.normed, narrow, run.wide, wide, run.rows, false}, run.sums);
-  for (i64 row = 0; row < run.rows; ++row)
-    for (i64 i = 0; i < MLP_EXPANSION * run.shape.width; i += LANES)
-      store(run.wide + row * wide + i, gelu(load(run.wide + row * wide + i)));
-  product(parts.contract, base, Rows{run.wide, wide, run.h, narrow, run.rows, true}, run.sums);
+  const auto some = [&](Part part, const Linear &linear, const Rows &rows) {
+    const i64 panels = panels_of(linear);
+    product(linear, part.first(panels), part.last(panels), base, rows, run.sums);
+  };
+  next_phase(me, [&](Part part) {
+    const i64 first = part.first(heads(run.shape)), last = part.last(heads(run.shape));
+    normalise_rows(run, parts.attention_norm, base);
+    project_heads(run, base, first, last);
+    attend(run, step, layer, first, last);
+  });
+  next_phase(me, [&](Part part) { some(part, parts.proj, Rows{run.attended, narrow, run.h, narrow, run.rows, true}); });
+  next_phase(me, [&](Part part) {
+    normalise_rows(run, parts.mlp_norm, base);
+    some(part, parts.expand, Rows{run.normed, narrow, run.wide, wide, run.rows, false});
+    const i64 first = part.first(panels_of(parts.expand)) * PANEL, last = part.last(panels_of(parts.expand)) * PANEL;
+    for (i64 row = 0; row < run.rows; ++row)
+      for (i64 i = first; i < last; i += LANES)
+        store(run.wide + row * wide + i, gelu(load(run.wide + row * wide + i)));
+  });
+  next_phase(me, [&](Part part) { some(part, parts.contract, Rows{run.wide, wide, run.h, narrow, run.rows, true}); });
 }
 
 /// x_{i+1} = z_{i+1} exp(a) + b of each image.
@@ -163,18 +189,31 @@ void transform(const Run &run, i64 step) {
   }
 }
 
-bool invert(const Images &images) {
-  const Run run = begin(images);
+/// x = z, of which x_0 is the first input.
+void begin(const Run &run) {
+  const Images &images = run.images;
   const i64 values = run.shape.values, image_values = run.shape.patches * values;
+  __builtin_memset(images.workspace, 0, static_cast<size_t>(run.space.cleared));
   if (images.x != images.noise)
     __builtin_memcpy(images.x, images.noise, static_cast<size_t>(images.count * image_values) * 4);
   for (i64 image = 0; image < images.count; ++image)
     __builtin_memcpy(run.x + image * run.space.value_stride, images.noise + image * image_values,
                      static_cast<size_t>(values) * 4);
+}
+
+/// All steps, as one thread of the team or the only one. Whether they ran to their end.
+bool invert(const Images &images, i64 member) {
+  Member me{images.team, member, 0};
+  const Run run = run_of(images, member);
+  if (me.is_leader()) begin(run);
   for (i64 step = 0; step < images.steps; ++step) {
-    if (images.cancel && __atomic_load_n(images.cancel, __ATOMIC_RELAXED)) return false;
-    embed(run, step);
-    for (i64 layer = 0; layer < run.shape.layers; ++layer) run_layer(run, step, layer);
+    if (me.is_leader()) {
+      if (images.cancel && __atomic_load_n(images.cancel, __ATOMIC_RELAXED)) return false;
+      embed(run, step);
+    }
+    for (i64 layer = 0; layer < run.shape.layers; ++layer) run_layer(run, me, step, layer);
+    if (is_dismissed(me)) return false;
+    if (!me.is_leader()) continue;
     transform(run, step);
     if (images.progress) __atomic_fetch_add(images.progress, images.count, __ATOMIC_RELAXED);
   }

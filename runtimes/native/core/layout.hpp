@@ -72,7 +72,8 @@ struct Header {
 
 constexpr char MAGIC[8] = {'T', 'F', 'N', 'A', 'T', 'I', 'V', 'E'};
 
-/// Offsets from the start of a workspace, for `rows` = G * images; strides are in floats.
+/// Offsets from the start of a workspace, for `rows` = G * images; strides are in floats. What each member of a team has
+/// for itself, from `normed` to `sums`, lies `member_bytes` after that of the one before.
 ///
 /// Keys and values are filled patch by patch and never cleared:
 ///
@@ -80,10 +81,12 @@ constexpr char MAGIC[8] = {'T', 'F', 'N', 'A', 'T', 'I', 'V', 'E'};
 ///     values [L][rows][H][positions][E']                    E' is E filled up to a multiple of 16
 struct Workspace {
   i64 width_stride, wide_stride, out_stride, value_stride, logits_stride;
-  i64 x, h, normed, wide, out, logits, z, sums;
+  i64 x, h, wide, attended, out, z;
+  i64 normed, logits, sums;
   i64 keys, values;
   i64 key_row, value_row; ///< floats of one layer and row
   i64 cleared;            ///< bytes that must be zero at first
+  i64 member_bytes;
   i64 bytes;
 };
 
@@ -157,7 +160,7 @@ static inline Layout layout_of(const Shape &shape, Format format) {
 /// Floats from one row to the next: whole panels, and some more, so that rows do not share the sets of a cache.
 static inline i64 row_stride(i64 count) { return round_up(count, PANEL) + LANES; }
 
-static inline Workspace workspace_of(const Shape &shape, i64 rows) {
+static inline Workspace workspace_of(const Shape &shape, i64 rows, i64 members) {
   const i64 positions = shape.patches - 1, position_blocks = round_up(positions, LANES);
   const i64 head_values = round_up(shape.head_dim, LANES);
   Workspace space{};
@@ -168,14 +171,17 @@ static inline Workspace workspace_of(const Shape &shape, i64 rows) {
   i64 end = 0;
   space.x = take(&end, rows * space.value_stride * 4);
   space.h = take(&end, rows * space.width_stride * 4);
-  space.normed = take(&end, rows * space.width_stride * 4);
   space.wide = take(&end, rows * space.wide_stride * 4);
+  space.attended = take(&end, rows * space.width_stride * 4);
   space.out = take(&end, rows * space.out_stride * 4);
   space.z = take(&end, space.value_stride * 4);
   space.cleared = end;
   space.logits_stride = position_blocks;
+  space.normed = take(&end, rows * space.width_stride * 4);
   space.logits = take(&end, HEADS_TOGETHER * space.logits_stride * 4);
   space.sums = take(&end, rows * SUMS_STRIDE * 4);
+  space.member_bytes = end - space.normed;
+  end += (members - 1) * space.member_bytes;
   space.key_row = heads(shape) * position_blocks * shape.head_dim;
   space.value_row = heads(shape) * positions * head_values;
   space.keys = take(&end, shape.layers * rows * space.key_row * 4);

@@ -162,14 +162,18 @@ static void all_rows(const Job &job, const Panels &panels, i64 vectors) {
     strip_of<TALLEST>(smaller(height, count - row), job, panels, row, vectors);
 }
 
-/// The product with a linear layer; offsets count from `packed`, `sums` is [rows][SUMS_STRIDE].
-static void product(const Linear &linear, const unsigned char *packed, const Rows &rows, float *sums) {
-  const i64 panels = round_up(linear.outputs, PANEL) / PANEL, bytes = panel_bytes(linear.format, linear.inputs);
+static inline i64 panels_of(const Linear &linear) { return round_up(linear.outputs, PANEL) / PANEL; }
+
+/// Panels first .. last - 1 of the product with a linear layer, in their places of y; offsets count from `packed`, `sums`
+/// is [rows][SUMS_STRIDE].
+static void product(const Linear &linear, i64 first, i64 last, const unsigned char *packed, const Rows &rows,
+                    float *sums) {
+  const i64 bytes = panel_bytes(linear.format, linear.inputs);
   const i64 scale_stride = round_up(linear.inputs, SCALE_GROUP) / SCALE_GROUP * PANEL;
   // Panels that are computed together: as many as the tiles are wide.
   const i64 together = larger(1, vectors_of(static_cast<int>(smaller(rows.count, TALLEST))) / 2);
-  for (i64 panel = 0; panel < panels; panel += together) {
-    const i64 vectors = 2 * smaller(together, panels - panel);
+  for (i64 panel = first; panel < last; panel += together) {
+    const i64 vectors = 2 * smaller(together, last - panel);
     const unsigned char *base = packed + linear.panels + panel * bytes;
     const auto *words = reinterpret_cast<const uint32_t *>(base);
     Job job{rows, linear.inputs, reinterpret_cast<const float *>(packed + linear.bias) + panel * PANEL, nullptr,
@@ -184,6 +188,11 @@ static void product(const Linear &linear, const unsigned char *packed, const Row
     else
       all_rows(job, Int8Panels{words, bytes / 4}, vectors);
   }
+}
+
+/// All of it.
+static void product(const Linear &linear, const unsigned char *packed, const Rows &rows, float *sums) {
+  product(linear, 0, panels_of(linear), packed, rows, sums);
 }
 
 } // namespace tarflow_native::TARFLOW_NATIVE_TARGET

@@ -3,6 +3,7 @@
 
 #include "../core/block.hpp"
 #include "../core/pack.hpp"
+#include "../core/team.hpp"
 #include "threads.hpp"
 
 using namespace tarflow_native;
@@ -76,29 +77,36 @@ const Kernel *kernel_named(const char *name) {
   return nullptr;
 }
 
-/// How a batch is cut: into groups of at most `images`, that `threads` threads take one after the other.
+/// How a batch is cut: into groups of at most `images`, that `threads` threads take one after the other. With fewer
+/// groups than threads, each has a team of `members` that share its columns.
 struct Groups {
-  i64 images, count, threads;
+  i64 images, count, threads, members;
 };
 
 Groups groups_of(const Shape &shape, i64 batch, i64 branches, i64 threads) {
-  const Workspace row = workspace_of(shape, 1);
+  const Workspace row = workspace_of(shape, 1, 1);
   const i64 cache = shape.layers * (row.key_row + row.value_row) * 4;
   const i64 weights = (4 + 2 * MLP_EXPANSION) * shape.layers * shape.width * shape.width * 4;
   const i64 rows = larger(FEWEST_ROWS, smaller(MOST_ROWS, larger(GROUP_CACHE_BYTES, weights) / cache));
   const i64 most = larger(1, rows / branches);
   const i64 thread_rows = weights > LARGE_WEIGHT_BYTES ? LARGE_THREAD_ROWS : THREAD_ROWS;
-  threads = smaller(smaller(threads, MOST_THREADS), round_up(branches * batch, thread_rows) / thread_rows);
+  const i64 given = smaller(threads, MOST_THREADS);
+  threads = smaller(given, round_up(branches * batch, thread_rows) / thread_rows);
   i64 count = round_up(batch, most) / most;
   count = smaller(round_up(count, threads), batch);
   const i64 images = round_up(batch, count) / count;
   count = round_up(batch, images) / images;
-  return Groups{images, count, smaller(threads, count)};
+  threads = smaller(threads, count);
+  const i64 members = count == threads ? larger(1, smaller(given / threads, most_members(shape))) : 1;
+  return Groups{images, count, threads, members};
 }
 
-i64 workspace_of_thread(const Shape &shape, i64 branches, i64 images) {
-  return workspace_of(shape, branches * images).bytes;
+/// A team, and its workspace.
+i64 workspace_of_group(const Shape &shape, i64 branches, const Groups &groups) {
+  return static_cast<i64>(sizeof(Team)) + workspace_of(shape, branches * groups.images, groups.members).bytes;
 }
+
+Crowd crowd;
 
 /// Everything but the packed weights; null where it is right.
 tarflow_native_status check(const tarflow_native_run &run, const Shape &shape) {
@@ -164,7 +172,7 @@ size_t tarflow_native_workspace_bytes(const tarflow_native_shape *shape, int64_t
                                       int64_t threads) {
   if (!shape || !is_valid(*shape) || !is_in(batch, 1, MOST_SIZE) || !is_in(branches, 1, 2) || threads < 1) return 0;
   const Groups groups = groups_of(*shape, batch, branches, threads);
-  const i64 bytes = groups.threads * workspace_of_thread(*shape, branches, groups.images);
+  const i64 bytes = groups.threads * workspace_of_group(*shape, branches, groups);
   return bytes < MOST_BYTES ? static_cast<size_t>(bytes) : 0;
 }
 
@@ -187,32 +195,59 @@ int32_t tarflow_native_invert(const tarflow_native_run *given) {
   const tarflow_native_status status = check(run, shape);
   if (status != TARFLOW_NATIVE_OK) return status;
 
-  const Groups groups = groups_of(shape, run.batch, run.branches, run.threads);
-  const i64 bytes = workspace_of_thread(shape, run.branches, groups.images), dims = shape.patches * shape.values;
-  i64 next = 0;
+  Groups groups = groups_of(shape, run.batch, run.branches, run.threads);
+  const i64 bytes = workspace_of_group(shape, run.branches, groups), dims = shape.patches * shape.values;
+  if (groups.members > 1 && crowd.is_near()) groups.members = 1;
+  const auto place = [&](i64 thread) { return static_cast<unsigned char *>(run.workspace) + thread * bytes; };
+  for (i64 thread = 0; thread < groups.threads; ++thread) {
+    Team *team = reinterpret_cast<Team *>(place(thread));
+    __builtin_memset(team, 0, sizeof *team);
+    team->members = groups.members;
+    team->opened = -1;
+    team->yield = yield;
+    team->now = now;
+    team->began = now();
+  }
+  i64 next = 0, left = 0;
   int32_t cancelled = 0;
-  side_by_side(groups.threads, [&](i64 thread) {
-    for (i64 group; (group = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < groups.count;) {
-      const i64 first = group * groups.images;
-      Images images{};
-      images.shape = &shape;
-      images.layout = &layout;
-      images.packed = static_cast<const unsigned char *>(run.packed);
-      images.workspace = static_cast<unsigned char *>(run.workspace) + thread * bytes;
-      images.count = smaller(groups.images, run.batch - first);
-      images.branches = run.branches;
-      images.steps = run.steps;
-      images.batch = run.batch;
-      images.noise = run.noise + first * dims;
-      images.x = run.x + first * dims;
-      images.labels = run.labels ? run.labels + first : nullptr;
-      images.guidance = run.branches == 2 ? run.guidance + first * 2 * shape.patches : nullptr;
-      images.inverse_temperature = run.inverse_temperature ? run.inverse_temperature + first : nullptr;
-      images.cancel = run.cancel;
-      images.progress = run.progress;
-      if (!kernel->invert(images)) __atomic_store_n(&cancelled, 1, __ATOMIC_RELAXED);
-    }
+  const auto invert_group = [&](i64 group, i64 thread, i64 member) {
+    const i64 first = group * groups.images;
+    Images images{};
+    images.shape = &shape;
+    images.layout = &layout;
+    images.packed = static_cast<const unsigned char *>(run.packed);
+    images.workspace = place(thread) + sizeof(Team);
+    images.team = groups.members > 1 ? reinterpret_cast<Team *>(place(thread)) : nullptr;
+    images.count = smaller(groups.images, run.batch - first);
+    images.branches = run.branches;
+    images.steps = run.steps;
+    images.batch = run.batch;
+    images.noise = run.noise + first * dims;
+    images.x = run.x + first * dims;
+    images.labels = run.labels ? run.labels + first : nullptr;
+    images.guidance = run.branches == 2 ? run.guidance + first * 2 * shape.patches : nullptr;
+    images.inverse_temperature = run.inverse_temperature ? run.inverse_temperature + first : nullptr;
+    images.cancel = run.cancel;
+    images.progress = run.progress;
+    const bool is_done = kernel->invert(images, member);
+    if (member != 0) return;
+    if (images.team) __atomic_store_n(&images.team->ended, 1, __ATOMIC_RELAXED);
+    if (!is_done) __atomic_store_n(&cancelled, 1, __ATOMIC_RELAXED);
+  };
+  side_by_side(groups.threads * groups.members, [&](i64 number) {
+    const i64 thread = number / groups.members, member = number % groups.members;
+    if (groups.members > 1) // a group for each thread, or its team
+      invert_group(thread, thread, member);
+    else
+      for (i64 group; (group = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < groups.count;)
+        invert_group(group, thread, 0);
+    if (number == 0) left = now();
   });
+  if (groups.members > 1) {
+    Team &first = *reinterpret_cast<Team *>(place(0));
+    if (groups.threads == 1) first.waited += now() - left; // for its members to end
+    crowd.saw(is_crowded(first));
+  }
   return cancelled ? TARFLOW_NATIVE_CANCELLED : TARFLOW_NATIVE_OK;
 }
 
