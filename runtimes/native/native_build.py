@@ -35,7 +35,7 @@ AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 PORTABLE = {"portable": ("-DTARFLOW_NATIVE_PORTABLE",)}
 KERNELS = {
-    "x86_64": {"v4": AVX512, "v3": AVX2, **PORTABLE},
+    "x86_64": {"v4_vnni": (*AVX512, "-mavx512vnni"), "v4": AVX512, "v3": AVX2, **PORTABLE},
     "aarch64": {"neon": (), **PORTABLE},
 }
 """Flags of each kernel, by architecture; any other has the portable one alone."""

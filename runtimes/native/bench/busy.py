@@ -70,7 +70,10 @@ def main() -> None:
         low, ratio, high = statistics.quantiles([many / one for one, many in pairs], n=4)
         one, many = (statistics.median(pair[side] for pair in pairs) * 1e3 for side in (0, 1))
         total = sum(pair[1] for pair in pairs) / sum(pair[0] for pair in pairs)
-        print(f"{load:>4} {one:>14.2f} {many:>13.2f} {ratio:>6.2f} {f'{low:.2f} .. {high:.2f}':>14} {total:>12.2f}", flush=True)
+        print(
+            f"{load:>4} {one:>14.2f} {many:>13.2f} {ratio:>6.2f} {f'{low:.2f} .. {high:.2f}':>14} {total:>12.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -31,6 +31,6 @@ struct Kernel {
   bool (*invert)(const Images &images, i64 member);
 };
 
-extern const Kernel X86_64_V4, X86_64_V3, AARCH64, PORTABLE;
+extern const Kernel X86_64_V4_VNNI, X86_64_V4, X86_64_V3, AARCH64, PORTABLE;
 
 } // namespace tarflow_native

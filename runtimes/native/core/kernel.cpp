@@ -17,7 +17,7 @@
 namespace tarflow_native::TARFLOW_NATIVE_TARGET {
 namespace {
 
-/// Pointers into the workspace, and what all steps of a group of images share. `normed`, `logits` and `sums` are one
+/// Pointers into the workspace, and what all steps of a group of images share. `normed`, `logits` and `room` are one
 /// thread's own.
 struct Run {
   const Images &images;
@@ -25,7 +25,8 @@ struct Run {
   Workspace space;
   i64 rows;
   float *x, *h, *wide, *attended, *out, *z, *keys, *values;
-  float *normed, *logits, *sums;
+  float *normed, *logits;
+  Room room;
 };
 
 Run run_of(const Images &images, i64 member) {
@@ -35,7 +36,7 @@ Run run_of(const Images &images, i64 member) {
   const auto own = [&](i64 offset) { return at(offset + member * space.member_bytes); };
   return Run{images,        *images.shape, space,          rows,           at(space.x),      at(space.h),
              at(space.wide), at(space.attended), at(space.out), at(space.z), at(space.keys), at(space.values),
-             own(space.normed), own(space.logits), own(space.sums)};
+             own(space.normed), own(space.logits), Room{own(space.sums), own(space.integers), space.integers_stride}};
 }
 
 const float *packed(const Run &run, i64 offset) {
@@ -47,7 +48,7 @@ void embed(const Run &run, i64 step) {
   const Images &images = run.images;
   const i64 stride = run.space.width_stride, row_bytes = round_up(run.shape.width, PANEL) * 4;
   product(images.layout->proj_in, images.packed,
-          Rows{run.x, run.space.value_stride, run.h, stride, images.count, false}, run.sums);
+          Rows{run.x, run.space.value_stride, run.h, stride, images.count, false}, run.room);
   const float *place = packed(run, images.layout->pos_embed + step * row_bytes);
   for (i64 branch = images.branches - 1; branch >= 0; --branch) { // the first one last: it is where the product lies
     for (i64 image = 0; image < images.count; ++image) {
@@ -131,9 +132,9 @@ void project_heads(const Run &run, const unsigned char *base, i64 first_head, i6
   const Linear &qkv = run.images.layout->layer.qkv;
   const Rows rows{run.normed, run.space.width_stride, run.wide, run.space.wide_stride, run.rows, false};
   const i64 count = heads(run.shape), panels = run.shape.head_dim / PANEL;
-  if (first_head == 0 && last_head == count) return product(qkv, base, rows, run.sums);
+  if (first_head == 0 && last_head == count) return product(qkv, base, rows, run.room);
   for (i64 kind = 0; kind < 3; ++kind)
-    product(qkv, (kind * count + first_head) * panels, (kind * count + last_head) * panels, base, rows, run.sums);
+    product(qkv, (kind * count + first_head) * panels, (kind * count + last_head) * panels, base, rows, run.room);
 }
 
 /// A layer, in four phases of a team, after each of which all columns are there.
@@ -144,7 +145,7 @@ void run_layer(const Run &run, Member &me, i64 step, i64 layer) {
   const i64 narrow = run.space.width_stride, wide = run.space.wide_stride;
   const auto some = [&](Part part, const Linear &linear, const Rows &rows) {
     const i64 panels = panels_of(linear);
-    product(linear, part.first(panels), part.last(panels), base, rows, run.sums);
+    product(linear, part.first(panels), part.last(panels), base, rows, run.room);
   };
   next_phase(me, [&](Part part) {
     const i64 first = part.first(heads(run.shape)), last = part.last(heads(run.shape));
@@ -169,7 +170,7 @@ void transform(const Run &run, i64 step) {
   const Images &images = run.images;
   const i64 values = run.shape.values, patches = run.shape.patches, stride = run.space.out_stride;
   product(images.layout->proj_out, images.packed, Rows{run.h, run.space.width_stride, run.out, stride, run.rows, false},
-          run.sums);
+          run.room);
   for (i64 image = 0; image < images.count; ++image) {
     const i64 at = (image * patches + step + 1) * values;
     const float *first = run.out + image * stride, *second = first + (images.branches - 1) * images.count * stride;
@@ -229,6 +230,8 @@ namespace tarflow_native {
 const Kernel PORTABLE = {"wasm", portable::invert};
 #elif defined(TARFLOW_NATIVE_PORTABLE)
 const Kernel PORTABLE = {"portable", portable::invert};
+#elif defined(__AVX512VNNI__)
+const Kernel X86_64_V4_VNNI = {"x86-64-v4-vnni", x86_64_v4_vnni::invert};
 #elif defined(__AVX512F__)
 const Kernel X86_64_V4 = {"x86-64-v4", x86_64_v4::invert};
 #elif defined(__AVX2__) && defined(__FMA__)

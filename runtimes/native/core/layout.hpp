@@ -11,7 +11,7 @@
 ///
 ///     float32   float  [inputs][32]
 ///     bfloat16  uint32 [inputs][16]                output c in the lower half of word c, output c + 16 in the upper
-///     int8      uint32 [ceil(inputs / 2)][16]      bytes of word c: (k, c), (k, c + 16), (k + 1, c), (k + 1, c + 16)
+///     int8      uint32 [ceil(inputs / 4)][2][16]   bytes of word c: q + 128 of inputs k .. k + 3, output c; 0 past the last
 ///               scales float [ceil(inputs / 128)][32], one set a panel
 #pragma once
 
@@ -73,16 +73,16 @@ struct Header {
 constexpr char MAGIC[8] = {'T', 'F', 'N', 'A', 'T', 'I', 'V', 'E'};
 
 /// Offsets from the start of a workspace, for `rows` = G * images; strides are in floats. What each member of a team has
-/// for itself, from `normed` to `sums`, lies `member_bytes` after that of the one before.
+/// for itself, from `normed` on, lies `member_bytes` after that of the one before.
 ///
 /// Keys and values are filled patch by patch and never cleared:
 ///
 ///     keys   [L][rows][H][blocks of 16 positions][E][16]
 ///     values [L][rows][H][positions][E']                    E' is E filled up to a multiple of 16
 struct Workspace {
-  i64 width_stride, wide_stride, out_stride, value_stride, logits_stride;
+  i64 width_stride, wide_stride, out_stride, value_stride, logits_stride, integers_stride;
   i64 x, h, wide, attended, out, z;
-  i64 normed, logits, sums;
+  i64 normed, logits, sums, integers;
   i64 keys, values;
   i64 key_row, value_row; ///< floats of one layer and row
   i64 cleared;            ///< bytes that must be zero at first
@@ -115,7 +115,7 @@ static inline i64 take(i64 *end, i64 bytes) {
 static inline i64 panel_bytes(Format format, i64 inputs) {
   if (format == Format::float32) return inputs * PANEL * 4;
   if (format == Format::bfloat16) return inputs * PANEL * 2;
-  return round_up(inputs, 2) * PANEL;
+  return round_up(inputs, 4) * PANEL;
 }
 
 static inline Linear take_linear(i64 *end, Format format, i64 inputs, i64 outputs) {
@@ -180,6 +180,8 @@ static inline Workspace workspace_of(const Shape &shape, i64 rows, i64 members) 
   space.normed = take(&end, rows * space.width_stride * 4);
   space.logits = take(&end, HEADS_TOGETHER * space.logits_stride * 4);
   space.sums = take(&end, rows * SUMS_STRIDE * 4);
+  space.integers_stride = row_stride(round_up(MLP_EXPANSION * shape.width, SCALE_GROUP));
+  space.integers = take(&end, rows * (space.integers_stride + space.integers_stride / SCALE_GROUP * 2) * 4);
   space.member_bytes = end - space.normed;
   end += (members - 1) * space.member_bytes;
   space.key_row = heads(shape) * position_blocks * shape.head_dim;

@@ -203,7 +203,7 @@ private:
     }
   }
 
-  /// int8: words [inputs / 2][16] of outputs c and c + 16 of two inputs, q = stored - 128; scales [groups][32] a panel.
+  /// int8: words [inputs / 4][2][16] of four inputs, as they are stored: q + 128; scales [groups][32] a panel.
   void integers(const Linear &linear, i64 layer, const char *rest, unsigned char *base) {
     const i64 groups = round_up(linear.inputs, SCALE_GROUP) / SCALE_GROUP;
     const Contents q = find({layer, rest, ".weight.int8"}, Dtype::uint8, 3, linear.outputs, groups, SCALE_GROUP);
@@ -213,8 +213,7 @@ private:
       unsigned char *panel = base + linear.panels + n / PANEL * panel_bytes(Format::int8, linear.inputs);
       const unsigned char *from = q.bytes + n * groups * SCALE_GROUP;
       for (i64 k = 0; k < linear.inputs; ++k)
-        panel[(k / 2 * LANES + n % LANES) * 4 + k % 2 * 2 + n % PANEL / LANES] =
-            static_cast<unsigned char>(from[k] - 128);
+        panel[(k / 4 * PANEL + n % PANEL) * 4 + k % 4] = from[k];
       for (i64 g = 0; g < groups; ++g)
         floats(base, linear.scales)[(n / PANEL * groups + g) * PANEL + n % PANEL] = scale.real(n * groups + g);
     }

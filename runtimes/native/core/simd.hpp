@@ -8,7 +8,11 @@
 #include "layout.hpp"
 
 // The target, the bytes of a register, and how many registers there are.
-#if !defined(TARFLOW_NATIVE_PORTABLE) && defined(__AVX512F__)
+#if !defined(TARFLOW_NATIVE_PORTABLE) && defined(__AVX512VNNI__)
+#define TARFLOW_NATIVE_TARGET x86_64_v4_vnni
+#define TARFLOW_NATIVE_REGISTERS 64, 32
+#include <immintrin.h>
+#elif !defined(TARFLOW_NATIVE_PORTABLE) && defined(__AVX512F__)
 #define TARFLOW_NATIVE_TARGET x86_64_v4
 #define TARFLOW_NATIVE_REGISTERS 64, 32
 #include <immintrin.h>
@@ -135,6 +139,9 @@ TARFLOW_NATIVE_INLINE Floats maximum(Floats a, Floats b) {
   return b;
 }
 
+/// |a|.
+TARFLOW_NATIVE_INLINE Floats absolute(Floats a) { return maximum(a, broadcast(0.0F) - a); }
+
 /// The same bits as another type.
 TARFLOW_NATIVE_INLINE Ints as_ints(Floats a) {
   Ints b;
@@ -177,6 +184,29 @@ TARFLOW_NATIVE_INLINE Ints broadcast_int(int32_t value) {
   return a;
 }
 
+/// The lowest bytes of the lanes.
+TARFLOW_NATIVE_INLINE void store_bytes(int8_t *to, Ints a) {
+  typedef int8_t BytePart __attribute__((vector_size(REGISTER / 4)));
+  TARFLOW_NATIVE_PARTS {
+    const BytePart bytes = __builtin_convertvector(a.part[i], BytePart);
+    __builtin_memcpy(to + i * (REGISTER / 4), &bytes, REGISTER / 4);
+  }
+}
+
+/// Whether four products of bytes are one instruction; and that: sum + the products of 4 unsigned bytes of each lane of
+/// `a` with the 4 signed bytes of `b`.
+#if defined(__AVX512VNNI__)
+constexpr bool HAS_DOT = true;
+TARFLOW_NATIVE_INLINE Ints dot(Ints sum, Ints a, int32_t b) {
+  sum.part[0] = reinterpret_cast<IntPart>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum.part[0]),
+                                                              reinterpret_cast<__m512i>(a.part[0]), _mm512_set1_epi32(b)));
+  return sum;
+}
+#else
+constexpr bool HAS_DOT = false;
+TARFLOW_NATIVE_INLINE Ints dot(Ints sum, Ints, int32_t) { return sum; }
+#endif
+
 /// a in the first `count` lanes, b in the others.
 TARFLOW_NATIVE_INLINE Floats first_lanes(Floats a, i64 count, Floats b) {
   static constexpr int32_t NUMBERS[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -193,6 +223,13 @@ TARFLOW_NATIVE_INLINE float sum_of_lanes(Floats a) {
   for (int half = LANES / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
+}
+TARFLOW_NATIVE_INLINE int32_t sum_of_lanes(Ints a) {
+  int32_t lane[LANES];
+  __builtin_memcpy(lane, &a, sizeof lane);
+  int32_t sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += lane[i];
+  return sum;
 }
 TARFLOW_NATIVE_INLINE float largest_lane(Floats a) {
   float lane[LANES];

@@ -14,7 +14,8 @@
  * One set of bits: finite results depend on the weights, the noise and the conditions of an image alone, not on the
  * batch, the place in it, the number of threads or the kernel (WebAssembly, which has no fused multiply-add, excepted).
  *
- * Memory is the caller's: nothing is allocated but the stacks of threads, and no state outlives a call. Any function
+ * Memory is the caller's: nothing is allocated but the stacks of threads, and nothing outlives a call but a note of when
+ * threads last had to wait for each other, after which they do not share columns for a while. Any function
  * may be called from any number of threads at once; calls that run at once need workspaces of their own and may share
  * the packed weights. Buffers `packed` and `workspace` begin at a multiple of TARFLOW_NATIVE_ALIGNMENT bytes.
  */
@@ -81,7 +82,7 @@ typedef struct tarflow_native_run {
   int64_t batch;                    /* B, at least 1 */
   int64_t branches;                 /* G; the second branch is the unguided one */
   int64_t steps;                    /* 0 .. N-1: how many patches after the first are finished */
-  int64_t threads;                  /* at most; they share out the images */
+  int64_t threads;                  /* at most; they share out the images, or the columns of a few */
   const char *kernel;               /* a name from tarflow_native_kernel, or NULL for the best */
   const float *noise;               /* z [B, N, D] */
   float *x;                         /* [B, N, D], may be `noise` */
@@ -97,7 +98,7 @@ typedef struct tarflow_native_run {
 /* TARFLOW_NATIVE_ABI of the library. */
 TARFLOW_NATIVE_API int32_t tarflow_native_abi(void);
 
-/* Names of the kernels that run on this machine, the best first: x86-64-v4, x86-64-v3, aarch64, portable; NULL past the
+/* Names of the kernels that run on this machine, the best first: x86-64-v4-vnni, x86-64-v4, x86-64-v3, aarch64, portable; NULL past the
  * last. Number 0 is what runs. */
 TARFLOW_NATIVE_API const char *tarflow_native_kernel(int64_t number);
 

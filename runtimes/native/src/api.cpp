@@ -62,6 +62,7 @@ const Kernel *kernel_number(i64 number) {
   const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_v4 = has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_v4 && __builtin_cpu_supports("avx512vnni") && number-- == 0) return &X86_64_V4_VNNI;
   if (has_v4 && number-- == 0) return &X86_64_V4;
   if (has_v3 && number-- == 0) return &X86_64_V3;
 #elif defined(TARFLOW_NATIVE_AARCH64)
