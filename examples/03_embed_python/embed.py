@@ -15,7 +15,7 @@ def stop_halfway(step: tfr.Step) -> bool:
     return step.step < step.total // 2
 
 
-with tfr.load() as flow:  # the shipped digits; tfr.load("my.tarflow", engine="ort-cpu") for another bundle
+with tfr.load() as flow:  # the shipped digits; tfr.load("my.tarflow") for another bundle
     print(f"{flow.config.classes} classes on {flow.engine_name}")
 
     out = flow.sample(10, labels=list(range(10)), seed=0, guidance=2.0, on_step=show_progress)

@@ -35,7 +35,7 @@ WIDTH = 160
 def bench(
     bundle: BundleArgument = None,
     *,
-    engine: Annotated[str, typer.Option(metavar="LIST", help=ENGINES_HELP)] = "ort-cpu",
+    engine: Annotated[str, typer.Option(metavar="LIST", help=ENGINES_HELP)] = "cpu",
     tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     batch: Annotated[str, typer.Option(metavar="LIST", help="Images that run together.")] = "1,16",

@@ -18,7 +18,7 @@ def classify(
     files: Files,
     *,
     bundle: BundleOption = None,
-    engine: Engine = "ort-cpu",
+    engine: Engine = "cpu",
     tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     output: Annotated[

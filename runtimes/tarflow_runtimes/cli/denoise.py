@@ -36,7 +36,7 @@ def denoise(
         ),
     ],
     bundle: BundleOption = None,
-    engine: Engine = "ort-cpu",
+    engine: Engine = "cpu",
     tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     labels: LabelsOption = None,

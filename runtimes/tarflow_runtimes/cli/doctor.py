@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 app = new_app()
 
-DEFAULT_ENGINE = "ort-cpu"
+CPU_ENGINES = ("native", "ort-cpu")
 
 
 @command(app)
@@ -24,7 +24,7 @@ def doctor(
     """Say which engines are ready on this machine, and the command that makes the others so.
 
     Looks at the driver, the GPUs, and the packages and libraries that load, each in a process of its own. The exit code
-    is 0 when the default engine, ort-cpu, is ready, else 1.
+    is 0 when an engine of the CPU, native or ort-cpu, is ready, else 1.
     """
     from tarflow_runtimes.doctor import choose, gather, verdicts, warnings
 
@@ -47,7 +47,7 @@ def doctor(
         _print_engines(engines, engine)
         for warning in unfit:
             note(f"warning: {printable(warning)}")
-    if found[DEFAULT_ENGINE] is not None:
+    if all(found[name] is not None for name in CPU_ENGINES):
         raise typer.Exit(FAILED)
 
 

@@ -21,7 +21,7 @@ def encode(
         str, typer.Option("-o", "--output", metavar="PATH", help="z.npy, or z.npz with log_det beside z.")
     ],
     bundle: BundleOption = None,
-    engine: Engine = "ort-cpu",
+    engine: Engine = "cpu",
     tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     labels: LabelsOption = None,

@@ -31,7 +31,7 @@ app = new_app()
 def infer(
     bundle: BundleArgument = None,
     *,
-    engine: Engine = "ort-cpu",
+    engine: Engine = "cpu",
     tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     n: Annotated[

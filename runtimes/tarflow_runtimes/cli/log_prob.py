@@ -18,7 +18,7 @@ def log_prob(
     files: Files,
     *,
     bundle: BundleOption = None,
-    engine: Engine = "ort-cpu",
+    engine: Engine = "cpu",
     tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     labels: LabelsOption = None,

@@ -23,7 +23,7 @@ app = new_app()
 def tune(
     bundle: BundleArgument = None,
     *,
-    engine: Engine = "ort-cpu",
+    engine: Engine = "cpu",
     tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     batch: Annotated[str, typer.Option(metavar="LIST", help="Images that run together, as 1,16.")] = "1,16",

@@ -18,7 +18,7 @@ app = new_app()
 def verify(
     bundle: BundleArgument = None,
     *,
-    engine: Engine = "ort-cpu",
+    engine: Engine = "cpu",
     tf32: Tf32 = False,
     engine_dir: EngineDir = None,
     as_json: Json = False,

@@ -41,6 +41,9 @@ PACKAGES: Final = {
 
 NATIVE_NAMES: Final = {"win32": "tarflow_native.dll", "darwin": "libtarflow_native.dylib"}
 NATIVE_LIBRARY: Final = "TARFLOW_NATIVE_LIBRARY"
+NATIVE_PRECISIONS: Final = ("float32", "bfloat16", "int8")
+"""Of bundles that the native kernel reads."""
+
 NATIVE_BUILD: Final = "make native, in a checkout on a machine with a C++ compiler"
 
 INSTALL: Final = {engine: f'pip install "tarflow-sdk[{engine}]"' for engine in ("ort-cuda", *PACKAGES)} | {
@@ -63,6 +66,15 @@ def native_library() -> Path | None:
     name = NATIVE_NAMES.get(sys.platform, "libtarflow_native.so")
     path = Path(__file__).parents[1] / "engines" / "native" / name
     return path if path.is_file() else None
+
+
+def choose_cpu(precision: str) -> tuple[str, str]:
+    """The engine that `cpu` stands for on a bundle of that precision, and why; nothing is loaded for it."""
+    if precision not in NATIVE_PRECISIONS:
+        return "ort-cpu", f"cpu: native does not read {precision}"
+    if native_library() is None:
+        return "ort-cpu", f"cpu: the library of native is not there; {NATIVE_BUILD}"
+    return "native", "cpu: the library of native is there"
 
 
 def owners(package: str) -> list[str]:

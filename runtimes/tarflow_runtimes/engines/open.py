@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 CPU_ENGINES: Final = ("native", "ort-cpu")
 
+CHOICES: Final = ("cpu", "auto")
+"""Names that stand for the engine that is best on the CPU, and on the whole machine."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
@@ -32,19 +35,23 @@ class Options:
 
 
 def open_engine(name: str, bundle: Bundle, options: Options) -> tuple[Engine, str]:
-    """The engine called `name` (or chosen by `auto`), and why it was chosen.
+    """The engine called `name` (or chosen by `cpu` or `auto`), and why it was chosen.
 
     Raises:
         EngineError: for an unknown name, an engine that is not installed, or one that cannot run here.
         InputError: for tf32 on an engine or a bundle that does not have it.
     """
-    if name not in (*ENGINES, "auto"):
-        raise EngineError(f"unknown engine {name!r}", hint=f"valid are {', '.join((*ENGINES, 'auto'))}")
+    if name not in (*ENGINES, *CHOICES):
+        raise EngineError(f"unknown engine {name!r}", hint=f"valid are {', '.join((*ENGINES, *CHOICES))}")
     reason = "asked for"
     if name == "auto":
         from tarflow_runtimes.doctor import choose, gather
 
         name, reason = choose(gather(), bundle.precision)
+    elif name == "cpu":
+        from tarflow_runtimes.doctor.requirements import choose_cpu
+
+        name, reason = choose_cpu(bundle.precision)
     if options.tf32 and (name in CPU_ENGINES or bundle.precision != "float32"):
         raise InputError(
             f"tf32 is of engines on a GPU and of float32 bundles, not of {name} and {bundle.precision}",

@@ -58,7 +58,7 @@ OnProgress = Callable[[int, int], object]
 def bench(
     bundle: Path | None = None,
     *,
-    engines: Sequence[str] = ("ort-cpu",),
+    engines: Sequence[str] = ("cpu",),
     options: Mapping[str, Any] | None = None,
     batches: Sequence[int] = (1, 16),
     decodes: Sequence[str] = ("sequential", "auto"),

@@ -16,14 +16,12 @@ import numpy as np
 from tarflow_runtimes.bundle.reader import Bundle
 from tarflow_runtimes.decode.plan import BlockReport, Sequential
 from tarflow_runtimes.decode.turn import Conditions, Floats, Integers, OnTurn, Turn
+from tarflow_runtimes.doctor.requirements import NATIVE_PRECISIONS
 from tarflow_runtimes.engines.api import Cotangent
 from tarflow_runtimes.engines.native.library import CANCELLED, Block, NativeError, Watch, open_library
 from tarflow_runtimes.engines.ort_cpu.cpus import cpu_name, usable_cpus
 from tarflow_runtimes.engines.ort_cpu.engine import OrtCpuEngine
 from tarflow_runtimes.errors import EngineError
-
-PRECISIONS: Final = ("float32", "bfloat16", "int8")
-"""What the kernel reads; activations are float32."""
 
 PACKED_BYTES: Final = 4 << 30
 """Packed blocks that are kept; models that are larger pack each block anew in its turn."""
@@ -44,9 +42,9 @@ class NativeEngine:
 
     def __init__(self, bundle: Bundle) -> None:
         self._library = open_library()
-        if bundle.precision not in PRECISIONS:
+        if bundle.precision not in NATIVE_PRECISIONS:
             raise EngineError(
-                f"engine native reads {', '.join(PRECISIONS)}, bundle {bundle.path.name} is of {bundle.precision}",
+                f"engine native reads {', '.join(NATIVE_PRECISIONS)}, bundle {bundle.path.name} is of {bundle.precision}",
                 hint="use engine ort-cpu",
             )
         self.bundle = bundle
