@@ -1,4 +1,4 @@
-# make demo   environment, export of the shipped checkpoint, sampling on the CPU, demo.png
+# make demo   environment and native kernel, export of the shipped checkpoint, sampling on the CPU, demo.png
 # make native   the native kernel, put into the package (needs a C++ compiler)
 # make test   environment, all tests but the long ones of libtarflow
 # make test-native   those of the native kernel alone; make native-deps brings what they compile for other machines with
@@ -33,7 +33,7 @@ $(VENV)/ready: pyproject.toml
 demo: $(VENV)/ready
 	$(BIN)/python runtimes/native/native_build.py $(NATIVE_PLACE) || echo "no C++ compiler: engine ort-cpu it is"
 	$(BIN)/tarflow-export $(CHECKPOINT) -o mnist.tarflow --overwrite
-	$(BIN)/tarflow-infer mnist.tarflow --engine auto -n 100 --labels all --guidance 2 --seed 0 --captions -o demo.png \
+	$(BIN)/tarflow-infer mnist.tarflow -n 100 --labels all --guidance 2 --seed 0 --captions -o demo.png \
 		--overwrite
 	@echo "look at demo.png"
 

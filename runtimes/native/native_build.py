@@ -31,6 +31,9 @@ COMMON = (
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow")
 FREESTANDING = ("-ffreestanding", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics")
 
+STATIC = ("-static-libstdc++", "-static-libgcc") if sys.platform.startswith("linux") else ()
+"""The compiler's libraries go into the library: a wheel then needs no newer ones than the C library's."""
+
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 PORTABLE = {"portable": ("-DTARFLOW_NATIVE_PORTABLE",)}
@@ -102,7 +105,7 @@ def build(
     made = compile_objects(output, cxx=cxx, architecture=architecture, flags=flags)
     library = (folder or output) / library_name()
     linked = library.with_name(f"{library.name}.{os.getpid()}")
-    subprocess.run([cxx, "-shared", *flags, *map(str, made), "-pthread", "-o", str(linked)], check=True)
+    subprocess.run([cxx, "-shared", *STATIC, *flags, *map(str, made), "-pthread", "-o", str(linked)], check=True)
     return linked.replace(library)
 
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import venv
 import zipfile
@@ -16,6 +17,9 @@ PACKAGES = {
     "tarflow_export": ROOT / "export" / "tarflow_export",
     "tarflow_runtimes": ROOT / "runtimes" / "tarflow_runtimes",
 }
+sys.path.insert(0, str(ROOT / "runtimes" / "native"))
+from native_build import compiler, library_name  # noqa: E402
+
 FORBIDDEN = {
     "tarflow_sdk": {"tarflow_export", "tarflow_runtimes", "onnx", "onnx_ir", "onnxruntime"},
     "tarflow_export": set(),
@@ -113,7 +117,10 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         if path.is_file() and not built & {*path.parts, path.suffix}
     }
     (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
-    assert {name for name in names if not name.startswith(info)} == sources
+    library = f"tarflow_runtimes/engines/native/{library_name()}"
+    assert {name for name in names if not name.startswith(info)} == sources | ({library} if compiler() else set())
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.stem.endswith(f"py3-none-{platform}" if compiler() else "py3-none-any")
     shipped = "tarflow_runtimes/models/mnist.tarflow"
     assert {f"{shipped}/manifest.json", f"{shipped}/reference.npz", f"{shipped}/graphs/ort-cpu/step.onnx"} <= names
     assert {f"{info}/entry_points.txt", f"{info}/licenses/LICENSE"} <= names
@@ -129,6 +136,7 @@ for name in ("google", "onnx", "onnx_ir", "torch"):
 import tarflow_runtimes as tfr
 with tfr.load() as flow:
     assert flow.sample(2, labels=[3, 7], seed=0, guidance=1.0).images.shape == (2, 1, 28, 28)
+    print(flow.engine_name)
 """
 """ONNX Runtime brings protobuf along, but nothing here needs it."""
 
@@ -143,7 +151,10 @@ def test_clean_environment(wheel: Path, tmp_path: Path) -> None:
     for absent in ("torch", "onnx", "onnx_ir", "safetensors"):
         done = subprocess.run([binaries / "python", "-c", f"import {absent}"], capture_output=True, check=False)
         assert done.returncode != 0, absent
-    subprocess.run([binaries / "python", "-c", WITHOUT], check=True, cwd=tmp_path, timeout=120)
+    drew = subprocess.run(
+        [binaries / "python", "-c", WITHOUT], check=True, cwd=tmp_path, timeout=120, capture_output=True, text=True
+    )
+    assert drew.stdout.strip() == ("native" if compiler() else "ort-cpu")
     subprocess.run(
         [binaries / "tarflow-infer", "-n", "2", "--labels", "3,7", "-o", "two.png"],
         check=True,

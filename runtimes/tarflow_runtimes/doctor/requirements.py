@@ -44,7 +44,7 @@ NATIVE_LIBRARY: Final = "TARFLOW_NATIVE_LIBRARY"
 NATIVE_PRECISIONS: Final = ("float32", "bfloat16", "int8")
 """Of bundles that the native kernel reads."""
 
-NATIVE_BUILD: Final = "make native, in a checkout on a machine with a C++ compiler"
+NATIVE_BUILD: Final = "install a C++ compiler, and then the package again; in a checkout: make native"
 
 INSTALL: Final = {engine: f'pip install "tarflow-sdk[{engine}]"' for engine in ("ort-cuda", *PACKAGES)} | {
     "ort-cpu": 'pip install "tarflow-sdk[ort]"',
