@@ -27,9 +27,7 @@ Json = Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON
 EXPERIMENTAL = ("ort-cuda", "trt", "trt-rtx")
 """Engines that are not proven on a GPU."""
 
-ENGINES_HELP = (
-    f"What computes: cpu, which is native or else ort-cpu; auto; on GPUs {', '.join(EXPERIMENTAL)} (experimental)."
-)
+ENGINES_HELP = f"cpu (native, else ort-cpu), auto, native, ort-cpu; on GPUs {', '.join(EXPERIMENTAL)} (experimental)."
 
 Engine = Annotated[str, typer.Option(metavar="NAME", help=ENGINES_HELP)]
 

@@ -73,11 +73,11 @@ def load(
 ) -> Flow:
     """Open the bundle at `path`, or the one that comes with the package, on an engine.
 
-    Engines are `native`, the kernel of runtimes/native; `ort-cpu`, ONNX Runtime; and, on an NVIDIA GPU and experimental,
-    `ort-cuda`, `trt` and `trt-rtx` (docs/GPU.md). `cpu` is native where its library is there and reads the bundle's
-    precision, else ort-cpu. `auto` takes the first that is ready of trt, trt-rtx, ort-cuda, native and ort-cpu. Which one
-    it was and why is in `engine_report`. An engine computes in the bundle's precision; `tarflow convert` makes bundles of
-    another. With `tf32` a GPU may round the factors of a float32 bundle's products to 11 bits.
+    Engines are `native`, the kernel of runtimes/native; `ort-cpu`, ONNX Runtime; and, on an NVIDIA GPU and
+    experimental, `ort-cuda`, `trt` and `trt-rtx` (docs/GPU.md). `cpu` is native where its library is there and reads
+    the bundle's precision, else ort-cpu. `auto` takes the first that is ready of trt, trt-rtx, ort-cuda, native and
+    ort-cpu. `engine_report` says which one it was, and why. An engine computes in the bundle's precision; `tarflow
+    convert` makes bundles of another. With `tf32` a GPU may round the factors of float32 products to 11 bits.
 
     TensorRT's engines are kept in `engine_dir`, by default the user's cache folder; `on_building(Building)` is called
     as they are built, and may return False to cancel. `verify_digests=False` skips the SHA-256 of the files (seconds

@@ -44,7 +44,7 @@ class NativeEngine:
         self._library = open_library()
         if bundle.precision not in NATIVE_PRECISIONS:
             raise EngineError(
-                f"engine native reads {', '.join(NATIVE_PRECISIONS)}, bundle {bundle.path.name} is of {bundle.precision}",
+                f"engine native does not read {bundle.precision}, the precision of bundle {bundle.path.name}",
                 hint="use engine ort-cpu",
             )
         self.bundle = bundle
