@@ -40,7 +40,7 @@ class Loaded:
 
     @property
     def config(self) -> ModelConfig:
-        """The bundle's."""
+        """The precision of the bundle."""
         return bundle_config(self.model.config)
 
 

@@ -21,8 +21,8 @@ def test_the_headers_are_found() -> None:
 @pytest.mark.parametrize("header", HEADERS, ids=lambda header: header.name)
 def test_the_example_compiles(header: Path) -> None:
     compiler, language, standard = ("c++", "c++", "-std=c++17") if header.suffix == ".hpp" else ("cc", "c", "-std=c11")
-    block = re.search(r"^(?:(?: \*|//)(?:   .*)?\n)+", header.read_text("utf-8"), re.MULTILINE)  # the first indented lines
-    assert block
+    block = re.search(r"^(?:(?: \*|//)(?:   .*)?\n)+", header.read_text("utf-8"), re.MULTILINE)
+    assert block, "the first comment has no indented lines"
     example = re.sub(r"^(?: \*|//)(?:   )?", "", block[0], flags=re.MULTILINE).strip()
     assert 12 <= len(example.splitlines()) <= 20, "about 15 lines, indented by three spaces"
     assert f"{header.name}>" in example, "a complete program includes its header"

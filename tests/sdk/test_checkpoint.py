@@ -165,7 +165,7 @@ def test_a_molecular_checkpoint(masks: bool, tmp_path: Path) -> None:
     assert same_weights(loaded, random_model(MOLECULE))
     assert loaded.assumptions == (
         "noise gaussian, the original code's default",
-        "noise_std unknown: denoising needs it told",
+        "noise_std unknown: denoising needs it",
         "head_dim 64, the original code's",
         "var 1 everywhere, the prior's variance of models with nvp",
     )
