@@ -28,7 +28,7 @@ class CachePool {
     }
     return {shape, type};
   }
-  /// Take back what nobody uses any more; it is freed where there is no memory to note it. Called by destructors.
+  /// Return an unused cache to the pool; it is freed if there is no memory to record it. Called by destructors.
   void give(Buffer buffer) noexcept {
     const std::lock_guard<std::mutex> lock(mutex_);
     const std::size_t bytes = buffer.bytes();

@@ -29,7 +29,7 @@ struct Part {
 /// `count` equal parts of the images, in order.
 std::vector<Part> cut(std::int64_t images, std::int64_t count);
 
-/// z of a block for some images, and what the way back needs.
+/// z of a block for some images, and the activations for its backward pass.
 struct ForwardHalf {
   Floats z;
   Shape shape;  // [B, N, D]
@@ -65,7 +65,7 @@ class Engine {
   Floats gradient(std::int64_t block, const Floats& patches, const Floats& cotangent, const Labels& labels) const;
   /// Images that `vjp` may take so that what it keeps of all blocks fits; 0 where `gradient` is to be used.
   std::int64_t vjp_images() const;
-  /// Patches [B, N, D] -> z and the way back. `alone`: no other call runs meanwhile.
+  /// Patches [B, N, D] -> z and the saved activations. `alone`: no other call runs meanwhile.
   ForwardHalf vjp(std::int64_t block, const Floats& patches, const Labels& labels, bool alone) const;
 
  private:

@@ -112,7 +112,7 @@ def shapes_of(batch: str, guidance: str | None, window: str) -> Shapes:
 
 
 def targets_of(target: str | None) -> list[str] | None:
-    """Read `--target`."""
+    """Read the list of `--target`."""
     return None if target is None else items("--target", target, str)
 
 

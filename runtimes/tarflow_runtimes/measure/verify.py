@@ -66,7 +66,7 @@ class Reference:
     denoised: Floats | None = None
 
     def save(self, path: Path) -> None:
-        """Write reference.npz."""
+        """Write the reference to a file `reference.npz`."""
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 

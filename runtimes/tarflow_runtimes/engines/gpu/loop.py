@@ -121,7 +121,7 @@ class DeviceDecoder:
         """A new workspace, with the contents that are the same in every run."""
         workspace = Workspace(self._device, images)
         with self._device.lock:
-            self._tell(workspace, "kv_positions", np.arange(self._config.patches))
+            self._upload(workspace, "kv_positions", np.arange(self._config.patches))
         return workspace
 
     def _begin(self, job: _Job, noise: Floats, conditions: Conditions) -> None:
@@ -129,13 +129,13 @@ class DeviceDecoder:
         workspace = job.workspace
         with self._device.lock:
             workspace.clear_caches()
-            self._tell(workspace, "finished", noise)
-            self._tell(workspace, "guidance", conditions.guidance)
-            self._tell(workspace, "inverse_temperature", conditions.inverse_temperature)
+            self._upload(workspace, "finished", noise)
+            self._upload(workspace, "guidance", conditions.guidance)
+            self._upload(workspace, "inverse_temperature", conditions.inverse_temperature)
             if conditions.labels is not None:
-                self._tell(workspace, "labels", conditions.labels)
+                self._upload(workspace, "labels", conditions.labels)
 
-    def _tell(self, workspace: Workspace, name: str, array: npt.NDArray[Any]) -> None:
+    def _upload(self, workspace: Workspace, name: str, array: npt.NDArray[Any]) -> None:
         self._device.upload(workspace.address(name, array.nbytes), array)
 
     def _invert(self, job: _Job, turn: Turn, on_done: Callable[[int], None]) -> BlockReport:
@@ -187,7 +187,7 @@ class DeviceDecoder:
         size = min(strategy.window or last, last)
         with self._device.lock:
             program = self._program(job, block, size)
-            self._tell(job.workspace, "tolerance", np.array([strategy.tolerance], np.float32))
+            self._upload(job.workspace, "tolerance", np.array([strategy.tolerance], np.float32))
             self._start(job, block, size=size, init=strategy.init if turn.start is None else turn.start)
         # Every launch settles at least one patch of every unfinished image; finished images do not change.
         enough = -(-last // LOOK) * LOOK

@@ -85,7 +85,7 @@ class _Part:
 
     @property
     def branches(self) -> int:
-        """G."""
+        """G, the number of branches."""
         return 2 if self.form else 1
 
 

@@ -24,7 +24,7 @@ from tarflow_runtimes.engines.trt.sidecar import Sidecar, Source, Verification, 
 from tarflow_runtimes.errors import EngineError
 
 MAX_BYTES: Final = 20 << 30
-"""What the engines of a folder may take; beyond it those that were not used for longest go."""
+"""Size limit of the engines in a folder; beyond it the least recently used are removed."""
 
 _OURS = re.compile(r"\.?(?P<key>[0-9a-f]{32})\.(engine|json|lock|(engine|json)\.partial)")
 

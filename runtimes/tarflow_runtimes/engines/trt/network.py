@@ -38,7 +38,7 @@ class Graph:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Description of the graph for messages."""
         return f"{self.kind} graph of block {self.block} in {self.precision}"
 
 

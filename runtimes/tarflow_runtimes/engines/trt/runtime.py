@@ -138,7 +138,7 @@ class LoadedEngine:
 class Kernels:
     """TensorRT for RTX: the kernels that were compiled on this GPU. All engines share them: blocks differ in weights.
 
-    They are read from a file beside the engines, and written when nobody uses them any more. They must outlive every
+    They are read from a file beside the engines, and written when they are no longer used. They must outlive every
     context that was made with them.
     """
 

@@ -34,7 +34,7 @@ class Identity:
     graph_digest: str
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a sidecar."""
+        """The identity as JSON values for a sidecar."""
         return dataclasses.asdict(self) | {"flags": list(self.flags)}
 
 
@@ -131,7 +131,7 @@ class Sidecar:
         return dataclasses.replace(self, verifications=(*others, verification))
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the file."""
+        """The sidecar as JSON values for its file."""
         return {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,

@@ -38,7 +38,7 @@ def _answer(job: dict[str, Any], model: bytes, answers: BinaryIO) -> Built:
         try:
             _say(answers, {"share": share})
         except OSError:
-            os._exit(1)  # nobody listens any more
+            os._exit(1)  # the parent process has gone away
 
     return compile_engine(
         import_package(job["engine"]),
