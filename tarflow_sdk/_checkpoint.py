@@ -196,7 +196,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], FlowConfig | None]:
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"{path}: metadata {METADATA_KEY} is no JSON: {error}") from error
+        raise CheckpointError(f"{path}: metadata {METADATA_KEY} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: metadata {METADATA_KEY} is {type(data).__name__}, expected an object")
     try:
@@ -269,7 +269,7 @@ def _checked_tensors(path: Path, entries: dict[str, Any]) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}, expected a tensor")
         if name.endswith(".attn_mask"):
             if tensor.ndim != 2 or not torch.equal(tensor.float(), torch.ones(tensor.shape).tril()):
-                raise CheckpointError(f"{path}: {name} is no causal mask (lower triangular ones)")
+                raise CheckpointError(f"{path}: {name} is not a causal mask (lower triangular ones)")
             continue
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{path}: {name} is {_dtype_name(tensor)}, expected floating point numbers")

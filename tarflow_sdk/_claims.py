@@ -224,7 +224,7 @@ def _split_patch(claims: Claims) -> tuple[int, int]:
             f"{claims.path}: cannot tell the image channels from the patch size in patches of {values} values",
             hint="give --image-channels or --patch-size; possible (image_channels, patch_size): "
             + ", ".join(map(str, candidates))
-            + "; or --tokens for data that are no images",
+            + "; or --tokens for data that are not images",
         )
     return fitting[0]
 

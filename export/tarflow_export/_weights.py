@@ -156,9 +156,7 @@ def block_tensors(
     for name in layout.shapes:
         array = weight(name)
         if not np.isfinite(array).all():
-            raise ExportError(
-                f"{owner}.{name} holds values that are NaN or infinite", hint="the training run went wrong"
-            )
+            raise ExportError(f"{owner}.{name} holds values that are NaN or infinite", hint="the training run diverged")
         if layout.is_rounded(name):
             yield from rounded(name, array)
             continue

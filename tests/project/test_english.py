@@ -7,10 +7,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = (ROOT / "tarflow_sdk", ROOT / "export" / "tarflow_export", ROOT / "runtimes" / "tarflow_runtimes")
+PACKAGES = (
+    ROOT / "tarflow_sdk",
+    ROOT / "export" / "tarflow_export",
+    ROOT / "runtimes" / "tarflow_runtimes",
+    ROOT / "benchmarks",
+)
 SOURCES = [
     path
-    for folder in (*PACKAGES, ROOT / "docs", ROOT / "benchmarks", ROOT / "examples", ROOT / "runtimes")
+    for folder in (
+        ROOT / "tarflow_sdk",
+        ROOT / "export",
+        ROOT / "docs",
+        ROOT / "benchmarks",
+        ROOT / "examples",
+        ROOT / "runtimes",
+    )
     for path in sorted(folder.rglob("*"))
     if path.suffix in {".py", ".md", ".h", ".hpp", ".c", ".cpp"} and not {"tests", "build"} & set(path.parts)
 ] + sorted(ROOT.glob("*.md"))

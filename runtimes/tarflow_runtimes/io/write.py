@@ -76,7 +76,7 @@ def check_pictures(output: Output, shape: Sequence[int], *, names: Sequence[str]
         return
     problem = ""
     if len(shape) != 3:
-        problem = "the data are tokens, of which there is no picture"
+        problem = "the data are tokens, which cannot be written as pictures"
     elif shape[0] not in (1, 3):
         problem = f"PNG files have 1 or 3 channels, the images have {shape[0]}"
     if problem:
