@@ -246,8 +246,8 @@ def _outputs(
     target = check_output(default if output is None else output, kinds=PICTURES, overwrite=overwrite)
     check_pictures(target, config.shape, names=names)
     if captions and target.kind != ".png":
-        mend = "give -o grid.png, or remove --captions" if is_image else "leave --captions out"
-        raise InputError("--captions are written into a grid only", hint=mend)
+        hint = "give -o grid.png, or remove --captions" if is_image else "remove --captions"
+        raise InputError("--captions are written into a grid only", hint=hint)
     if save_latents is None:
         return target, None
     latents = check_output(save_latents, kinds=(".npy",), overwrite=overwrite, option="--save-latents")

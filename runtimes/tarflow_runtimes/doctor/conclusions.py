@@ -101,13 +101,13 @@ def _package(engine: str, name: str, minimum: tuple[int, ...] = ()) -> Check:
             return Fault(problem=_overwritten(facts, name), remedy=remedy)
         if not module.installed:
             return Fault(problem=f"the package {name} is not installed", remedy=install)
-        mend = distributions[0] if distributions else name.replace("google.", "").replace(".", "-")
+        distribution = distributions[0] if distributions else name.replace("google.", "").replace(".", "-")
         if module.problem:
-            remedy = f"pip install --force-reinstall {mend}"
+            remedy = f"pip install --force-reinstall {distribution}"
             return Fault(problem=f"{name} does not import: {module.problem}", remedy=remedy)
         if _numbers(module.version) < minimum:
             wanted = ".".join(map(str, minimum))
-            remedy = f'pip install "{mend}>={wanted}"'
+            remedy = f'pip install "{distribution}>={wanted}"'
             return Fault(problem=f"{name} {module.version} is too old, {wanted} is needed", remedy=remedy)
         return None
 
