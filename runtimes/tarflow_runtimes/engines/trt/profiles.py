@@ -91,7 +91,7 @@ def joined(profiles: Iterable[Profile]) -> tuple[Profile, ...]:
 
 
 def uncovered(wanted: Iterable[Profile], have: Iterable[Profile]) -> list[Profile]:
-    """Those of the wanted of which some shapes are in none of the others."""
+    """The wanted profiles with shapes that the others do not cover."""
     ranges = joined(have)
     return [
         profile
