@@ -150,7 +150,7 @@ def save_checkpoint(model: TarFlow, path: str | Path, *, dtype: torch.dtype = to
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that replaces it when the body ends well and vanishes otherwise.
+    """Yield a temporary path next to `path` that replaces it on success and is removed otherwise.
 
     Raises:
         CheckpointError: when the file system refuses.
@@ -217,7 +217,7 @@ def _read_torch(path: Path) -> object:
                 hint="save the state dict alone: torch.save(model.state_dict(), ...)",
             ) from error
         raise CheckpointError(f"{path}: damaged, truncated or not a PyTorch file") from error
-    except Exception as error:  # whatever else a damaged archive makes the reader raise
+    except Exception as error:  # a damaged archive may raise any exception
         raise CheckpointError(f"{path}: damaged, truncated or not a PyTorch file: {_first_line(error)}") from error
 
 

@@ -22,7 +22,7 @@ NULL_LABEL = -1
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation over W in at least float32, whatever the dtype of its input."""
+    """Layer normalisation over W, computed in at least float32 for any input dtype."""
 
     def forward(self, h: Tensor) -> Tensor:
         """Normalise x [B, S, W] over its last axis."""

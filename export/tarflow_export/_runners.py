@@ -67,7 +67,7 @@ class _Runner:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3  # unless caches are bound, it warns at every step that they are copied
             options.intra_op_num_threads = self._threads or 0
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # slow beside other work
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # slow when other work runs
             folder = self.bundle.blocks[block].weights.parent
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
             model = self.bundle.read(self.bundle.graph(self.provider, kind, block))

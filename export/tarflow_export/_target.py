@@ -56,7 +56,7 @@ class Target:
 
     @contextlib.contextmanager
     def growing(self) -> Iterator[Path]:
-        """Yield an empty folder beside the target; when the body ends well it becomes the target, else it vanishes."""
+        """Yield an empty folder next to the target; it becomes the target on success, and is removed otherwise."""
         try:
             folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent))
         except OSError as error:

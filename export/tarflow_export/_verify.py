@@ -127,7 +127,7 @@ def verify_written(
 
 
 def _ort_cpu(bundle: Bundle, extent: Extent) -> tuple[Record, ...]:
-    """The engine itself; the halves of the gradient run whatever memory they take, and few sessions stay open."""
+    """The engine itself, set to run the halves of the gradient at any memory cost and to keep few sessions open."""
     limits = Limits(activations=1 << 40, sessions=SESSIONS_BYTES)
     records: list[Record] = []
     for block in extent.some:

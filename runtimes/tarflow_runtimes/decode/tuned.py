@@ -63,7 +63,7 @@ class TunedPlans:
 
 
 def plans_path(bundle: Path) -> Path:
-    """The file of tuned plans of a bundle: `NAME.plans.json` beside `NAME.tarflow`."""
+    """The file of tuned plans of a bundle: `NAME.plans.json` next to `NAME.tarflow`."""
     return bundle.with_name(bundle.name.removesuffix(".tarflow") + ".plans.json")
 
 

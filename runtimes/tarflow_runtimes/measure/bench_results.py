@@ -35,8 +35,8 @@ class BlockResult:
     evaluations of the block that an image took, `settled[j]` the mean number of patches that were final after j calls
     (empty when sequential), `residual` the largest move of a value that a settled patch was computed from,
     `sequential_images` how many images of all rounds continued sequentially, `step_us[i]` the time of step i of a batch
-    (empty unless sequential), between two reports of progress: the first with what the block needs to start, and where
-    parts of a batch wait for others, each a step of their mean progress.
+    (empty unless sequential), between two progress reports: the first includes the start of the block, and if parts of
+    a batch wait for others, each is a step of their mean progress.
     """
 
     block: int

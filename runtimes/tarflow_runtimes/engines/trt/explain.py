@@ -107,7 +107,7 @@ def explain(
 
 
 def _reason(made: Wanted, wanted: Wanted, found: Sequence[Difference], broken: str) -> str:
-    """One line; an engine of another version or for another GPU is told as a whole, other fields one by one."""
+    """One line; a different version or GPU is reported as a whole, other fields one by one."""
     elsewhere = [one for one in found if one.field in {"version", "targets", "host"}]
     parts = [str(one) for one in found if one not in elsewhere]
     if elsewhere:

@@ -12,7 +12,7 @@ from tarflow_runtimes.errors import EngineError
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """Its name, the target that its engines are for, and the newest CUDA that its driver knows."""
+    """A GPU: its name, the target of its engines, and the newest CUDA that its driver supports."""
 
     name: str
     target: str
