@@ -16,7 +16,7 @@
 namespace tarflow_native::TARFLOW_NATIVE_TARGET {
 namespace {
 
-/// Pointers into the workspace, and what all steps of a group of images share.
+/// Pointers into the workspace, and values shared by all steps of a group of images.
 struct Run {
   const Images &images;
   const Shape &shape;
