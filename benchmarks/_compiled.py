@@ -1,7 +1,7 @@
 """`StaticSampler`: the sequential decoder as fast as plain PyTorch makes it: preallocated caches, one compiled step.
 
-Every tensor of a step keeps its shape and its place, the position travels as a tensor, and the weights of a block are
-arguments: `torch.compile` compiles one step for each number of rows and runs it for every patch of every block.
+Every tensor of a step keeps its shape and address, the position is a tensor, and the weights of a block are arguments:
+`torch.compile` compiles one step for each number of rows and runs it for every patch of every block.
 """
 
 from __future__ import annotations

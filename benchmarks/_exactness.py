@@ -1,4 +1,4 @@
-"""`exactness`: how far images of parallel decoding lie from sequential ones, beside what float32 itself leaves open."""
+"""`exactness`: distances of images of parallel decoding from sequential ones, beside the rounding errors of float32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from _work import Work, header, write_json
 
 CHUNK = 64
 ALONE = 4
-"""Images decoded alone too."""
+"""Number of images that are also decoded alone."""
 
 LIMIT = 1e-3
 """Largest difference of an image at the default tolerance, in the images' range [-1, 1]."""
@@ -37,7 +37,7 @@ def distribution(values: np.ndarray) -> dict[str, float]:
 
 
 def pytorch(work: Work, z: np.ndarray, labels: list[int] | None, guidance: float) -> tuple[np.ndarray, np.ndarray]:
-    """Sequential images of these latents by PyTorch in float32 and in float64; how they differ is the floor."""
+    """Sequential images of these latents by PyTorch in float32 and in float64; their difference is the floor."""
     import torch
     from _published import Segments, gs_jacobi
 
@@ -59,7 +59,7 @@ def pytorch(work: Work, z: np.ndarray, labels: list[int] | None, guidance: float
 
 
 class _Report:
-    """Rows of distributions, printed and written as they come; `missed` once a limit was."""
+    """Rows of distributions, printed and written immediately; `missed` is set when a limit is missed."""
 
     def __init__(self, head: dict[str, Any], path: str | None) -> None:
         self.head, self.path = head, path
@@ -122,7 +122,7 @@ def exactness(options: argparse.Namespace, work: Work) -> int:
 
 
 def decoded(flow: Any, z: np.ndarray, labels: list[int] | None, *, guidance: float, plan: Any, name: str) -> np.ndarray:
-    """Images of these latents, CHUNK at a time, with a word on the progress."""
+    """Images of these latents, CHUNK at a time, with progress messages."""
     parts = []
     for start in range(0, len(z), CHUNK):
         chunk = slice(start, start + CHUNK)

@@ -1,7 +1,7 @@
-"""`measure_floors`: what a card can do at most, measured with PyTorch: read and copy memory, multiply matrices.
+"""`measure_floors`: the limits of a card, measured with PyTorch: reading and copying memory, multiplying matrices.
 
-`floor_seconds` is the time that sampling cannot go below on it: the larger of its bytes and its operations at these
-rates (`sequential_work`).
+`floor_seconds` is the minimal sampling time at these limits: the larger of the times for its bytes and its operations
+(`sequential_work`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.measure.bench_results import sequential_work
 
 ROUNDS = 10
-"""Repetitions of each measurement; the fastest counts, for a limit is what nothing disturbed."""
+"""Repetitions of each measurement; the fastest counts, because disturbances can only slow it down."""
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -21,8 +21,8 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 def measure_floors(device: str, *, tiny: bool = False) -> dict[str, float]:
     """GB/s of a matrix-vector product and of a copy (a byte counts twice there), TFLOP/s of products by dtype.
 
-    A gigabyte is read and squares of 8192 are multiplied, so that starting the work does not count; `tiny` is for
-    trying the script.
+    A gigabyte is read and matrices of 8192 x 8192 are multiplied, so that launch overhead is negligible; `tiny` is for
+    testing the script.
     """
     return _memory(device, rows=1 << 8 if tiny else 1 << 17) | {
         f"{dtype}_tflops": _product(device, dtype, side=256 if tiny else 8192) for dtype in BYTES
@@ -65,7 +65,7 @@ def _fastest(device: str, work: Callable[[], object]) -> float:
 
 
 def floor_seconds(floors: dict[str, float], config: ModelConfig, *, rows: int, dtype: str) -> float:
-    """Seconds below which `rows` rows cannot go through all blocks, weights and caches in that dtype."""
+    """Minimal seconds for `rows` rows through all blocks, with weights and caches in that dtype."""
     work = sequential_work(config, rows=rows, weight_bytes=BYTES[dtype], cache_bytes=BYTES[dtype])
     bandwidth = 1e9 * max(floors["read_gbs"], floors["copy_gbs"])
     return max(work.bytes / bandwidth, work.operations / (1e12 * floors[f"{dtype}_tflops"]))

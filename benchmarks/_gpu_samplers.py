@@ -1,7 +1,7 @@
 """The samplers of `gpu.py`, each a function that serves one process (`_peer.serve`) from a `Work` folder.
 
-A name is `original`, `graphed-DTYPE`, or `ENGINE-DTYPE` for this SDK. Latents and images travel from and to the host in
-the time of all of them.
+A name is `original`, `graphed-DTYPE`, or `ENGINE-DTYPE` for this SDK. All times include the transfers of latents and
+images from and to the host.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from _peer import first_line, serve
 from _work import ROOT, Work
 
 Sampler = tuple[Callable[..., Any], dict[str, Any]]
-"""What answers requests, and what it says about itself."""
+"""A function that answers requests, and facts about the sampler."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 def title(name: str, device: str) -> str:
-    """What a row of the table is called."""
+    """The title of a row of the table."""
     kind, _, dtype = name.rpartition("-")
     if name == "original":
         return "original PyTorch, eager, bfloat16"
@@ -39,7 +39,7 @@ def dtype_of(name: str) -> str:
 
 
 def serve_sampler(name: str, work: Work, *, reference: str, device: str) -> None:
-    """Serve the sampler of that name on a device, `cuda` or `cpu`; where it does not start, answer why."""
+    """Serve the sampler of that name on a device, `cuda` or `cpu`; if it does not start, answer with the reason."""
     kind, _, dtype = name.rpartition("-")
     try:
         if name == "original":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 BASELINES = ("original", "graphed-bfloat16", "graphed-float16", "graphed-float32")
-"""What speed-ups are to: the first of these that ran."""
+"""The baselines of speed-ups: the first of these that ran."""
 
 COLUMNS = ("sampler", "s, whole model", "ms per step", "images/s", "speed-up", "of the floor", "PSNR, dB", "max diff")
 
@@ -34,7 +34,7 @@ def document(result: dict[str, Any]) -> str:
 
 
 def table(cell: dict[str, Any]) -> str:
-    """A cell under its heading, and below it what did not run."""
+    """A cell under its heading, followed by the samplers that did not run."""
     how = "sequential" if cell["window"] is None else f"parallel, window {cell['window'] or 'whole block'}"
     images = f"{cell['batch']} image{'s' * (cell['batch'] != 1)}"
     ran = [row["sampler"] for row in cell["rows"]]
@@ -67,5 +67,5 @@ def _number(value: float | None, form: str) -> str:
 
 
 def listed(facts: dict[str, Any]) -> str:
-    """`a 1, b 2`."""
+    """Format facts as `a 1, b 2`."""
     return ", ".join(f"{name} {value}" for name, value in facts.items())

@@ -1,6 +1,7 @@
-"""`GraphedSampler`: the sequential decoder as plain PyTorch makes it fastest on a GPU: static caches, a CUDA graph.
+"""`GraphedSampler`: the fastest sequential decoder in plain PyTorch on a GPU: static caches and a CUDA graph.
 
-One step is captured for each block; it reads and raises its position on the device, so that the host only replays it.
+One step is captured for each block; it reads and increments its position on the device, so that the host only replays
+it.
 Linear layers and caches are of the chosen dtype, norms, softmax, residual stream and exp of float32, by autocast. On a
 CPU the same step runs without a graph.
 """
@@ -55,7 +56,7 @@ class GraphedSampler:
         return self.model.unpatchify(x)
 
     def _prepare(self, batch: int, *, guided: bool) -> None:
-        """The state of a batch, always at the same place, and a step of each block on it; the last shape's are kept."""
+        """The state of a batch at a fixed address, and a step of each block on it; those of the last shape are kept."""
         if self._shape == (batch, guided):
             return
         config, rows = self.model.config, batch * (2 if guided else 1)
@@ -74,7 +75,7 @@ class GraphedSampler:
         self._shape = (batch, guided)
 
     def _stepper(self, weights: _Weights, *, guided: bool) -> Callable[[], None]:
-        """One step of a block: the next patch, and the position raised by one."""
+        """One step of a block: the next patch, and the position incremented by one."""
         state, half = self._state, self.dtype != torch.float32
 
         def step() -> None:

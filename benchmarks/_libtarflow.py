@@ -10,7 +10,7 @@ import numpy as np
 
 
 class SampleOptions(ctypes.Structure):
-    """`tarflow_sample_options`."""
+    """The C struct `tarflow_sample_options`."""
 
     _fields_ = (
         ("struct_size", ctypes.c_size_t),
@@ -47,7 +47,7 @@ class LibTarFlow:
 
     @property
     def ort_version(self) -> str:
-        """Of the ONNX Runtime that it loaded."""
+        """Version of the ONNX Runtime that it loaded."""
         return str(self._library.tarflow_ort_version().decode())
 
     def sample(self, noise: np.ndarray, labels: list[int] | None, **options: Any) -> np.ndarray:

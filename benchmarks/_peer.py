@@ -1,6 +1,6 @@
-"""`Peer`: one sampler in a process of its own that stays alive and is called in turn; `serve`: the loop inside it.
+"""`Peer`: one sampler in a separate process that stays alive and is called in turn; `serve`: the loop inside it.
 
-Only the call itself is timed, by the peer's own clock; start, import, loading and warm-up stay outside. Arrays travel
+Only the call itself is timed, by the peer's own clock, without start, import, loading and warm-up. Arrays are exchanged
 as `.npy` files, commands and answers as JSON lines.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 PAUSE = 0.05
-"""Seconds to leave between two peers: threads of the one before spin a while when they have nothing to do."""
+"""Seconds between two peers: idle threads of the previous one spin for a while."""
 
 
 def resident(field: str) -> float:
@@ -29,13 +29,13 @@ def resident(field: str) -> float:
 
 
 class PeerError(SystemExit):
-    """A peer's process ended early, or a call of it failed; its own words are on standard error."""
+    """A peer's process ended early, or a call failed; its messages are on standard error."""
 
 
 class Peer:
     """A worker process started as `python SCRIPT --serve NAME ARGUMENTS`.
 
-    `ready` is what it said about itself, `detail` what it said about its last call.
+    `ready` has the facts that it reported about itself, `detail` those about its last call.
 
     Raises:
         PeerError: from any method, when the process has ended; from a call, when that failed. The process then lives.
@@ -71,19 +71,19 @@ class Peer:
         return float(answer["seconds"])
 
     def call_rested(self, **request: Any) -> float:
-        """`call` after a pause: what the peer before left spinning has come to rest."""
+        """`call` after a pause, when spinning threads of the previous peer have stopped."""
         time.sleep(PAUSE)
         return self.call(**request)
 
     def close(self) -> None:
-        """End the process."""
+        """End the peer's process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout=30)
 
 
 def keep_stdout() -> None:
-    """Keep what libraries print out of the answers: file descriptor 1 becomes standard error for all but `print`."""
+    """Keep output of libraries out of the answers: file descriptor 1 becomes standard error except for `print`."""
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -113,5 +113,5 @@ def serve(work: Callable[..., np.ndarray | tuple[np.ndarray, Any]], **ready: Any
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
+    """The message of an error, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

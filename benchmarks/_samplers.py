@@ -1,4 +1,4 @@
-"""`SAMPLERS`: everything that decodes, each a function that serves one process (`_peer.serve`) from a `Work` folder.
+"""`SAMPLERS`: all samplers, each a function that serves one process (`_peer.serve`) from a `Work` folder.
 
 Every sampler takes the same noise and labels and returns float32 images without denoising.
 """
@@ -67,7 +67,7 @@ def serve_torch(work: Work, build: Callable[[Any], tuple[Callable[..., Any], dic
 
 
 def serve_compiled(work: Work, _: str) -> None:
-    """Our PyTorch model with a static cache and `torch.compile`, or without it where that does not run."""
+    """Our PyTorch model with a static cache and `torch.compile`, or without it if that does not run."""
 
     def build(model: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
         import torch
@@ -121,7 +121,7 @@ def serve_gs_jacobi(work: Work, _: str, *, tight: bool) -> None:
 
 
 def _drawn(work: Work) -> np.ndarray:
-    """Images drawn from the model itself; they stand for the training images that the metrics ask for."""
+    """Images drawn from the model itself; they replace the training images that the metrics require."""
     import tarflow_runtimes as tfr
 
     path = work.folder / "images.npy"
@@ -168,7 +168,7 @@ def serve_ours(work: Work, _: str, plan: str = "sequential") -> None:
 
 
 def _said(block: Any) -> str:
-    """How a block was decoded, in words."""
+    """How a block was decoded, as text."""
     import tarflow_runtimes as tfr
 
     if not isinstance(block.strategy, tfr.Parallel):

@@ -1,4 +1,4 @@
-"""`Work`: what all samplers of a comparison are given, in one folder: weights, bundle, noise, labels."""
+"""`Work`: the inputs of all samplers of a comparison, in one folder: weights, bundle, noise, labels."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ SHAPES: dict[str, dict[str, int]] = {
         "classes": 3,
     },
 }
-"""Models of random weights: enough for the time of sequential steps, not for what iterations need to converge."""
+"""Models with random weights: enough to time sequential steps, but not the convergence of iterations."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """A model in three forms, in `folder`: checkpoint of the original code, bundle, and its configuration here."""
+    """A model in three forms, in `folder`: checkpoint of the original code, bundle, and configuration."""
 
     folder: Path
     model: str
@@ -83,9 +83,9 @@ class Work:
 
     @classmethod
     def prepare(cls, model: str, checkpoint: str | Path | None, folder: Path, *, blocks: int | None = None) -> Self:
-        """Write the model of this checkpoint, or of these random weights, into `folder`; what is there is reused.
+        """Write the model of this checkpoint, or with random weights, into `folder`; existing files are reused.
 
-        `blocks` is how many blocks of random weights there are, if not those of the shape.
+        `blocks` is the number of blocks with random weights, by default that of the shape.
 
         Raises:
             SystemExit: when the folder holds another model.
@@ -116,7 +116,7 @@ class Work:
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """The work that `prepare` wrote."""
+        """Open a folder that `prepare` wrote."""
         return cls(folder=Path(folder), **json.loads((Path(folder) / "work.json").read_text()))
 
     @property
@@ -126,12 +126,12 @@ class Work:
 
     @property
     def bundle(self) -> Path:
-        """The bundle."""
+        """Path of the bundle."""
         return self.folder / "model.tarflow"
 
     @property
     def patches(self) -> int:
-        """N."""
+        """N, the number of patches."""
         return int((self.config["image_size"] // self.config["patch_size"]) ** 2)
 
     @property
@@ -155,7 +155,7 @@ class Work:
         return {"noise": str(path), "labels": self.labels(batch), "guidance": guidance}
 
     def original_shape(self) -> dict[str, Any]:
-        """What the original code's constructor needs."""
+        """Arguments of the original code's constructor."""
         return {
             "in_channels": self.config["image_channels"],
             "img_size": self.config["image_size"],
@@ -205,7 +205,7 @@ def ceilings() -> dict[str, Any] | None:
 
 
 def write_json(path: str | Path, document: dict[str, Any]) -> None:
-    """Write a result file as a whole: a run that is ended leaves the last complete one."""
+    """Write a result file atomically: an interrupted run leaves the last complete one."""
     partial = Path(f"{path}.partial")
     partial.write_text(json.dumps(document, indent=2) + "\n")
     partial.replace(path)

@@ -1,10 +1,10 @@
-"""This checkout against another one, each in its own environment: time of the same pictures, called in turn.
+"""This checkout against another one, each in its own environment: time of the same images, called in turn.
 
     python benchmarks/before.py --before PATH [--rounds 15] [--json FILE]
 
-PATH is a checkout in which `make .venv/ready` has run. Each side is a process that stays; the sides take turns, each
-first in every other round, and a ratio is the median of the rounds' ratios, this checkout's time over the other's.
-Bundles are each side's own: the one that ships with it, and one that it exports of the photos' checkpoint here.
+PATH is a checkout in which `make .venv/ready` has run. Each side is a process that stays alive; the sides take turns,
+each first in every other round, and a ratio is the median of the rounds' ratios, this checkout's time over the other's.
+Each side uses its own bundles: the one that ships with it, and one that it exports from the photos' checkpoint here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def timed(name, path, images, guidance):
 for line in sys.stdin:
     print(json.dumps(timed(*json.loads(line))), flush=True)
 """
-"""One side: a job (bundle's name, path, images, guidance) a line, its seconds back; no images: load and draw one."""
+"""One side: reads one job (bundle's name, path, images, guidance) per line and prints its seconds; 0 images: load and
+draw one."""
 
 JOBS = {
     "digits": [(0, 0.0), (1, 0.0), (16, 0.0), (64, 0.0), (1, 1.5), (16, 1.5), (64, 1.5)],
@@ -60,7 +61,7 @@ class Side:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
 
     def seconds(self, name: str, images: int, guidance: float) -> float:
-        """Of one job."""
+        """Seconds of one job."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([name, self.bundles[name], images, guidance]) + "\n")
@@ -68,14 +69,14 @@ class Side:
         return float(json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
-        """End the process."""
+        """End the checkout's process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
 
 def round_of(sides: tuple[Side, Side], number: int, job: tuple[str, int, float]) -> tuple[float, float]:
-    """Seconds of both sides; which is first changes with the round, and each finds the cores at rest."""
+    """Seconds of both sides; the first one changes with the round, and each starts with idle cores."""
     seconds = [0.0, 0.0]
     for side in (0, 1) if number % 2 else (1, 0):
         time.sleep(PAUSE)
@@ -84,7 +85,7 @@ def round_of(sides: tuple[Side, Side], number: int, job: tuple[str, int, float])
 
 
 def exported(root: Path, target: Path) -> str:
-    """The bundle that a checkout makes of the photos' checkpoint."""
+    """The bundle that a checkout exports from the photos' checkpoint."""
     command = [root / ".venv" / "bin" / "tarflow-export", CHECKPOINTS["photos"], "-o", target, "--no-verify"]
     subprocess.run(command, check=True, capture_output=True)
     return str(target)

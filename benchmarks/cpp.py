@@ -2,8 +2,8 @@
 
     python benchmarks/cpp.py --library build/cpp/libtarflow.so [--bundle NAME.tarflow] [--batch 1,16,64] [--json FILE]
 
-Each side lives in a process of its own and is called in turn; times are medians over the rounds, the ratio is the
-median of the rounds' ratios, above 1 where libtarflow is faster. The pictures of both sides are compared bit for bit.
+Each side runs in a separate process and is called in turn; times are medians over the rounds, the ratio is the median
+of the rounds' ratios, above 1 if libtarflow is faster. The images of both sides are compared bit for bit.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@
     python benchmarks/decoding.py --auto [--model mnist,photos] [--json FILE]
     python benchmarks/decoding.py --exactness [--model mnist|photos] [--json FILE]
 
-The same machine, weights, noise and labels for all; each sampler lives in a process of its own, and they are called in
-turn, with no thread variables set. Seconds are medians over the rounds, ratios are medians of the rounds' ratios;
-calls too short to time alone are repeated within a turn.
-`--auto` compares tuned plans with sequential decoding alone; `--exactness` compares the images of parallel decoding
-with sequential ones and times nothing. Both end with exit code 1 where a limit is missed.
+Machine, weights, noise and labels are the same for all; each sampler runs in a separate process, and they are called in
+turn, with no thread variables set. Seconds are medians over the rounds, ratios are medians of the rounds' ratios; calls
+too short to time alone are repeated within a turn. `--auto` only compares tuned plans with sequential decoding;
+`--exactness` compares the images of parallel decoding with sequential ones, without timing. Both exit with code 1 if a
+limit is missed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from _samplers import SAMPLERS
 from _work import CHECKPOINTS, Work, ceilings, header, write_json
 
 AUTO_LIMIT = 1.10
-"""What `auto` may take over the sequential time, anywhere."""
+"""The largest allowed ratio of the time of `auto` to the sequential time."""
 
 AUTO_ROUNDS = 15
 
@@ -46,7 +46,7 @@ def say(text: str) -> None:
 
 
 def tune(work: Work, batches: list[int], guidances: list[float]) -> None:
-    """Write tuned plans beside the bundle for what has none yet."""
+    """Write tuned plans next to the bundle for cases that have none yet."""
     import tarflow_runtimes as tfr
     from tarflow_runtimes.decode.tuned import plans_path, write_plans
 

@@ -2,9 +2,9 @@
 
     python benchmarks/density.py [--model mnist|photos] [--batch 1,16,64,256] [--json FILE]
 
-Each side lives in a process of its own and is called in turn on the same noisy images, with no thread variables set;
-seconds are medians over the rounds, ratios are medians of the rounds' ratios. The batches rise, so that a side's peak
-memory after a batch is that batch's; it is given as what the process has grown by since its model was loaded.
+Each side runs in a separate process and is called in turn on the same noisy images, with no thread variables set;
+seconds are medians over the rounds, ratios are medians of the rounds' ratios. Batches run in increasing order, so that
+the peak memory after a batch is that of the batch; it is given as the growth of the process since its model was loaded.
 """
 
 from __future__ import annotations

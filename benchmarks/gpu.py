@@ -7,10 +7,10 @@
 docs/GPU.md says how to install what it needs. Every engine that `tarflow doctor` calls ready is measured. NAME.json and
 NAME.md are written, by default below benchmarks/results/.
 
-Each sampler lives in a process of its own, and they are called in turn on the same noise and labels; seconds are
-medians over the rounds and include the way of latents and images between host and GPU, ratios are medians of the
-rounds' ratios. With --quick the wide models have one of their blocks, for all are alike: seconds of the whole model are
-then those times its blocks.
+Each sampler runs in a separate process, and they are called in turn on the same noise and labels; seconds are medians
+over the rounds and include the transfers of latents and images between host and GPU, ratios are medians of the rounds'
+ratios. With --quick, wide models run with one block, because all blocks are alike: seconds of the whole model are then
+multiplied by the number of blocks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tarflow_runtimes.bundle.reader import open_bundle
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A model and what is drawn from it; a window of None is sequential, 0 the whole block.
+    """A model and the cases to draw from it; window None means sequential, 0 the whole block.
 
     Windows are for trained weights: how many evaluations random ones need says nothing. `blocks` of random weights are
     made, if not all.
@@ -79,7 +79,7 @@ def say(text: str) -> None:
 
 
 def engines_of(options: argparse.Namespace, facts: doctor.Facts) -> list[str]:
-    """The engines to measure: those asked for, or all on a GPU that are ready; says what the others lack."""
+    """The engines to measure: those requested, or all GPU engines that are ready; prints what the others lack."""
     if options.engines is not None:
         return list(options.engines)
     verdicts = doctor.verdicts(facts)

@@ -4,11 +4,11 @@
     python benchmarks/int8.py --effect [--json FILE]
 
 The shape is that of the published AFHQ model, 256 x 256 x 3, patch 8, width 768, 8 layers, with random weights, and by
-default 2 of its 8 blocks. Each side lives in a process of its own and is called in turn; times are those of the first
+default 2 of its 8 blocks. Each side runs in a separate process and is called in turn; times are those of the first
 steps of every block, where the original's caches, which it copies at each step, are still short.
 
-`--effect` times nothing: what int8 does to images of the trained models, from the same noise, without guidance and
-without the denoiser. The density is the float32 model's for both.
+`--effect` measures the effect of int8 on images of the trained models, from the same noise, without guidance, denoising
+or timing. The density of both is computed with the float32 model.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def effect(name: str, folder: Path, images: int) -> dict[str, Any]:
 
 
 def print_effect(images: int, path: str | None) -> None:
-    """Of both trained models."""
+    """The effect on both trained models."""
     with tempfile.TemporaryDirectory() as folder:
         rows = [effect(name, Path(folder), images) for name in CHECKPOINTS]
     for row in rows:

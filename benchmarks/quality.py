@@ -1,4 +1,4 @@
-"""How good the shipped digits are: a judge's agreement with the requested labels, Bayes accuracy, bits/dim.
+"""Quality of the shipped digits: how often a classifier (the judge) sees the requested label, Bayes accuracy, bits/dim.
 
     python benchmarks/quality.py [--bundle BUNDLE] [--guidance 1,2,3] [--count 1000] [--json FILE]
 

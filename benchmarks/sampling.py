@@ -2,8 +2,8 @@
 
     python benchmarks/sampling.py --reference PATH/TO/ml-tarflow [--model mnist|photos] [--batch 1,16,64] [--json FILE]
 
-Each side lives in a process of its own and is called in turn, with no thread variables set; times are medians over
-the rounds, the ratio is the median of the rounds' ratios. The pictures of both sides are compared.
+Each side runs in a separate process and is called in turn, with no thread variables set; times are medians over the
+rounds, the ratio is the median of the rounds' ratios. The images of both sides are compared.
 """
 
 from __future__ import annotations

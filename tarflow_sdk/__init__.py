@@ -1,8 +1,8 @@
-"""TarFlow in PyTorch: a `TarFlow` model and the plain functions of it that sample, score, denoise and classify.
+"""TarFlow in PyTorch: a `TarFlow` model, and functions that sample, score, denoise and classify with it.
 
 A model maps images, or tokens [N, D] such as the coordinates of N atoms, to standard normal noise and back, block by
-block (`encode`, `decode`), and so has an exact density (`log_prob`, `bits_per_dim`). `load_checkpoint` reads the
-weights that the original code, its descendants for molecules or `tarflow-train` saved.
+block (`encode`, `decode`). This gives it an exact density (`log_prob`, `bits_per_dim`). `load_checkpoint` reads
+checkpoints of the original code, of its descendants for molecules, and of `tarflow-train`.
 
 >>> import torch
 >>> from tarflow_sdk import decode
@@ -45,7 +45,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
-# Names are imported on first use: `tarflow-train --help` and `import tarflow_sdk` answer without loading PyTorch.
+# Names are imported on first use, so that `tarflow-train --help` and `import tarflow_sdk` do not load PyTorch.
 _HOMES = {
     "_checkpoint": ("load_checkpoint", "save_checkpoint"),
     "_config": ("FlowConfig",),

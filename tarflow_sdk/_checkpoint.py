@@ -1,12 +1,12 @@
 """Checkpoints: `load_checkpoint` and `save_checkpoint`, flat state dicts in `.safetensors` or `.pth` files.
 
-The names are those of the original code. Beside them is read what its descendants for molecules save (Tan et al. 2025,
-"Scalable Equilibrium Sampling with Sequential Boltzmann Generators"): a Lightning module with the model under `net.`,
-without the prior's `var`, and with a dropout in the MLP that moves its second layer from `main.2` to `main.3`.
+Tensor names are those of the original code. Checkpoints of its descendants for molecules are read as well (Tan et al.
+2025, "Scalable Equilibrium Sampling with Sequential Boltzmann Generators"): a Lightning module with the model under
+`net.`, without the prior's `var`, and with a dropout in the MLP that moves its second layer from `main.2` to `main.3`.
 
-A `.safetensors` file of ours carries its configuration; for every other file `_claims.py` finds the configuration from
-shapes, file name and flags. Reading is strict: every tensor is known, has the right shape and is finite, and none is
-missing. A `.pth` file is read with PyTorch's weights-only unpickler, which runs no code of the file's.
+Our own `.safetensors` files contain the configuration; for other files `_claims.py` infers it from shapes, file name
+and flags. Reading is strict: no tensor may be unknown, missing, misshapen or not finite. `.pth` files are read with
+PyTorch's weights-only unpickler, which runs no code from the file.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ METADATA_KEY = "tarflow_config"
 
 TORCH_SUFFIXES = (".pth", ".pt")
 READ_SUFFIXES = (*TORCH_SUFFIXES, ".ckpt")
-"""`.ckpt` is Lightning's."""
+"""File suffixes of PyTorch; `.ckpt` is used by Lightning."""
 WRAPPERS = ("state_dict", "model")
 """Keys under which other trainers keep the flat state dict."""
 PREFIXES = ("module.", "_orig_mod.")
-"""What `DistributedDataParallel` and `torch.compile` put in front of every name."""
+"""Prefixes that `DistributedDataParallel` and `torch.compile` add to every name."""
 NET = "net."
-"""Where Lightning modules keep their model, beside entries of their own."""
+"""The prefix of the model in Lightning modules, which also have entries of their own."""
 FIRST_WEIGHT = "blocks.0.proj_in.weight"
-"""The name by which a state dict is known to hold a TarFlow."""
+"""The tensor name that identifies a state dict as a TarFlow."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -59,15 +59,15 @@ def load_checkpoint(
 ) -> TarFlow:
     """Read a model from a `.safetensors`, `.pth`, `.pt` or `.ckpt` file, as float32 on the CPU.
 
-    Whatever the file does not say may be given: that the data are tokens [N, D], or else the image channels or the
-    patch size (a patch has D = C * p * p values), the head dimension (64 unless told), sigma of the training noise,
-    the names of the classes. What was assumed or left out is listed in the model's `assumptions`. Names given here
-    replace the file's.
+    The arguments supply what the file does not say: whether the data are tokens [N, D], or else the image channels or
+    the patch size (a patch has D = C * p * p values), the head dimension (default 64), sigma of the training noise, and
+    the names of the classes, which replace those in the file. The model's `assumptions` list what was assumed or
+    ignored.
 
     Raises:
-        CheckpointError: when the file is missing, damaged, foreign or holds code, when a tensor is missing, unknown,
-            misshapen or not finite, and when the shapes, the file's metadata or name and the arguments contradict
-            each other or leave the configuration open.
+        CheckpointError: when the file is missing, damaged, of another format or contains code; when a tensor is
+            missing, unknown, misshapen or not finite; when shapes, metadata, file name and arguments contradict each
+            other or leave the configuration open.
 
     >>> import tempfile
     >>> from tarflow_sdk.testing import random_model, tiny_config
@@ -100,7 +100,7 @@ def load_checkpoint(
         config = infer_config(claims, tensors, labels=labels)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}", hint=error.hint) from error
-    if "var" not in tensors and metadata is None and config.nvp:  # our own files always have it
+    if "var" not in tensors and metadata is None and config.nvp:  # our own files always contain it
         claims.assumptions.append("var 1 everywhere, the prior's variance of models with nvp")
         tensors["var"] = torch.ones(config.patches, config.patch_values)
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
@@ -150,7 +150,7 @@ def save_checkpoint(model: TarFlow, path: str | Path, *, dtype: torch.dtype = to
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that replaces it when the body ends well and vanishes otherwise.
+    """Yield a temporary path next to `path` that replaces it on success and is removed otherwise.
 
     Raises:
         CheckpointError: when the file system refuses.
@@ -196,7 +196,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], FlowConfig | None]:
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"{path}: metadata {METADATA_KEY} is no JSON: {error}") from error
+        raise CheckpointError(f"{path}: metadata {METADATA_KEY} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: metadata {METADATA_KEY} is {type(data).__name__}, expected an object")
     try:
@@ -217,7 +217,7 @@ def _read_torch(path: Path) -> object:
                 hint="save the state dict alone: torch.save(model.state_dict(), ...)",
             ) from error
         raise CheckpointError(f"{path}: damaged, truncated or not a PyTorch file") from error
-    except Exception as error:  # whatever else a damaged archive makes the reader raise
+    except Exception as error:  # a damaged archive may raise any exception
         raise CheckpointError(f"{path}: damaged, truncated or not a PyTorch file: {_first_line(error)}") from error
 
 
@@ -269,7 +269,7 @@ def _checked_tensors(path: Path, entries: dict[str, Any]) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}, expected a tensor")
         if name.endswith(".attn_mask"):
             if tensor.ndim != 2 or not torch.equal(tensor.float(), torch.ones(tensor.shape).tril()):
-                raise CheckpointError(f"{path}: {name} is no causal mask (lower triangular ones)")
+                raise CheckpointError(f"{path}: {name} is not a causal mask (lower triangular ones)")
             continue
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{path}: {name} is {_dtype_name(tensor)}, expected floating point numbers")

@@ -1,7 +1,7 @@
 """`Claims`: what shapes, file name, metadata and flags each say about a checkpoint's configuration.
 
-Sources that say different things about one field are an error that names both. What no source says is either assumed,
-and then said so, or asked for.
+If two sources disagree about a field, the error names both. A field that no source gives is either assumed, which is
+reported, or is an error that asks for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tarflow_sdk._config import SIZES, FlowConfig
 from tarflow_sdk._errors import CheckpointError
 
 DEFAULT_HEAD_DIM = 64
-"""The original code's, in all its models."""
+"""The head dimension of all models of the original code."""
 
 SHAPES, FILE_NAME, METADATA = "the shapes", "the file name", "its metadata"
 NAMING = re.compile(r".*_model_(\d+)_(\d+)_(\d+)_(\d+)_(\d+\.\d+|uniform)")
@@ -27,7 +27,7 @@ NAMING = re.compile(r".*_model_(\d+)_(\d+)_(\d+)_(\d+)_(\d+\.\d+|uniform)")
 
 
 class Claims:
-    """The first claim on each field and who made it; `assumptions` says in words what nobody claimed."""
+    """The first claim about each field and its source; `assumptions` describes the fields without a claim."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,7 +56,7 @@ class Claims:
         return self._claims.get(field, ("", None))[1]
 
     def source(self, field: str) -> str:
-        """Who made the claim on `field`."""
+        """The source of the claim about `field`."""
         return self._claims[field][0]
 
 
@@ -67,13 +67,13 @@ def _agree(known: Any, value: Any) -> bool:
 
 
 class RoundedStd(float):
-    """Sigma as a file name gives it: with two decimals."""
+    """Sigma as it appears in a file name, with two decimals."""
 
     __slots__ = ()
 
 
 def claim_metadata(claims: Claims, config: FlowConfig) -> None:
-    """What the configuration inside one of our own files says."""
+    """Claims of the configuration inside one of our own files."""
     unknown = config.noise == "gaussian" and config.noise_std is None
     other = [name for kind, names in SIZES.items() for name in names if kind != config.data]
     claims.add(METADATA, "data", config.data)
@@ -85,7 +85,7 @@ def claim_metadata(claims: Claims, config: FlowConfig) -> None:
 
 
 def claim_shapes(claims: Claims, tensors: dict[str, Tensor]) -> None:
-    """What the tensors say: everything but the kind of data, the split of D, the heads and the noise."""
+    """Claims of the tensors: everything except the kind of data, the factors of D, the heads and the noise."""
 
     def shape(name: str, rank: int) -> list[int]:
         if name not in tensors:
@@ -120,7 +120,7 @@ def claim_shapes(claims: Claims, tensors: dict[str, Tensor]) -> None:
 
 
 def claim_file_name(claims: Claims) -> None:
-    """What the original's naming says; another name says nothing."""
+    """Claims of a file name in the original's format; other names make no claims."""
     found = NAMING.fullmatch(claims.path.stem)
     if found is None:
         return
@@ -134,11 +134,11 @@ def claim_file_name(claims: Claims) -> None:
 
 
 def infer_config(claims: Claims, tensors: dict[str, Tensor], *, labels: Sequence[str] | None = None) -> FlowConfig:
-    """The one configuration that all claims allow; `labels` replace names claimed before.
+    """The configuration that all claims agree on; `labels` replace the claimed names.
 
     Raises:
-        CheckpointError: when two sources contradict each other, or when something that is needed is not known.
-        ConfigError: when the fields do not make a model.
+        CheckpointError: when two sources contradict each other, or a required field is unknown.
+        ConfigError: when the fields do not describe a valid model.
     """
     claim_shapes(claims, tensors)
     claim_file_name(claims)
@@ -151,7 +151,7 @@ def infer_config(claims: Claims, tensors: dict[str, Tensor], *, labels: Sequence
     if claims.get("noise") is None:
         claims.assumptions.append("noise gaussian, the original code's default")
     if claims.get("noise") != "uniform" and claims.get("noise_std") is None:
-        claims.assumptions.append("noise_std unknown: denoising needs it told")
+        claims.assumptions.append("noise_std unknown: denoising needs it")
     names = claims.get("labels") if labels is None else tuple(labels)
     noise_std = claims.get("noise_std")
     return FlowConfig(
@@ -212,7 +212,7 @@ def _split_patch(claims: Claims) -> tuple[int, int]:
             hint=f"possible (image_channels, patch_size): {', '.join(map(str, candidates))}",
         )
     if all(value is None for value in given.values()):
-        # D = p^2 and D = 3 q^2 exclude each other, so at most one is left.
+        # D = p^2 and D = 3 q^2 exclude each other, so at most one candidate is left.
         fitting = [(c, p) for c, p in candidates if c in (1, 3)]
         if fitting:
             claims.assumptions.append(
@@ -224,7 +224,7 @@ def _split_patch(claims: Claims) -> tuple[int, int]:
             f"{claims.path}: cannot tell the image channels from the patch size in patches of {values} values",
             hint="give --image-channels or --patch-size; possible (image_channels, patch_size): "
             + ", ".join(map(str, candidates))
-            + "; or --tokens for data that are no images",
+            + "; or --tokens for data that are not images",
         )
     return fitting[0]
 

@@ -1,7 +1,7 @@
-"""`FlowConfig`: everything about a TarFlow model that its weights do not say, as JSON-only fields.
+"""`FlowConfig`: everything about a TarFlow model except its weights, as JSON-only fields.
 
-The data of a model are square images, cut into patches, or tokens: arrays [N, D] that are used as they are, such as
-the coordinates of N atoms. For tokens, read "token" where this package says "patch" and "image".
+The data of a model are square images, which are cut into patches, or tokens: arrays [N, D] such as the coordinates of N
+atoms, which are used unchanged. For tokens, read "token" where this package says "patch" and "image".
 
 Axis letters used in this package: `B` images, `N` patches, `D` patch size in values (C * p * p), `W` width,
 `C` image channels, `H` heads, `E` head dimension, `L` layers per block, `K` flow blocks.
@@ -17,10 +17,10 @@ from typing import Any, Literal
 from tarflow_sdk._errors import ConfigError
 
 SCHEMA_VERSION = 1
-"""Version of the JSON that `FlowConfig.to_json` writes."""
+"""Version of the JSON format of `FlowConfig.to_json`."""
 
 MLP_EXPANSION = 4
-"""Hidden width of the MLP over the width of the model, fixed by the architecture."""
+"""Hidden width of the MLP divided by the width of the model; fixed by the architecture."""
 
 NoiseKind = Literal["gaussian", "uniform"]
 DataKind = Literal["image", "tokens"]
@@ -133,12 +133,12 @@ class FlowConfig:
 
     @property
     def data(self) -> DataKind:
-        """What the model's data are."""
+        """The kind of data, images or tokens."""
         return "image" if self.tokens is None and self.token_values is None else "tokens"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image, (C, height, width), or of the tokens, (N, D)."""
+        """Shape of one image, (C, height, width), or of the tokens, (N, D)."""
         if self.image_size is None or self.image_channels is None:
             return self.patches, self.patch_values
         return self.image_channels, self.image_size, self.image_size
@@ -164,12 +164,12 @@ class FlowConfig:
 
     @property
     def heads(self) -> int:
-        """H = W / E."""
+        """The number of attention heads, H = W / E."""
         return self.width // self.head_dim
 
     @property
     def name(self) -> str:
-        """The literature's name, `{patch_size}-{width}-{blocks}-{layers}-{noise}`; tokens begin with `{N}x{D}`."""
+        """The name in the literature, `{patch_size}-{width}-{blocks}-{layers}-{noise}`; for tokens `{N}x{D}-...`."""
         noise = "uniform" if self.noise == "uniform" else f"{self.noise_std or 0:.2f}"
         data = f"{self.tokens}x{self.token_values}" if self.patch_size is None else str(self.patch_size)
         return f"{data}-{self.width}-{self.blocks}-{self.layers}-{noise}"
@@ -211,10 +211,10 @@ class FlowConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> FlowConfig:
-        """Read what `to_file` wrote.
+        """Read a file that `to_file` wrote.
 
         Raises:
-            ConfigError: when the file is no JSON object or its fields do not fit.
+            ConfigError: when the file is not a JSON object or its fields are invalid.
         """
         try:
             data = json.loads(Path(path).read_text())

@@ -1,6 +1,6 @@
-"""`Images`: a training set in memory, and `Augmentation`: random small deformations of a batch of it.
+"""`Images`: a training set in memory, and `Augmentation`: small random deformations of a batch.
 
-Everything random takes a `torch.Generator`, so that a batch is a pure function of a seed.
+All random functions take a `torch.Generator`, so that a batch is a pure function of a seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Images:
-    """Pixels uint8 [n, C, height, width] and, for class models, labels int64 [n] with the classes' names."""
+    """Pixels uint8 [n, C, height, width] and, for class models, labels int64 [n] and the names of the classes."""
 
     pixels: Tensor
     labels: Tensor | None = None
@@ -50,7 +50,7 @@ class Images:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of pixels and labels, by which a resumed run knows its training set again."""
+        """SHA-256 of pixels and labels, with which a resumed run recognises its training set."""
         sha256 = hashlib.sha256(self.pixels.contiguous().numpy().data)
         if self.labels is not None:
             sha256.update(self.labels.contiguous().numpy().data)

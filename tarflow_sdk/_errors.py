@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class TarFlowError(Exception):
-    """Bad input or a state that cannot go on; `hint` says how to mend it."""
+    """Bad input, or a state from which the program cannot continue; `hint` says how to fix it."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -12,11 +12,11 @@ class TarFlowError(Exception):
 
 
 class ConfigError(TarFlowError):
-    """A configuration whose fields contradict each other or lack something."""
+    """A configuration that is incomplete or contradicts itself."""
 
 
 class CheckpointError(TarFlowError):
-    """A checkpoint that is missing, damaged, foreign or does not fit its configuration."""
+    """A checkpoint that is missing, damaged, of another format, or does not fit its configuration."""
 
 
 class DataError(TarFlowError):

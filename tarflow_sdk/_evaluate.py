@@ -1,6 +1,6 @@
-"""What a training run needs to make and measure: training noise, validation figures and grids of samples.
+"""Training noise, validation figures and grids of samples for a training run.
 
-Everything random takes a generator from `generator_for`, so that it depends on a seed and on what it is for alone.
+All random functions take a generator from `generator_for`, so that they depend only on the seed and the purpose.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tarflow_sdk._likelihood import bits_per_dim, classify, denoise
 from tarflow_sdk._model import TarFlow
 
 GRID_ROWS, GRID_COLUMNS = 10, 8
-"""Most rows of a grid (one for each class), and its columns."""
+"""The maximum number of rows of a grid (one per class), and the number of columns."""
 
 
 def generator_for(seed: int, *numbers: int) -> torch.Generator:
-    """A generator that depends on `seed` and `numbers` alone."""
+    """A generator that depends only on `seed` and `numbers`."""
     state = np.random.SeedSequence([seed, *numbers]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
@@ -40,9 +40,9 @@ def add_noise(x: Tensor, config: FlowConfig, generator: torch.Generator) -> Tens
 
 @torch.no_grad()
 def evaluate(model: TarFlow, images: Images | None, *, seed: int = 0, batch_size: int = 100) -> dict[str, float]:
-    """Bits/dim of noisy images under their labels and, for class models, the accuracy of `classify`.
+    """Bits/dim of noisy images given their labels and, for class models, the accuracy of `classify`.
 
-    Without images there is nothing to measure and the result is empty.
+    Without images the result is empty.
     """
     if images is None:
         return {}
@@ -62,7 +62,7 @@ def evaluate(model: TarFlow, images: Images | None, *, seed: int = 0, batch_size
 
 
 def sample_grid(model: TarFlow, *, seed: int = 0) -> Image.Image | None:
-    """Samples, guided by weight 1 and a row for each class where there are classes; denoised where sigma is known.
+    """A grid of samples, with guidance weight 1 and one row per class if there are classes; denoised if sigma is known.
 
     None for images that are neither grey nor RGB, and for tokens.
     """

@@ -54,7 +54,7 @@ class Guidance:
         return self.weight > 0.0 and self.guide != ""
 
     def weights(self, patches: int) -> Tensor:
-        """The weights g_i for a and for b, float64 [2, N]; column i is used by the step that yields patch i + 1.
+        """The weights g_i for a and for b, float64 [2, N]; the step that computes patch i + 1 uses column i.
 
         >>> Guidance(weight=3.0, guide="b", anneal=True).weights(4)
         tensor([[0., 0., 0., 0.],
@@ -159,8 +159,8 @@ def inverse_block(
 def decode(model: TarFlow, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None) -> Tensor:
     """Standard normal latents z [B, N, D] -> images [B, C, height, width] or tokens [B, N, D], without denoising.
 
-    Labels are int64 [B], -1 the null class; None is the null class for every image. The images are in [-1, 1] but for
-    the training noise, and not clipped. Unguided it is the inverse of `encode`.
+    Labels are int64 [B], -1 for the null class; None means the null class for every image. The images are in [-1, 1]
+    except for the training noise, and are not clipped. Without guidance this is the inverse of `encode`.
 
     Raises:
         TarFlowError: on latents of another shape or labels that the model does not have.

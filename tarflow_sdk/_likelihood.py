@@ -1,7 +1,7 @@
-"""What the density gives: `encode`, `log_prob`, `bits_per_dim`, `denoise` and `classify`, plain functions of a model.
+"""Functions based on the density of a model: `encode`, `log_prob`, `bits_per_dim`, `denoise` and `classify`.
 
-log q(x) = sum over dims of log N(u; 0, 1) + log|det|, u = z / sqrt(var), all sums in nats. A model of tokens
-takes those, [B, N, D], in place of images.
+log q(x) = sum over dims of log N(u; 0, 1) + log|det|, u = z / sqrt(var), in nats. A model of tokens takes tokens
+[B, N, D] in place of images.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PIXEL_SCALE_BITS = 7.0
 def encode(model: TarFlow, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Images to latents and log|det|: u = z / sqrt(var), log|det du/dx| = sum of the blocks' - 0.5 * sum(log var).
 
-    Images [B, C, height, width] in [-1, 1], labels int64 [B] (-1 is the null class) or None, the null class for every
-    image -> (u [B, N, D], standard normal under the model, log|det| [B], nats).
+    Images [B, C, height, width] in [-1, 1] and labels int64 [B] (-1 for the null class; None: the null class for every
+    image) -> (u [B, N, D], standard normal under the model, and the log-determinant log|det| [B], nats).
 
     Raises:
         TarFlowError: on images of another shape or labels that the model does not have.
@@ -70,7 +70,7 @@ def bits_per_dim(model: TarFlow, images: Tensor, labels: Tensor | None = None) -
     torch.Size([2])
     """
     if model.config.data == "tokens":
-        raise TarFlowError("bits/dim is of images, and this model's data are tokens", hint="use log_prob (nats)")
+        raise TarFlowError("bits/dim is defined for images, but this model's data are tokens", hint="use log_prob")
     return -log_prob(model, images, labels) / (model.config.dims * math.log(2)) + PIXEL_SCALE_BITS
 
 
@@ -82,13 +82,13 @@ def denoise(
     noise_std: float | None = None,
     strength: float = 1.0,
 ) -> Tensor:
-    """Take out the training noise, x + strength * sigma^2 * grad_x log q(x | label): Tweedie's formula.
+    """Remove the training noise with Tweedie's formula, x + strength * sigma^2 * grad_x log q(x | label).
 
-    The flow is the density of noisy images; sigma is `noise_std`, or else the model's own. Images [B, C, height, width]
-    -> the same shape.
+    The flow models the density of noisy images; sigma is `noise_std`, or by default that of the model. The result has
+    the shape of the images, [B, C, height, width].
 
     Raises:
-        TarFlowError: when neither is known.
+        TarFlowError: when sigma is neither given nor known.
 
     Source: Zhai et al. 2024, section 2.5.
 

@@ -1,6 +1,6 @@
 """`TarFlow` and its `FlowBlock`s: modules that own the weights and map images to noise in one parallel pass.
 
-The way back, noise to images, keeps state and lives in `_inverse.py`. Parameter names are those of the original
+The inverse, noise to images, keeps state and is in `_inverse.py`. Parameters have the names of the original
 checkpoints, so that a state dict loads without renaming.
 
 Source: Zhai et al. 2024 (arXiv 2412.06329), equations 4 to 8.
@@ -22,10 +22,10 @@ NULL_LABEL = -1
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation over W in at least float32, whatever the dtype of its input."""
+    """Layer normalisation over W, computed in at least float32 for any input dtype."""
 
     def forward(self, h: Tensor) -> Tensor:
-        """[B, S, W] -> [B, S, W]."""
+        """Normalise x [B, S, W] over its last axis."""
         if h.dtype in (torch.float32, torch.float64):
             return super().forward(h)
         weight, bias = self.weight.float(), self.bias.float()
@@ -43,13 +43,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, S, W] -> q, k, v, each [B, H, S, E]."""
+        """Project x [B, S, W] to q, k, v, each [B, H, S, E]."""
         qkv = self.qkv(self.norm(h))
         q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # (3, B, H, S, E)
         return q, k, v
 
     def merge(self, attended: Tensor) -> Tensor:
-        """[B, H, S, E] -> [B, S, W]."""
+        """Merge the heads [B, H, S, E] and project to [B, S, W]."""
         return self.proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def forward(self, h: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
-        """[B, S, W] -> [B, S, W]."""
+        """Apply the perceptron to x [B, S, W]."""
         return self.main(self.norm(h))  # type: ignore[no-any-return]
 
 
@@ -88,7 +88,7 @@ class AttentionBlock(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, h: Tensor) -> Tensor:
-        """[B, N, W] -> [B, N, W]."""
+        """Apply the layer to the whole sequence x [B, N, W]."""
         h = h + self.attention(h)
         return h + self.mlp(h)  # type: ignore[no-any-return]
 
@@ -172,9 +172,9 @@ def check_labels(config: FlowConfig, labels: Tensor | None, batch: int) -> None:
 class TarFlow(nn.Module):
     """K flow blocks and a diagonal Gaussian prior with variance `var` [N, D] (ones for nvp models).
 
-    `forward` is the flow of the original code: it ends before the prior's scaling. `encode` in `_likelihood.py`
-    divides by sqrt(var), so that its latents are standard normal for both kinds of model. `assumptions` says in words
-    what `load_checkpoint` had to assume about the configuration. A new model is the identity but for shifts: train it.
+    `forward` is the flow of the original code: it ends before the scaling by the prior. `encode` in `_likelihood.py`
+    divides by sqrt(var), so that its latents are standard normal for both kinds of model. `assumptions` describes what
+    `load_checkpoint` had to assume about the configuration. A new model is untrained: it is the identity up to shifts.
 
     >>> from tarflow_sdk.testing import random_model, tiny_config
     >>> z, log_det = random_model(tiny_config())(torch.zeros(2, 1, 8, 8), torch.tensor([0, -1]))

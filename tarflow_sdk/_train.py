@@ -1,7 +1,7 @@
 """`Trainer`: maximum likelihood training of a `TarFlow`, described by a frozen `TrainConfig`.
 
-loss = 0.5 * mean(z^2) - mean(log|det|) / dims. Every random draw of step s on rank r comes from a generator seeded by
-(seed, s, r): a killed run that is resumed takes the same steps as one that was not.
+loss = 0.5 * mean(z^2) - mean(log|det|) / dims. All random numbers of step s on rank r come from a generator seeded with
+(seed, s, r): a run that is killed and resumed takes the same steps as an uninterrupted one.
 
 Source: Zhai et al. 2024, section 2.3 and table 5; the prior update of `nvp=False` models is the original code's.
 """
@@ -35,7 +35,7 @@ PRIOR_RATE = 0.1
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop, and stopped between two steps with its state saved."""
+    """Training was asked to stop; it stopped between two steps and saved its state."""
 
 
 class TrainingDiverged(TarFlowError):  # noqa: N818  (a result more than an error)
@@ -44,7 +44,7 @@ class TrainingDiverged(TarFlowError):  # noqa: N818  (a result more than an erro
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """One optimiser step: `loss` in nats per dim, `lr` the learning rate, `norm` the gradient's before clipping."""
+    """One optimiser step: `loss` in nats per dim, `lr` the learning rate, `norm` the gradient norm before clipping."""
 
     step: int
     steps: int
@@ -198,7 +198,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
-        # The gradient is averaged over the processes, so that all of them notice when one has gone astray.
+        # The gradient is averaged over the processes, so that all of them notice when one has diverged.
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise TrainingDiverged(
                 f"loss {float(loss.detach())} with gradient norm {float(norm)} at step {self.step}: training diverged",
@@ -224,7 +224,7 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self) -> None:
-        # Early weights are forgotten faster than ema_decay alone would.
+        # Early weights decay faster than with ema_decay alone.
         decay = min(self.train_config.ema_decay, (1 + self.step) / (10 + self.step))
         for ours, theirs in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
             ours.lerp_(theirs, 1.0 - decay)
@@ -306,7 +306,7 @@ class Trainer:
 
 
 def _require_fit(config: FlowConfig, images: Images) -> None:
-    """Refuse images of another shape than the model's, or without the labels that a class model learns from."""
+    """Refuse images of the wrong shape, or images without labels for a class model."""
     if config.data == "tokens":
         raise DataError("training is on images, and this model's data are tokens")
     if tuple(images.pixels.shape[1:]) != config.shape:

@@ -1,7 +1,7 @@
 """`tarflow-train`: train a model from a folder, an `.npz` file or the built-in digits.
 
 Exit codes: 0 done, 1 training diverged, 2 bad input or usage, 130 interrupted. PyTorch is imported only when training
-starts, so that `--help` and usage errors answer at once.
+starts, so that `--help` and usage errors appear immediately.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _process_group(device: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the trainer between two steps; a second one stops it at once."""
+    """Ctrl-C and SIGTERM stop the trainer between two steps; a second signal stops it immediately."""
 
     def stop(number: int, _: object) -> None:
         trainer.stop_requested = True

@@ -1,7 +1,7 @@
-"""Small models with non-trivial weights, for the tests of this project and of those who build on it.
+"""Small models with non-trivial weights, for tests of this project and of projects that use it.
 
 `tiny_config` and `tiny_token_config` describe models that run in milliseconds; `random_model` fills any configuration
-with weights from a seed, the same ones whatever the version of PyTorch.
+with weights from a seed, which are the same for all versions of PyTorch.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def tiny_token_config(**overrides: Any) -> FlowConfig:
 
 
 def random_model(config: FlowConfig, *, seed: int = 0) -> TarFlow:
-    """A model whose every tensor is random: norms, biases, embeddings, and `var` where `nvp=False`.
+    """A model with random tensors throughout: norms, biases, embeddings, and `var` if `nvp=False`.
 
-    No two tensors are equal by value, and samples stay finite: |a| is about 0.1 to 0.5. Float32, on the CPU.
+    No two tensors are equal, and samples stay finite: |a| is about 0.1 to 0.5. Float32, on the CPU.
 
     >>> model = random_model(tiny_config(), seed=1)
     >>> bool((model.var == 1).all())

@@ -1,4 +1,4 @@
-"""Everything the runtime does, in the order an application might need it."""
+"""All functions of the runtime, in the order in which an application might use them."""
 
 import numpy as np
 
@@ -25,7 +25,7 @@ with tfr.load() as flow:  # the shipped digits; tfr.load("my.tarflow") for anoth
     try:
         flow.sample(10, seed=0, on_step=stop_halfway)
     except tfr.Cancelled:
-        print("cancelled; the flow is as good as new")
+        print("cancelled; the flow stays usable")
 
     labels = list(range(10))
     print("bits/dim:", np.round(flow.bits_per_dim(out.images, labels=labels), 2))

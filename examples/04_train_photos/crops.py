@@ -3,9 +3,9 @@
     pip install scikit-image scikit-learn
     python crops.py                           # writes photos.npz, holdout.txt
 
-A class is a photograph. Crops are squares of random side (48 pixels up to half the short side of the photograph) at
-random places, reduced to 32x32. Held-out crops come from the same photographs, so they measure the fit, not how well
-the model knows photographs it has not seen.
+Each photograph is a class. Crops are squares of random side (48 pixels up to half the short side of the photograph) at
+random places, reduced to 32x32. Held-out crops come from the same photographs, so they measure the fit, not
+generalisation to other photographs.
 """
 
 import argparse

@@ -31,7 +31,7 @@ static void show(const std::string& bundle) {
     sampler.sample(n, labels, options);
   } catch (const tarflow::Error& error) {
     if (error.code() != TARFLOW_ERROR_CANCELLED) throw;
-    std::printf("%s; the sampler is as good as new\n", error.what());
+    std::printf("%s; the sampler stays usable\n", error.what());
   }
 
   std::printf("log q of the first: %.1f nats\n", sampler.log_prob(images, labels)[0]);

@@ -1,4 +1,4 @@
-"""Verified bundles of ONNX graphs: `export_bundle` makes one of a checkpoint, `convert_bundle` changes its precision.
+"""Verified bundles of ONNX graphs: `export_bundle` makes one from a checkpoint, `convert_bundle` changes its precision.
 
 The bundle is specified in docs/BUNDLE.md; `tarflow_runtimes` runs it without PyTorch.
 
@@ -22,7 +22,7 @@ if _typing.TYPE_CHECKING:
 
 __all__ = ["ExportError", "ExportReport", "convert_bundle", "export_bundle"]
 
-# Names are imported on first use: `tarflow-export --help` answers without loading PyTorch.
+# Names are imported on first use, so that `tarflow-export --help` does not load PyTorch.
 _HOMES = {
     "_convert": ("convert_bundle",),
     "_errors": ("ExportError",),

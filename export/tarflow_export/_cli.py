@@ -1,4 +1,4 @@
-"""`tarflow-export`: a checkpoint in, a verified bundle out."""
+"""`tarflow-export`: export a checkpoint to a verified bundle."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from tarflow_export._report import ExportReport, OnProgress
     from tarflow_export._verify import Verified
 
-# Before PyTorch loads: its threads then sleep instead of spinning while they wait for each other, which beside other
-# work on the same cores is a quarter less processor time.
+# Before PyTorch loads: its threads then sleep instead of spinning while they wait for each other, which saves a quarter
+# of the processor time when other work runs on the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = new_app()
@@ -32,9 +32,9 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A .safetensors, .pth or .pt file.")],
     *,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The bundle. [default: STEM.tarflow in this folder]")
+        Path | None, typer.Option("--output", "-o", help="The bundle to write. [default: STEM.tarflow in this folder]")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or float16: of linear layers and caches.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 or float16, for linear layers and caches.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     tokens: Annotated[
         bool, typer.Option("--tokens", help="The data are tokens [N, D], not images cut into patches.")
@@ -43,23 +43,23 @@ def export(
     patch_size: Annotated[int | None, typer.Option(help="Where the checkpoint does not say.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Where the checkpoint does not say. [default: 64]")] = None,
     noise_std: Annotated[
-        float | None, typer.Option(help="Sigma of the training noise, where the checkpoint does not say.")
+        float | None, typer.Option(help="Sigma of the training noise, if the checkpoint does not say.")
     ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Text file with the names of the classes, one a line.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Text file with the names of the classes, one per line.")] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch; the bundle records that.")
     ] = False,
     engine: Annotated[
         str | None,
-        typer.Option(metavar="trt|trt-rtx", help="Also build TensorRT's engines (experimental), as by tarflow build."),
+        typer.Option(metavar="trt|trt-rtx", help="Also build TensorRT engines (experimental), as tarflow build does."),
     ] = None,
     engine_dir: EngineDir = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Turn a checkpoint into a bundle of ONNX graphs that runs without PyTorch, compared with PyTorch.
+    """Export a checkpoint to a bundle of ONNX graphs that runs without PyTorch, and compare it with PyTorch.
 
-    The bundle appears complete and verified, or not at all. Exit codes: 0 done, 1 a comparison missed its
+    The bundle is written complete and verified, or not at all. Exit codes: 0 done, 1 a comparison missed its
     tolerance, 2 bad input.
     """
     from tarflow_export._export import export_bundle
@@ -67,7 +67,7 @@ def export(
     if engine is not None:
         check_builds(engine)
     elif engine_dir is not None:
-        raise typer.BadParameter("--engine-dir keeps the engines of --engine, which is not given")
+        raise typer.BadParameter("--engine-dir needs --engine")
     options: dict[str, Any] = {
         "dtype": dtype,
         "overwrite": overwrite,
@@ -96,17 +96,17 @@ def export(
 
 
 def _read_labels(path: Path) -> list[str]:
-    """Names of the classes, one a line; empty lines at the end do not count."""
+    """Read the names of the classes, one per line; empty lines at the end are ignored."""
     from tarflow_export._errors import ExportError
 
     try:
         names = path.read_text("utf-8").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ExportError(f"--labels {path}: {reason}", hint="a text file with one name a line") from error
+        raise ExportError(f"--labels {path}: {reason}", hint="give a text file with one name per line") from error
     names = [name.strip() for name in names]
     if not all(names):
-        raise ExportError(f"--labels {path}: holds an empty line", hint="one name a line, in the classes' order")
+        raise ExportError(f"--labels {path}: holds an empty line", hint="give one name per line, in class order")
     return names
 
 
@@ -123,18 +123,18 @@ def _plan(checkpoint: Path, output: Path | None, *, as_json: bool, **options: An
 
 
 def show_table(verified: Verified) -> None:
-    """The comparisons on stderr, missed tolerances included: the error that follows names only the worst."""
+    """Print all comparisons on stderr, including missed ones: the error that follows names only the worst."""
     from rich.console import Console
 
     from tarflow_export._report import parity_table
 
-    # Wide enough for its columns where there is no terminal that says how wide it is.
+    # Wide enough for all columns if there is no terminal with a known width.
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
     console.print(parity_table(verified.records, verified.floors))
 
 
 def summarise(report: ExportReport) -> None:
-    """What was written, on stderr, and its path on stdout."""
+    """Print what was written on stderr, and its path on stdout."""
     from tarflow_export._report import size
 
     for assumption in report.assumptions:
@@ -151,7 +151,7 @@ def summarise(report: ExportReport) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[OnProgress]:
-    """A bar on stderr that names the stage, where that is a terminal."""
+    """A progress bar on stderr that names the stage, if stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

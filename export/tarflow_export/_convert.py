@@ -1,4 +1,4 @@
-"""`convert_bundle`: a bundle in another precision, verified like an export; needs no PyTorch.
+"""`convert_bundle`: convert a bundle to another precision and verify it like an export, without PyTorch.
 
 The source is a float32 bundle: what is rounded is rounded once. Its reference travels along, so that the new graphs are
 compared with what PyTorch computed in float32.
@@ -23,7 +23,7 @@ from tarflow_runtimes.bundle.reader import Bundle, open_bundle
 from tarflow_runtimes.bundle.tolerances import require_passed
 
 PRECISIONS: Final[tuple[Precision, ...]] = ("float16", "bfloat16", "int8")
-"""What a float32 bundle can be made."""
+"""The precisions that a float32 bundle can be converted to."""
 
 
 def convert_bundle(
@@ -36,7 +36,7 @@ def convert_bundle(
     on_progress: OnProgress | None = None,
     on_verified: Callable[[Verified], None] | None = None,
 ) -> ExportReport:
-    """Make the float32 bundle at `source` one of another precision at `output`.
+    """Convert the float32 bundle at `source` to another precision at `output`.
 
     float16 and bfloat16 round linear layers, their activations and the caches; int8 rounds the weights of the layers
     to 8 bits with a scale for every 128, and steps round the activations of these products, too. The bundle appears

@@ -1,4 +1,4 @@
-"""`tarflow convert`: a bundle in, the same model in another precision out; needs no PyTorch."""
+"""`tarflow convert`: convert a bundle to another precision, without PyTorch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The bundle to write.")],
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="float16|bfloat16", help="Of linear layers, their activations and caches."),
+        typer.Option(metavar="float16|bfloat16", help="Precision of linear layers, their activations and caches."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(metavar="int8", help="Of linear layers: 8 bits with a scale for every 128.")
+        str | None, typer.Option(metavar="int8", help="Weights of linear layers: 8 bits with a scale for every 128.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     no_verify: Annotated[
@@ -36,10 +36,10 @@ def convert(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a bundle one of another precision, compared with what PyTorch computed when it was exported.
+    """Convert a bundle to another precision, and compare it with what PyTorch computed for the export.
 
-    Give --dtype or --weights. The bundle appears complete and verified, or not at all; bfloat16 is verified on a GPU,
-    by tarflow verify. Exit codes: 0 done, 1 a comparison missed its tolerance, 2 bad input.
+    Give --dtype or --weights. The bundle is written complete and verified, or not at all; tarflow verify verifies
+    bfloat16 on a GPU. Exit codes: 0 done, 1 a comparison missed its tolerance, 2 bad input.
     """
     precision = _precision(dtype, weights)
     from tarflow_export._convert import convert_bundle  # noqa: PLC0415 - not before --help and the check above
@@ -61,7 +61,7 @@ def convert(
 
 
 def _precision(dtype: str | None, weights: str | None) -> Precision:
-    """The one precision that the two options ask for."""
+    """The precision given by the two options."""
     match dtype, weights:
         case "float16" | "bfloat16", None:
             return dtype

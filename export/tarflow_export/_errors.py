@@ -1,4 +1,4 @@
-"""What the exporter raises on purpose; a missed tolerance is `tarflow_runtimes`' VerificationError."""
+"""Errors of the exporter; a missed tolerance raises `tarflow_runtimes.VerificationError`."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Loaded:
 
     @property
     def config(self) -> ModelConfig:
-        """The bundle's."""
+        """The precision of the bundle."""
         return bundle_config(self.model.config)
 
 
@@ -173,7 +173,7 @@ def load(model_or_path: TarFlow | str | Path, *, dtype: Precision, **given: Any)
         array = tensor.detach().cpu().float().numpy()
         largest = float(max(-array.min(), array.max()))  # NaN where there is one
         if not math.isfinite(largest):
-            raise ExportError(f"{name} holds values that are NaN or infinite", hint="the training run went wrong")
+            raise ExportError(f"{name} holds values that are NaN or infinite", hint="the training run diverged")
         if dtype == "float16" and is_linear(name) and largest > torch.finfo(torch.float16).max:
             raise ExportError(f"{name} holds {largest:.3g}, beyond float16's 65504", hint="export with --dtype float32")
     prior = model.var.detach().cpu().float().numpy()

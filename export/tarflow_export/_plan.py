@@ -1,4 +1,4 @@
-"""`Plan`: what an export will write, decided from the configuration alone: graphs, weights, bytes."""
+"""`Plan`: the graphs and weights that an export will write, and their sizes, derived from the configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tarflow_runtimes.bundle.reader import PORTABLE
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GraphPlan:
-    """One graph, serialised."""
+    """One serialised graph and its interface."""
 
     provider: str
     kind: str
@@ -28,7 +28,7 @@ class GraphPlan:
 
     @property
     def file(self) -> str | None:
-        """Its file in the bundle; None for portable graphs, which lie in the folder of every block."""
+        """The file in the bundle; None for portable graphs, which are stored in the folder of every block."""
         return None if self.provider == PORTABLE else f"graphs/{self.provider}/{self.kind}.onnx"
 
     def to_json(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def portable(self) -> tuple[GraphPlan, ...]:
-        """The graphs that lie in the folder of every block."""
+        """The graphs that are stored in the folder of every block."""
         return tuple(graph for graph in self.graphs if graph.provider == PORTABLE)
 
     @property
@@ -61,7 +61,7 @@ class Plan:
 
 
 def plan_export(config: ModelConfig, precision: Precision) -> Plan:
-    """Make each graph once, and lay the weights out."""
+    """Make each graph once, and compute the layout of the weights."""
     layout = weight_layout(config, precision)
     graphs = [
         _plan_graph(provider, kind, config, layout) for provider in PRECISIONS[precision] for kind in BUILDERS[provider]

@@ -1,8 +1,8 @@
 """The PyTorch side of the verification: inputs, float32 outputs, and how far float32 is from float64.
 
-The images are samples of the model itself where they can be had, and smooth random ones elsewhere: far from what it
-was trained on, a model amplifies rounding beyond all comparison. Everything else follows from them. Blocks are taken
-one at a time, so that there is one float64 copy of one block.
+The images are samples of the model itself if sampling is affordable, else smooth random images: far from its training
+data, a model amplifies rounding too much for a comparison. Everything else is computed from the images. Blocks are
+processed one at a time, so that only one block has a float64 copy.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from tarflow_sdk._model import NULL_LABEL, FlowBlock, TarFlow
 SEED = 0
 
 TEMPERED = Guidance(weight=1.5, guide="ab", attention_temperature=0.7, anneal=True)
-"""Everything that guidance can do, at usual strength."""
+"""Guidance with all its options, at typical strength."""
 
 KINDS: Mapping[str, Guidance | None] = {
     "unguided": None,
     "guided": dataclasses.replace(TEMPERED, attention_temperature=1.0),
     "tempered": TEMPERED,
 }
-"""The inverses that are compared: one for each form of the graphs."""
+"""The inverses that are compared: one for each variant of the graphs."""
 
 FLOOR_COPIES = 4
 """Copies of each image, one unit in the last place apart, that the floors of inverses are the worst of: rounding is
@@ -131,7 +131,7 @@ class _Computation:
         return Measured(reference=Reference(**found), floors=self.floors)
 
     def _blocks(self, x: Tensor, on_block: Callable[[int], None]) -> _Blocks:
-        """Each block forward, and the first steps of its inverse back."""
+        """Run each block forward, and the first steps of its inverse."""
         trajectory, log_dets = [x], []
         inverses: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
         for k, block in enumerate(self.model.flow_blocks):
@@ -150,7 +150,7 @@ class _Computation:
                 if double is not None:
                     exact = self._inverse(double, z.double(), guidance)
                     self._add_floor(f"block {k} {kind} inverse", copies, exact)
-                    # A window yields again what a sequential run yielded: at most its error.
+                    # A window reproduces the result of a sequential run, with at most its error.
                     self.floors[f"block {k} {kind} window"] = self.floors[f"block {k} {kind} inverse"]
             self._add_floor(f"block {k} window", inverses["unguided"][-1], self._first(block, x))
             on_block(k)
@@ -203,7 +203,7 @@ class _Computation:
         return log_normal + log_det - self.deviation.to(u).log().sum()
 
     def _exact_log_prob(self, x: Tensor) -> Tensor:
-        """In float64 from end to end."""
+        """Run the whole model in float64."""
         x, total = x.double(), torch.zeros(len(x), dtype=torch.float64)
         for block in self.model.flow_blocks:
             x, log_det = copy.deepcopy(block).double()(x, self.labels)
@@ -248,7 +248,7 @@ def _smooth_data(model: TarFlow, images: int) -> Tensor:
 
 
 def _labels(config: ModelConfig, images: int) -> Tensor | None:
-    """The last class, the null class, the first class: null labels mixed with others where there is room."""
+    """The last class, the null class, the first class: null labels mixed with others if there are enough images."""
     if not config.classes:
         return None
     return torch.tensor([config.classes - 1, NULL_LABEL, 0][:images])

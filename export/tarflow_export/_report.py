@@ -1,4 +1,4 @@
-"""What is known of an export: the plan before, its stages, the comparisons after; as data and for a person."""
+"""Reports of an export: the plan before it, its stages, and the comparisons after it; as data and as text."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ OnProgress = Callable[[str, int, int], None]
 """Called with the stage's name, how much of it is done, and its total."""
 
 MEASURES = {"max_abs": "max", "max_scaled": "scaled", "relative": "rel"}
-"""How the table calls the measure that a tolerance bounds."""
+"""The names of measures in the table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ExportReport:
-    """What an export wrote.
+    """The results of an export.
 
-    `seconds` is the time of each stage; `nbytes` the size of all files; `verification` the manifest's; `assumptions` is
-    what the checkpoint did not say, in words.
+    `seconds` is the time of each stage; `nbytes` the size of all files; `verification` that of the manifest;
+    `assumptions` describes what was assumed because the checkpoint did not say.
     """
 
     path: Path
@@ -74,13 +74,13 @@ class Stages:
         self.seconds[self._stage] = time.perf_counter() - self._start
 
     def progress(self, done: int, total: int) -> None:
-        """Say how much of the stage is done."""
+        """Report the progress of the stage."""
         if self._on_progress is not None:
             self._on_progress(self._stage, done, total)
 
 
 def parity_table(records: Sequence[Record], floors: Mapping[str, float]) -> Table:
-    """One row for each graph and what it computes: the block that came nearest to its bound, and PyTorch's own error.
+    """One row per graph and computation: the block closest to its bound, and PyTorch's own float32 error.
 
     Every comparison, with its shape, mean and cosine, is in the manifest and in --json.
     """
@@ -146,7 +146,7 @@ def peak_memory(plan: Plan, extent: Extent | None, parameters: int) -> int:
 
 
 def plan_lines(facts: Mapping[str, Any]) -> list[str]:
-    """The same for a person."""
+    """The plan as lines of text."""
     model, extent = facts["model"], facts["verification"]
     weights = sum(size for name, size in facts["files"].items() if name.endswith(".bin"))
     data = f"{model['tokens']} tokens of {model['token_values']}"
@@ -176,7 +176,7 @@ def plan_lines(facts: Mapping[str, Any]) -> list[str]:
 
 
 def size(nbytes: float) -> str:
-    """Bytes for a person, in powers of ten."""
+    """Format a number of bytes with decimal units."""
     power = min(3, int(math.log10(max(nbytes, 1)) // 3))
     return f"{nbytes / 1000**power:.{1 if power else 0}f} {('bytes', 'kB', 'MB', 'GB')[power]}"
 

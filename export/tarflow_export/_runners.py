@@ -1,6 +1,6 @@
-"""What the verification runs graphs with, as simply as can be: `PortableRunner` and `DecodeLoopRunner`, on the CPU.
+"""`PortableRunner` and `DecodeLoopRunner`: simple runners on the CPU, with which the verification runs graphs.
 
-They keep one session at a time, so that their memory is that of one block. Each has the `Passes` of an engine.
+They keep one session at a time, so that they use the memory of one block. Each implements the `Passes` of an engine.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class _Runner:
     def vjp(
         self, blocks: Sequence[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
     ) -> tuple[Floats, Floats]:
-        """Of one block: z is not computed, and the cotangent does not ask for it."""
+        """The gradient of one block; z is not computed, and the cotangent must not depend on it."""
         (block,) = blocks
         given: Arrays = {"patches": patches, "cotangent": cotangent(patches, slice(0, len(patches)))}
         return patches, self.run("gradient", block, given, labels)["gradient"]
 
     def run(self, kind: str, block: int, feeds: Arrays, labels: Integers | None) -> Arrays:
-        """The outputs by name, copied: as they are, they keep all memory of their session alive."""
+        """Run once and return copies of the outputs by name; the originals keep all memory of the session alive."""
         session = self._session(kind, block)
         names = [output.name for output in session.get_outputs()]
         given = feeds if labels is None else {**feeds, "labels": labels}
@@ -50,11 +50,11 @@ class _Runner:
         return {name: result.copy() for name, result in zip(names, results, strict=True)}
 
     def ordered(self, block: int, patches: Floats) -> Floats:
-        """The order of the data to that of a block, or back."""
+        """Convert between the order of the data and that of a block."""
         return patches[:, ::-1] if self.bundle.blocks[block].is_reversed else patches
 
     def caches(self, rows: int) -> Arrays:
-        """Caches filled with ones: what a cache held before must not matter."""
+        """Caches filled with ones: the earlier contents of a cache must not matter."""
         config = self.config
         shape = (rows, config.heads, config.patches, config.head_dim)
         names = [f"{kind}_{layer}" for layer in range(config.layers) for kind in ("key", "value")]
@@ -65,9 +65,9 @@ class _Runner:
         if self._open is None or self._open[0] != key:
             self._open = None  # frees the last one before the next one is loaded
             options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3  # without bound caches it warns at every step that they are copied
+            options.log_severity_level = 3  # unless caches are bound, it warns at every step that they are copied
             options.intra_op_num_threads = self._threads or 0
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # slow beside other work
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # slow when other work runs
             folder = self.bundle.blocks[block].weights.parent
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
             model = self.bundle.read(self.bundle.graph(self.provider, kind, block))
@@ -77,7 +77,7 @@ class _Runner:
 
 
 class PortableRunner(_Runner):
-    """The portable graphs."""
+    """Runs the portable graphs."""
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         super().__init__(bundle, PORTABLE, threads)
@@ -85,7 +85,7 @@ class PortableRunner(_Runner):
     def invert(
         self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, _: OnTurn | None = None
     ) -> tuple[Floats, tuple[BlockReport, ...]]:
-        """One turn: x_0 = z_0, x_{i+1} = z_{i+1} * exp(a_i) + b_i for its first steps, or one window of its start."""
+        """Invert a block: x_0 = z_0, x_{i+1} = z_{i+1} * exp(a_i) + b_i for some steps, or one window of its start."""
         (turn,) = turns
         fixed: Arrays = {
             "noise": noise,
@@ -105,7 +105,7 @@ class PortableRunner(_Runner):
 
 
 class DecodeLoopRunner(_Runner):
-    """The decode-loop graphs of a provider, launched as a device launches them: outputs are the next inputs."""
+    """Runs the decode-loop graphs of a provider as a device does: outputs become the next inputs."""
 
     def __init__(self, bundle: Bundle, provider: str, *, threads: int | None = None) -> None:
         super().__init__(bundle, provider, threads)
@@ -142,5 +142,5 @@ class DecodeLoopRunner(_Runner):
 
 
 def _next(results: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
-    """Outputs as the inputs that they are next time."""
+    """Rename outputs to the inputs of the next launch."""
     return {name.removeprefix("next_"): array for name, array in results.items()}

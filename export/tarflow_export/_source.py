@@ -1,4 +1,4 @@
-"""What a bundle takes from a PyTorch model: its configuration and its weights."""
+"""Convert a PyTorch model to the configuration and weights of a bundle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tarflow_sdk._model import TarFlow
 
 
 def bundle_config(config: FlowConfig) -> ModelConfig:
-    """What a bundle says of a model's configuration: the same fields."""
+    """The model's configuration as that of a bundle: the same fields."""
     fields: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
     return ModelConfig(**fields)
 

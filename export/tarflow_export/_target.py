@@ -1,8 +1,8 @@
-"""`Target`: the place a bundle goes to, and the temporary folder beside it in which it grows.
+"""`Target`: the path of a bundle, and the temporary folder next to it in which it is written.
 
 A bundle appears under its name complete or not at all: it is written to a hidden folder on the same file system, which
-is renamed into place at the end, or exchanged with the bundle that it replaces, and removed when anything goes wrong,
-an interrupt included.
+is renamed into place at the end, or exchanged with the bundle that it replaces. After any error or interrupt, the
+hidden folder is removed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tarflow_runtimes.bundle.reader import FORMAT, MANIFEST
 SUFFIX = ".tarflow"
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-"""Of Linux's renameat2: relative to the current directory; exchange."""
+"""Arguments of Linux's renameat2: relative to the current directory; exchange."""
 
 
 class Target:
@@ -38,7 +38,7 @@ class Target:
         self.path = given.parent.resolve() / given.name
         self.overwrite = overwrite
         if given.name in ("", ".", ".."):
-            raise ExportError(f"{given}: is no name for a bundle", hint=f"give a name like model{SUFFIX}")
+            raise ExportError(f"{given}: not a valid name for a bundle", hint=f"give a name like model{SUFFIX}")
         if not self.path.parent.is_dir():
             raise ExportError(f"{given}: its folder {self.path.parent} does not exist", hint="create the folder first")
         if not os.access(self.path.parent, os.W_OK | os.X_OK):
@@ -56,7 +56,7 @@ class Target:
 
     @contextlib.contextmanager
     def growing(self) -> Iterator[Path]:
-        """Yield an empty folder beside the target; when the body ends well it becomes the target, else it vanishes."""
+        """Yield an empty folder next to the target; it becomes the target on success, and is removed otherwise."""
         try:
             folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent))
         except OSError as error:
@@ -79,7 +79,7 @@ class Target:
             self._replace(folder)
 
     def _replace(self, folder: Path) -> None:
-        """Where a file system cannot exchange: the old bundle is set aside, and comes back if the second step fails."""
+        """Replace in two renames if the file system cannot exchange; restore the old bundle if the second one fails."""
         aside = folder.with_suffix(".replaced")
         try:
             self.path.rename(aside)
@@ -93,7 +93,7 @@ class Target:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two names change places in one step (Linux: renameat2); False where the system or file system cannot."""
+    """Swap two names atomically (Linux: renameat2); False if the system or file system does not support it."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -109,7 +109,7 @@ def _make_public(folder: Path) -> None:
 
 
 def _not_a_bundle(path: Path) -> str:
-    """Why `path` is no bundle, or an empty string: a directory whose files are its manifest's and nothing else."""
+    """Why `path` is not a bundle (a directory with exactly the files of its manifest), or an empty string."""
     if path.is_symlink() or not path.is_dir():
         return "is not a directory"
     try:

@@ -22,18 +22,18 @@ from tarflow_runtimes.engines.ort_cpu.engine import Limits, OrtCpuEngine
 from tarflow_runtimes.measure.verify import verify
 
 STEP_BUDGET = 4 * 10**9
-"""Weights read by the sequential steps of one pass over all blocks, which is what bounds their time."""
+"""Limit of weights read by the sequential steps of one pass over all blocks; this read bounds their time."""
 
 PASS_BUDGET = 10**10
-"""Multiply-adds of one pass of one image through all blocks beyond which one image has to do."""
+"""Multiply-adds of one image's pass through all blocks above which only one image is verified."""
 
 MIN_STEPS = 8
 
 SESSIONS_BYTES = 1 << 30
-"""Weights of the sessions that stay open while the engine is compared."""
+"""Limit of weights in the sessions that stay open while the engine is compared."""
 
 SKIPPED: dict[str, Any] = {"status": "skipped", "engine": None, "extent": None, "floors": {}, "records": []}
-"""The manifest's `verification` where nothing was compared."""
+"""The manifest's `verification` if nothing was compared."""
 
 FLOOR_BLOCKS = 2
 """Blocks that float32 is measured against float64 on, where one image has to do: one of each order."""
@@ -41,7 +41,7 @@ FLOOR_BLOCKS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Extent:
-    """How much is verified.
+    """The extent of the verification.
 
     `images` (B), `steps` of each block's inverse (P), `floor_blocks`: how many blocks the float32 floors are measured
     on, and run-ready graphs compared; `end_to_end`: whether whole samples are drawn.
@@ -127,7 +127,7 @@ def verify_written(
 
 
 def _ort_cpu(bundle: Bundle, extent: Extent) -> tuple[Record, ...]:
-    """The engine itself; the halves of the gradient run whatever memory they take, and few sessions stay open."""
+    """The engine itself, set to run the halves of the gradient at any memory cost and to keep few sessions open."""
     limits = Limits(activations=1 << 40, sessions=SESSIONS_BYTES)
     records: list[Record] = []
     for block in extent.some:

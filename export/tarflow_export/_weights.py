@@ -1,8 +1,8 @@
-"""`WeightLayout`: where each tensor of a block lies in its `weights.bin`, the same for every block of a model.
+"""`WeightLayout`: the offsets of the tensors of a block in its `weights.bin`, the same for every block of a model.
 
-The names are those of the state dict within the block, except that `class_embed` has gained a last row, the null
-class, and lost its axis of length one; `order` has joined; and of an int8 bundle the weights of the layers are integers
-and scales. The format is docs/BUNDLE.md, "The tensors".
+The names are those of the state dict within the block, except that `class_embed` has an additional last row, the null
+class, and no axis of length one; `order` is added; and in an int8 bundle the weights of the layers are integers and
+scales. The format is docs/BUNDLE.md, "The tensors".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tarflow_runtimes.bundle.config import ModelConfig, Precision
 WEIGHTS_FILE: Final = "weights.bin"
 
 ALIGNMENT: Final = 64
-"""Bytes; a cache line, so that vector loads from a mapped file are aligned. Pages would cost small models 10 %."""
+"""One cache line, in bytes, so that vector loads from a mapped file are aligned. Pages would cost small models 10 %."""
 
 MLP_EXPANSION: Final = 4
 """Hidden width of the perceptron over the width of the model, fixed by the architecture."""
@@ -32,7 +32,7 @@ GROUP: Final = 128
 median of 64 images); a step of width 768 took 2.9, 2.5, 2.2, 2.2 ms."""
 
 ZERO_POINT: Final = 128
-"""What stands for 0 in unsigned bytes."""
+"""The unsigned byte that represents 0."""
 
 NUMPY: Final[dict[str, npt.DTypeLike]] = {
     "float32": np.float32,
@@ -49,7 +49,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class WeightEntry:
-    """One tensor of weights.bin: where it lies (bytes) and what it is."""
+    """One tensor of weights.bin: its dtype and shape, and its place in bytes."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -72,7 +72,7 @@ class WeightLayout:
 
     @property
     def linear(self) -> str:
-        """Dtype of linear activations and caches."""
+        """The dtype of linear activations and caches."""
         return linear_dtype(self.precision)
 
     def is_rounded(self, name: str) -> bool:
@@ -81,7 +81,7 @@ class WeightLayout:
 
 
 def linear_dtype(precision: Precision) -> str:
-    """Dtype of linear activations and caches of a precision."""
+    """The dtype of linear activations and caches for a precision."""
     return "float32" if precision == "int8" else precision
 
 
@@ -105,7 +105,7 @@ def block_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def weight_layout(config: ModelConfig, precision: Precision) -> WeightLayout:
-    """Lay the weights of one block of `config` out, each at a multiple of ALIGNMENT."""
+    """Compute the layout of the weights of one block of `config`, each at a multiple of ALIGNMENT."""
     shapes = dict(block_shapes(config))
     entries: dict[str, WeightEntry] = {}
     end = 0
@@ -137,8 +137,8 @@ def is_linear(name: str) -> bool:
 def _is_rounded(name: str) -> bool:
     """Whether int8 rounds the tensor: the weights of the layers.
 
-    The projections into and out of a flow block are a hundredth of the weights, and a rounding of (a, b) goes straight
-    into the patch.
+    The projections into and out of a flow block are a hundredth of the weights, and rounding of (a, b) directly affects
+    the patch.
     """
     return name.startswith("attn_blocks.") and name.endswith(".weight") and ".norm." not in name
 
@@ -156,9 +156,7 @@ def block_tensors(
     for name in layout.shapes:
         array = weight(name)
         if not np.isfinite(array).all():
-            raise ExportError(
-                f"{owner}.{name} holds values that are NaN or infinite", hint="the training run went wrong"
-            )
+            raise ExportError(f"{owner}.{name} holds values that are NaN or infinite", hint="the training run diverged")
         if layout.is_rounded(name):
             yield from rounded(name, array)
             continue

@@ -34,7 +34,7 @@ class FileRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Contents:
-    """What a bundle is made of besides its plan.
+    """The contents of a bundle, in addition to its plan.
 
     `weight(block, name)` gives the float32 tensors of the state dict, `class_embed` with its null row; `prior` is the
     variance [N, D] or None; `checkpoint` and `converted` are the manifest's.
@@ -87,14 +87,14 @@ def _write_weights(path: Path, block: int, plan: Plan, contents: Contents) -> Fi
 
 
 def write_bytes(path: Path, data: bytes) -> FileRecord:
-    """Write a file, and its folder where that is missing, and describe it."""
+    """Write a file, creating its folder if it is missing, and describe it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return FileRecord(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def record_of(path: Path) -> FileRecord:
-    """Describe a file that is there."""
+    """Describe an existing file."""
     with path.open("rb") as file:
         return FileRecord(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 

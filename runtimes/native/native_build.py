@@ -1,8 +1,8 @@
-"""Build the shared library with one compiler call for each object and one to link; no CMake.
+"""Build the shared library with one compiler call per object and one to link, without CMake.
 
     python runtimes/native/native_build.py [--output FOLDER] [--into FOLDER] [--compiler CXX] [--flags "-g"]
 
-Prints the library's path. `build` is what a package's build hook calls.
+Prints the library's path. Build hooks of packages call `build`.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ KERNELS = {
     "x86_64": {"v4_vnni": (*AVX512, "-mavx512vnni"), "v4": AVX512, "v3": AVX2, **PORTABLE},
     "aarch64": {"neon": (), **PORTABLE},
 }
-"""Flags of each kernel, by architecture; any other has the portable one alone."""
+"""Flags of each kernel, by architecture; all others have only the portable one."""
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 def library_name() -> str:
-    """Of the shared library on this system."""
+    """File name of the shared library on this system."""
     return {"win32": "tarflow_native.dll", "darwin": "libtarflow_native.dylib"}.get(
         sys.platform, "libtarflow_native.so"
     )
@@ -97,7 +97,7 @@ def build(
 ) -> Path:
     """Compile and link in the folder `output`; returns the library, which goes to `folder` if that is given.
 
-    It appears complete or not at all: a process that runs the one before keeps it.
+    It appears complete or not at all; running processes keep the previous one.
 
     Raises:
         subprocess.CalledProcessError: when the compiler or the linker fails.
@@ -125,7 +125,7 @@ def build_wasm(output: Path, *, cxx: str, flags: tuple[str, ...] = ()) -> Path:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line program."""
     parser = argparse.ArgumentParser(description="build the native kernel of TarFlow")
     parser.add_argument("--output", type=Path, default=Path("build/native"))
     parser.add_argument("--compiler", default=compiler())

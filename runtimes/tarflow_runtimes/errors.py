@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class TarFlowError(Exception):
-    """Bad input or a state that cannot go on; `hint` says how to mend it."""
+    """Bad input, or a state from which the program cannot continue; `hint` says how to fix it."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -24,7 +24,7 @@ class InputError(TarFlowError):
 
 
 class Cancelled(TarFlowError):  # noqa: N818 - a request, not a fault
-    """The progress callback asked to stop; the object that was running stays usable."""
+    """The progress callback cancelled the call; the object stays usable."""
 
 
 class VerificationError(TarFlowError):
@@ -32,4 +32,4 @@ class VerificationError(TarFlowError):
 
 
 class DecodeWarning(UserWarning):
-    """A block that went on sequentially, or images that hold values which are not finite."""
+    """A block was decoded sequentially instead of in parallel, or images have values that are not finite."""

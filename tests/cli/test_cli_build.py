@@ -177,7 +177,7 @@ def test_export_builds_what_it_has_exported_with_the_defaults(tarflow: Callable,
     for options, message in (
         (("--engine", "ort-cpu"), "--engine must be trt or trt-rtx"),
         (("--engine", "trt-rtx", "--engine-dir", "/dev/null"), "/dev/null: cannot keep engines there"),
-        (("--engine-dir", "engines"), "--engine-dir keeps the engines of --engine, which is not given"),
+        (("--engine-dir", "engines"), "--engine-dir needs --engine"),
     ):
         result = tarflow("export", checkpoint, "-o", "other.tarflow", *options)
         assert (result.code, Path("other.tarflow").exists()) == (2, False)

@@ -132,7 +132,7 @@ def test_tokens(tarflow: Callable, token_bundle: Path) -> None:
     [
         (("-o", "x.png"), "-o x.png: the data are tokens", ".npy or .npz"),
         (("-o", "x/"), "-o x/: the data are tokens", ".npy or .npz"),
-        (("--captions",), "--captions are written into a grid only", "leave --captions out"),
+        (("--captions",), "--captions are written into a grid only", "remove --captions"),
     ],
 )
 def test_there_are_no_pictures_of_tokens(
@@ -245,7 +245,7 @@ def test_colour_pictures_and_overwrite(tarflow: Callable, colour_bundle: Path) -
         (("-o", "x.npy", "--save-latents", "x.npy"), "both name x.npy"),
         (("-o", "x.npy", "--captions"), "--captions are written into a grid only"),
         (("--guidance", 1.5), "guidance"),
-        (("--tf32",), "tf32 is of engines on a GPU"),
+        (("--tf32",), "tf32 needs an engine on a GPU"),
         (("--engine", "trt"), "trt"),
         (("--engine", "ort-cuda"), "ort-cuda"),
         (("--engine", "no-such"), "no-such"),

@@ -71,12 +71,12 @@ def test_version(tarflow: Callable) -> None:
         ("infr", "did you mean tarflow infer?"),
         ("clasify", "did you mean tarflow classify?"),
         ("score", "did you mean tarflow log-prob?"),
-        ("zzz", "the verbs are train,"),
+        ("zzz", "the commands are train,"),
     ],
 )
 def test_unknown_verb(refused: Callable, verb: str, hint: str) -> None:
     result = refused(verb, "model.tarflow")
-    assert f"unknown verb '{verb}'" in result.err
+    assert f"unknown command '{verb}'" in result.err
     assert hint in result.err
 
 

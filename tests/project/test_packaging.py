@@ -1,6 +1,7 @@
 """The project as a stranger installs it: the wheel, a clean environment, the direction of imports."""
 
 import ast
+import re
 import subprocess
 import sys
 import sysconfig
@@ -55,8 +56,9 @@ def test_imports_run_one_way(package: str) -> None:
         assert not imported(path) & FORBIDDEN[package], path
 
 
+ARCHITECTURE = ROOT / "docs" / "ARCHITECTURE.md"
 ROOMS = ("cli", "measure", "model", "engines", "decode", "doctor", "bundle", "io", "errors")
-"""The rooms of the runtime from top to bottom: no import runs back up."""
+"""The folders of the runtime from top to bottom, as in ARCHITECTURE: each may import only the ones below it."""
 
 
 def modules_of(node: ast.AST) -> list[str]:
@@ -75,6 +77,7 @@ def test_no_import_runs_back_up() -> None:
     root = PACKAGES["tarflow_runtimes"]
     found = {path.relative_to(root).parts[0].removesuffix(".py") for path in root.rglob("*.py")} - {"__init__"}
     assert found == set(ROOMS)
+    assert tuple(re.findall(r"^\| `(\w+)/?` \|", ARCHITECTURE.read_text("utf-8"), re.MULTILINE)) == ROOMS
     for path in root.rglob("*.py"):
         room = path.relative_to(root).parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(path.read_text())):

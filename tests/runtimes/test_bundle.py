@@ -366,5 +366,5 @@ def test_what_a_graph_returns_is_checked(copied, kind):
 
 def test_the_shipped_bundle_is_named_when_it_is_missing(monkeypatch):
     monkeypatch.setattr("tarflow_runtimes.model.flow.SHIPPED", "none.tarflow")
-    with pytest.raises(BundleError, match="comes with the package"):
+    with pytest.raises(BundleError, match="ships with the package"):
         tfr.load()

@@ -261,7 +261,7 @@ NOT_THERE = {
             "cudaDriverGetVersion": (Status.cudaSuccess, 12040),
             "cudaGetDeviceCount": (Status.cudaErrorInsufficientDriver, None),
         },
-        "the NVIDIA driver knows CUDA 12.4, cuda-python is of CUDA 13.4",
+        "the NVIDIA driver supports CUDA 12.4, cuda-python needs CUDA 13.4",
         'pip install "cuda-python==12.*", or update the driver',
     ),
     "no device": (

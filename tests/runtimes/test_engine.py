@@ -33,9 +33,9 @@ def test_an_engine_that_is_not_ready_is_an_error_with_its_remedy(exported, engin
 
 
 def test_tf32_is_of_gpus_and_float32(exported):
-    with pytest.raises(tfr.InputError, match="tf32 is of engines on a GPU and of float32 bundles, not of ort-cpu"):
+    with pytest.raises(tfr.InputError, match="tf32 needs an engine on a GPU and a float32 bundle, not ort-cpu"):
         tfr.load(exported("class").path, tf32=True)
-    with pytest.raises(tfr.InputError, match="not of trt and float16"):
+    with pytest.raises(tfr.InputError, match="not trt and float16"):
         tfr.load(exported("class", "float16").path, engine="trt", tf32=True)
 
 

@@ -112,7 +112,7 @@ def test_tokens_are_no_picture(flows, tmp_path):
     sample = flows("tokens").sample(2, seed=0, denoise=False)
     assert sample.images.shape == (2, *flows("tokens").config.shape)
     for name in ("grid.png", "folder"):
-        with pytest.raises(tfr.InputError, match="no picture") as caught:
+        with pytest.raises(tfr.InputError, match="cannot be written as pictures") as caught:
             sample.save(tmp_path / name)
         assert ".npy" in caught.value.hint
     with pytest.raises(tfr.InputError, match="tokens, not images"):

@@ -165,7 +165,7 @@ def test_a_molecular_checkpoint(masks: bool, tmp_path: Path) -> None:
     assert same_weights(loaded, random_model(MOLECULE))
     assert loaded.assumptions == (
         "noise gaussian, the original code's default",
-        "noise_std unknown: denoising needs it told",
+        "noise_std unknown: denoising needs it",
         "head_dim 64, the original code's",
         "var 1 everywhere, the prior's variance of models with nvp",
     )
@@ -297,7 +297,7 @@ def test_values_that_no_image_has_may_be_tokens(tmp_path: Path) -> None:
     save_checkpoint(random_model(tiny_token_config(tokens=4, token_values=5)), tmp_path / "m.pth")
     with pytest.raises(CheckpointError, match="cannot tell the image channels") as caught:
         load_checkpoint(tmp_path / "m.pth", head_dim=32)
-    assert caught.value.hint.endswith("(5, 1); or --tokens for data that are no images")
+    assert caught.value.hint.endswith("(5, 1); or --tokens for data that are not images")
 
 
 def test_our_own_files_say_that_they_hold_tokens(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ BAD_STATES: dict[str, tuple[Callable[[State], Any], str]] = {
     "rows of proj_out": (replaced("blocks.0.proj_out.weight", torch.ones(33, 64)), "has 33 rows, expected 32"),
     "integers": (replaced("blocks.0.proj_in.bias", torch.ones(64, dtype=torch.int64)), "is int64, expected floating"),
     "no tensor": (replaced("blocks.0.proj_in.bias", 3), "is a int, expected a tensor"),
-    "mask": (replaced("blocks.0.attn_mask", torch.ones(4, 4)), "is no causal mask"),
+    "mask": (replaced("blocks.0.attn_mask", torch.ones(4, 4)), "is not a causal mask"),
     "variance": (replaced("var", torch.zeros(4, 16)), "not positive"),
     "patches not square": (replaced("blocks.0.pos_embed", torch.ones(5, 64)), "5 rows, no square number"),
     "foreign": (lambda _: {"conv1.weight": torch.ones(3), "fc.bias": torch.ones(2)}, "not a TarFlow checkpoint.*conv1"),
@@ -500,7 +500,7 @@ def test_the_hint_names_the_flag(tmp_path: Path) -> None:
 
 
 METADATA: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "no json": ("{", {}, "is no JSON"),
+    "no json": ("{", {}, "is not JSON"),
     "no object": ("[1]", {}, "is list, expected an object"),
     "future": (json.dumps({"schema_version": 2}), {}, "schema_version 2, this version reads 1"),
     "unknown field": ({"colour": "red"}, {}, "unknown fields: colour"),

@@ -114,7 +114,7 @@ def test_log_prob_and_bits_per_dim_are_their_formulas(config: FlowConfig) -> Non
         normal = torch.distributions.Normal(0.0, 1.0).log_prob(u).sum(dim=(1, 2))
         torch.testing.assert_close(log_prob(model, images, labels), normal + log_det)
         if config.data == "tokens":
-            with pytest.raises(TarFlowError, match="bits/dim is of images") as caught:
+            with pytest.raises(TarFlowError, match="bits/dim is defined for images") as caught:
                 bits_per_dim(model, images, labels)
             assert "log_prob" in caught.value.hint
             return

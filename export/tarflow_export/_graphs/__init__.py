@@ -1,4 +1,4 @@
-"""Every graph that anything runs, written by hand with onnx-ir, one file each; the formats are in docs/BUNDLE.md.
+"""All graphs of a bundle, written by hand with onnx-ir, one file each; the formats are in docs/BUNDLE.md.
 
 All blocks of a model share them, because their weights lie at the same offsets of their own `weights.bin`.
 """
@@ -39,7 +39,7 @@ BUILDERS: Final[Mapping[str, Mapping[str, Build]]] = {
         "window": functools.partial(build_decode_loop, single=False, limited=True),
     },
 }
-"""Provider -> kind -> what makes the graph; the names are those of the bundle."""
+"""Provider -> kind -> the function that makes the graph; the names are those of the bundle."""
 
 PRECISIONS: Final[Mapping[Precision, tuple[str, ...]]] = {
     "float32": ("portable", "ort-cpu", "ort-cuda", "trt"),
@@ -47,4 +47,4 @@ PRECISIONS: Final[Mapping[Precision, tuple[str, ...]]] = {
     "bfloat16": ("portable", "ort-cuda", "trt"),
     "int8": ("portable", "ort-cpu"),
 }
-"""The providers whose graphs a bundle of each precision has."""
+"""The providers of the graphs in a bundle, by precision."""

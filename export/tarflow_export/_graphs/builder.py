@@ -1,4 +1,4 @@
-"""`GraphBuilder`: `op.Gemm(x, w, b, transB=1)` on top of an onnx-ir tape, with names a person can read.
+"""`GraphBuilder`: `op.Gemm(x, w, b, transB=1)` on top of an onnx-ir tape, with readable names.
 
 Python numbers and lists of integers become constants, `op.scope("layer_0.mlp")` names the nodes made inside it,
 `op.weight(name)` is a tensor of the block's weights.bin. Operators of ONNX Runtime alone: `domain="com.microsoft"`.
@@ -22,10 +22,10 @@ OPSET = 24
 """First opset with TensorScatter."""
 
 IR_VERSION = 12
-"""The one that opset 24 was released with; a newer one would only shut readers out."""
+"""The IR version released with opset 24; a newer one would only exclude readers."""
 
 Operand = ir.Value | float | int | Sequence[int] | None
-"""What nodes read; None leaves an optional input out."""
+"""An input of a node; None omits an optional input."""
 
 DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -62,7 +62,7 @@ class GraphBuilder:
         self._scope = ""
         self._counts: Counter[str] = Counter()
         self.made: dict[str, ir.Value] = {}
-        """Values that are made once, by name."""
+        """Values that are created once, by name."""
 
     @property
     def order(self) -> ir.Value:
@@ -85,7 +85,7 @@ class GraphBuilder:
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Nodes made inside are named `name/...`."""
+        """Name the nodes made inside `name/...`."""
         before, self._scope = self._scope, f"{name}/"
         try:
             yield
@@ -104,7 +104,7 @@ class GraphBuilder:
         self._outputs.append(value)
 
     def weight(self, name: str, shape: Sequence[int] | None = None) -> ir.Value:
-        """The tensor `name` of weights.bin, in the state dict's orientation or seen as another shape of as many."""
+        """The tensor `name` of weights.bin, in the state dict's orientation or reshaped to another shape."""
         if name not in self._initializers:
             entry = self.layout.entries[name]
             tensor = ir.ExternalTensor(
@@ -120,7 +120,7 @@ class GraphBuilder:
 
     @property
     def affine_values(self) -> int:
-        """Values that proj_out yields for a patch: a and b (2D), or b alone (D) without nvp."""
+        """The number of outputs of proj_out per patch: 2D for a and b, or D for b alone without nvp."""
         return self.config.patch_values * (2 if self.config.nvp else 1)
 
     def linear_constant(self, number: float) -> ir.Value:
@@ -129,11 +129,11 @@ class GraphBuilder:
         return self._initializer((tensor.name, self.layout.linear), tensor)
 
     def narrow(self, value: ir.Value) -> ir.Value:
-        """To the dtype of linear layers and caches: a cast in half precision, nothing in float32."""
+        """Convert to the dtype of linear layers and caches: a cast in half precision, nothing in float32."""
         return value if self.layout.linear == "float32" else self.Cast(value, to=DTYPES[self.layout.linear])
 
     def widen(self, value: ir.Value) -> ir.Value:
-        """Back to float32, the dtype of norms, softmax, residuals and the affine map."""
+        """Convert to float32, the dtype of norms, softmax, residuals and the affine map."""
         return value if self.layout.linear == "float32" else self.Cast(value, to=DTYPES["float32"])
 
     def model(self) -> ir.Model:

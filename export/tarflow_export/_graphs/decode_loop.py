@@ -1,20 +1,22 @@
 """`step` and `window` of `trt` and `ort-cuda`: a graph whose outputs are its inputs' next values.
 
-Decoding is launching it again. Image by image, in block order, with f the step (`step.py`) and p = `position`, the last
-settled patch:
+To decode, launch it repeatedly. For each image, in block order, with f the step (`step.py`) and p = `position`, the
+last settled patch:
 
     base = min(p, N-1-S);  new_i = f(window[:S])_i for the patches i = base+1 .. base+S
     c = the first i > p with |new_i - x_i| > tolerance (maximum norm), or base+S where none moved that far
     x_i <- new_i for i = c .. base+S, the others stay;  p <- c
 
-`step` is that with S = 1, where c = p + 1 and nothing is compared. An image with p = N-1 is finished and stays.
+`step` is the case S = 1, where c = p + 1 and nothing is compared. An image with p = N-1 is finished and does not
+change.
 
-The state, and what is updated in place, is in docs/BUNDLE.md. Patches are read from what the scatter made, never from
-its input: nothing depends on when the write in place happens. `order`, which leads from block order to that of the
-data, is its own inverse and monotone: S patches lie side by side in the order of the data, too, forwards or backwards.
+docs/BUNDLE.md describes the state, and what is updated in place. Patches are read from the output of the scatter, never
+from its input: nothing depends on when the in-place write happens. `order`, which maps block order to the order of the
+data, is its own inverse and monotone: S adjacent patches are also adjacent in the order of the data, forwards or
+backwards.
 
-The graphs of `trt` read the first L cache entries. Those of `ort-cuda` read all N, for ONNX Runtime would copy a part
-of a cache before it reads it: three times the bytes, and half of them on average.
+The graphs of `trt` read the first L cache entries. Those of `ort-cuda` read all N, because ONNX Runtime would copy a
+part of a cache before it reads it: three times the bytes, and half of them on average.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def build_decode_loop(op: GraphBuilder, *, single: bool, limited: bool) -> ir.Mo
 
 
 class _State:
-    """The state of the images, and what an evaluation is fed of it."""
+    """The state of the images, and the inputs that an evaluation takes from it."""
 
     def __init__(self, op: GraphBuilder, *, single: bool) -> None:
         patches, values = op.config.patches, op.config.patch_values
@@ -88,7 +90,7 @@ class _State:
         return op.Min(position, furthest)
 
     def places(self, op: GraphBuilder, base: ir.Value, *, start: int, extra: int = 0) -> ir.Value:
-        """Where in the order of the data the S + `extra` patches from base + `start` on lie, [B, S + extra]."""
+        """The indices of the S + `extra` patches from base + `start`, in the order of the data, [B, S + extra]."""
         if self.single:
             numbers: Operand = list(range(start, start + 1 + extra))
         else:
@@ -118,7 +120,7 @@ def _take(op: GraphBuilder, state: _State, new: ir.Value) -> _Settled:
 def _settle(op: GraphBuilder, state: _State, new: ir.Value, tolerance: ir.Value) -> _Settled:
     """Old patches up to the first that moved, new ones from there on.
 
-    Patches at or before p, in the window of an image that is nearly finished, keep the value they were settled at.
+    Patches at or before p, in the window of an image that is nearly finished, keep their settled value.
     """
     steps, old = state.steps, state.old
     with op.scope("settle"):
@@ -128,7 +130,7 @@ def _settle(op: GraphBuilder, state: _State, new: ir.Value, tolerance: ir.Value)
         distance = op.Abs(op.Sub(new, old))
         distance = op.Where(_is_finite(op, new), distance, math.inf)  # a maximum may leave NaN out
         moved = op.ReduceMax(distance, [2], keepdims=0)  # (B, S)
-        # The last patch of the window has no key yet, so that it takes its value however little it moved.
+        # The last patch of the window has no key yet, so that it always takes its new value.
         limit = op.Where(op.Equal(index, op.Sub(steps, 1)), -1.0, tolerance)  # (S)
         stays = op.Or(before, op.LessOrEqual(moved, limit))
         first = op.ReduceMin(op.Where(stays, steps, index), [1], keepdims=1)  # (B, 1): of patch c
@@ -152,7 +154,7 @@ def _overflow(op: GraphBuilder, patches: ir.Value) -> ir.Value:
 
 
 def _write(op: GraphBuilder, state: _State, patches: ir.Value) -> ir.Value:
-    """Write the patches base+1 .. base+S to where they lie in the order of the data: finished [B, 1, N, D]."""
+    """Write the patches base+1 .. base+S to their places in the order of the data: finished [B, 1, N, D]."""
     with op.scope("write"):
         places = state.places(op, state.base, start=1)  # (B, S)
         if state.single:
@@ -165,7 +167,7 @@ def _write(op: GraphBuilder, state: _State, patches: ir.Value) -> ir.Value:
 
 
 def _next_window(op: GraphBuilder, state: _State, position: ir.Value, finished: ir.Value) -> ir.Value:
-    """The patches from the next base on."""
+    """The patches that start at the next base."""
     with op.scope("next_window"):
         places = state.places(op, state.base_of(op, position), start=0, extra=1)
         return _rows(op, op.Squeeze(finished, [1]), places)

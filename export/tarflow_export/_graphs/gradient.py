@@ -1,13 +1,13 @@
 """`gradient`: the vector-Jacobian product of a block, d/d patches of (cotangent . z + log|det|), [B, N, D].
 
-Written by hand: it runs the block's forward pass, keeps what the way back needs, and walks back.
+Written by hand: it runs the block's forward pass, saves the activations, and runs the backward pass.
 With s = exp(-a), z = (x - b) s:  g_x = g_z s,  g_b = -g_z s,  g_a = -g_z z - 1 (the -1 is log|det|'s share).
 
-`vjp_forward` and `vjp_backward` are its two halves. Where z was not known before, the forward pass is then run once
-instead of twice: two thirds of the arithmetic. What is kept passes from the outputs of one to the inputs of the other.
+`vjp_forward` and `vjp_backward` are its two halves. If z is not known beforehand, they run the forward pass once
+instead of twice, which is two thirds of the arithmetic. The outputs of one are inputs of the other.
 
-Layer norm is spelled out, because its backward pass needs the mean and the deviation, which TensorRT's native
-LayerNormalization does not give. Every weight is used in one orientation: x W^T forward, g W back.
+Layer norm is written out, because its backward pass needs the mean and the deviation, which TensorRT's native
+LayerNormalization does not return. Every weight is used in one orientation: x W^T forward, g W back.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tarflow_export._weights import MLP_EXPANSION
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Norm:
-    """What the way back through a layer norm needs, [B*N, W] and [B*N, 1]: the normalised input and 1/deviation."""
+    """Saved by a layer norm for its backward pass: the normalised input [B*N, W] and 1/deviation [B*N, 1]."""
 
     normed: ir.Value
     inverse_deviation: ir.Value
@@ -51,7 +51,7 @@ class _Norm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Attention:
-    """What the way back through attention needs; q is scaled by 1/sqrt(E), p are the attention weights (float32)."""
+    """Saved by attention for its backward pass; q is scaled by 1/sqrt(E), p are the attention weights (float32)."""
 
     norm: _Norm
     q: ir.Value
@@ -62,7 +62,7 @@ class _Attention:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Mlp:
-    """What the way back through the perceptron needs: GELU'(u) of its hidden values u, [B*N, 4W]."""
+    """Saved by the perceptron for its backward pass: GELU'(u) of its hidden values u, [B*N, 4W]."""
 
     norm: _Norm
     slope: ir.Value
@@ -76,7 +76,7 @@ class _Layer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Saved:
-    """All that the way back needs.
+    """Everything that the backward pass needs.
 
     `difference` = x - b and `scale` = exp(-a), [B, N, D] in block order; without nvp the affine map needs neither.
     """
@@ -95,7 +95,7 @@ def build_gradient(op: GraphBuilder) -> ir.Model:
 
 
 def build_vjp_forward(op: GraphBuilder) -> ir.Model:
-    """Its first half: `patches`, `labels` -> `z`, `log_det` and what the way back needs."""
+    """Its first half: `patches`, `labels` -> `z`, `log_det` and the saved activations."""
     saved, z, log_det = _forward(op, block_input(op, "patches"))
     block_output(op, z, "z")
     op.output(log_det, "log_det", "float32", ["B"])
@@ -105,7 +105,7 @@ def build_vjp_forward(op: GraphBuilder) -> ir.Model:
 
 
 def build_vjp_backward(op: GraphBuilder) -> ir.Model:
-    """Its second half: what `vjp_forward` kept, `cotangent` -> `gradient`."""
+    """Its second half: the saved activations of `vjp_forward`, `cotangent` -> `gradient`."""
     first = GraphBuilder("vjp_forward", op.config, op.layout)
     saved, _, _ = _forward(first, block_input(first, "patches"))
     cotangent = block_input(op, "cotangent")
@@ -115,7 +115,7 @@ def build_vjp_backward(op: GraphBuilder) -> ir.Model:
 
 
 def _kept(op: GraphBuilder, saved: _Saved) -> Iterator[tuple[ir.Value, str, list[int | str]]]:
-    """Each value that is kept, its dtype and its shape."""
+    """Each saved value, its dtype and its shape."""
     config, rows = op.config, "B*N"
     for layer in saved.layers:
         for norm in (layer.attention.norm, layer.mlp.norm):
@@ -170,7 +170,7 @@ def _backward(op: GraphBuilder, saved: _Saved, g_z: ir.Value) -> ir.Value:
             g_x = op.Mul(g_z, saved.scale)
             g_a = op.Sub(op.Neg(op.Mul(g_x, saved.difference)), 1.0)
             g_shifted = op.Concat(g_a, op.Neg(g_x), axis=-1)
-        # Undo the shift: the first patch's (a, b) are constants, the last patch's are not used.
+        # Undo the shift: (a, b) of the first patch are constants, those of the last patch are not used.
         g_out = op.Pad(op.Slice(g_shifted, [1], [config.patches], [1]), [0, 0, 0, 0, 1, 0])
         g = op.Reshape(g_out, [-1, op.affine_values])
     with op.scope("proj_out.backward"):
@@ -206,7 +206,7 @@ def _norm_backward(op: GraphBuilder, g: ir.Value, saved: _Norm, name: str) -> ir
 
 
 def _attention(op: GraphBuilder, h: ir.Value, mask: ir.Value, layer: int) -> tuple[ir.Value, _Attention]:
-    """As in the forward graph, keeping what the way back needs."""
+    """As in the forward graph, saving what the backward pass needs."""
     config, name = op.config, f"attn_blocks.{layer}.attention"
     shape = [-1, config.patches, config.heads, config.head_dim]
     with op.scope(f"layer_{layer}.attention"):
@@ -221,7 +221,7 @@ def _attention(op: GraphBuilder, h: ir.Value, mask: ir.Value, layer: int) -> tup
 
 
 def _attention_backward(op: GraphBuilder, g: ir.Value, saved: _Attention, layer: int) -> ir.Value:
-    """Softmax backward: g_logits = p * (g_p - rowsum(g_p * p)); the mask's entries have p = 0 and need no care."""
+    """Softmax backward: g_logits = p * (g_p - rowsum(g_p * p)); masked entries have p = 0 and contribute nothing."""
     config, name = op.config, f"attn_blocks.{layer}.attention"
     shape = [-1, config.patches, config.heads, config.head_dim]
     with op.scope(f"layer_{layer}.attention.backward"):

@@ -1,4 +1,4 @@
-"""What the graphs share: embedding, layer norm, attention, perceptron, the shift to (a, b).
+"""Layers shared by the graphs: embedding, layer norm, attention, perceptron, the shift to (a, b).
 
 Hidden states are [rows*S, W], float32; every linear layer is one Gemm on them with the weight as PyTorch stores it.
 """
@@ -15,7 +15,7 @@ from tarflow_export._weights import GROUP, ZERO_POINT
 LAYER_NORM_EPSILON = 1e-5
 
 MASKED = -1e9
-"""Added to logits that must not count. Finite: an infinite one turns into NaN where a kernel subtracts two of them."""
+"""Added to logits that are masked. It is finite, because a kernel that subtracts two infinities produces NaN."""
 
 
 def linear(op: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
@@ -26,7 +26,7 @@ def linear(op: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
 
 
 def _integer_linear(op: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
-    """The same with int8 weights, by ONNX Runtime's MatMulNBits; it rounds x to 8 bits too, by groups of 128.
+    """The same with int8 weights, by ONNX Runtime's MatMulNBits, which also rounds x to 8 bits, in groups of 128.
 
     Source: onnxruntime docs/ContribOperators.md; at accuracy level 4 products are of bytes.
     """
@@ -119,7 +119,7 @@ def causal_mask(op: GraphBuilder) -> ir.Value:
 
 
 def shift_later(op: GraphBuilder, x: ir.Value) -> ir.Value:
-    """[B, N, .] -> the same one patch later, with zeros in front."""
+    """Shift [B, N, .] by one patch, with zeros in front."""
     return op.Pad(op.Slice(x, [0], [op.config.patches - 1], [1]), [0, 1, 0, 0, 0, 0])
 
 
@@ -132,7 +132,7 @@ def scale_and_shift(op: GraphBuilder, out: ir.Value) -> tuple[ir.Value | None, i
 
 
 def block_input(op: GraphBuilder, name: str) -> ir.Value:
-    """Declare a [B, N, D] input in image order and take it in block order."""
+    """Declare a [B, N, D] input in image order and return it in block order."""
     value = op.input(name, "float32", ["B", op.config.patches, op.config.patch_values])
     return op.Gather(value, op.order, axis=1)
 
@@ -143,7 +143,7 @@ def block_output(op: GraphBuilder, value: ir.Value, name: str) -> None:
 
 
 def label_input(op: GraphBuilder, shape: Sequence[str]) -> ir.Value | None:
-    """Declare the labels, int64; None on models without classes."""
+    """Declare the labels, int64; None for models without classes."""
     return op.input("labels", "int64", shape) if op.config.classes else None
 
 
@@ -153,5 +153,5 @@ def affine(
     """X - b, a and exp(-a), [B, N, D] -> (z = (x - b) exp(-a), log|det| = -sum(a) [B]); a is None without nvp."""
     if a is None or scale is None:
         return difference, op.Expand(0.0, op.Shape(difference, start=0, end=1))
-    # Patch by patch: summed in one go, float32 loses three digits over 200,000 values.
+    # Sum patch by patch: a single float32 sum over 200,000 values loses three digits.
     return op.Mul(difference, scale), op.Neg(op.ReduceSum(op.ReduceSum(a, [2], keepdims=0), [1], keepdims=0))

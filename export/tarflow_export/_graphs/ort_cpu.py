@@ -1,19 +1,19 @@
-"""The step of `step.py` in the form that ONNX Runtime's CPU is fastest with: `step` and `window` of provider `ort-cpu`.
+"""The step of `step.py` in the form that is fastest on ONNX Runtime's CPU provider: `step` and `window` of `ort-cpu`.
 
     h = W_in rows + b_in + embedding
     each layer: h += W_o GroupQueryAttention(qkv(norm(h)), K, V) + b_o;  h += mlp(h)
     (a, b) = out[0] + g (out[0] - out[1]), or out where there is one branch;  next = z exp(a) + b
 
-Everything but the patch itself is looked up by the caller: rows of the embeddings, noise and guidance of this step.
+The caller looks up everything except the patch itself: rows of the embeddings, noise and guidance of this step.
 GroupQueryAttention writes the new keys and values in place and reads the `total` written entries of the caches instead
 of N masked ones. The temperature is a factor on q: `query_factor` [R, 3W] is 1/tau in the columns of q, 1 in others.
 
-`step` takes one patch of each image, all at one position. `window` takes S patches of one image; GroupQueryAttention
-takes one row at a time there, so that each branch has its own, with caches `key_l`, `value_l` for the first and
-`key_l_null`, `value_l_null` for the second.
+`step` takes one patch of each image, all at the same position. `window` takes S patches of one image;
+GroupQueryAttention then handles one row at a time, so that each branch has its own attention node, with caches `key_l`,
+`value_l` for the first branch and `key_l_null`, `value_l_null` for the second.
 
-Add and LayerNormalization stay apart: ONNX Runtime 1.32's SkipLayerNormalization takes 6.2 us on 8 rows of 128, the two
-2.0 us together, and a step of the MNIST shape at 8 rows 259 us with it, 225 us without.
+Add and LayerNormalization are separate nodes: ONNX Runtime 1.32's SkipLayerNormalization takes 6.2 us on 8 rows of 128,
+the two nodes 2.0 us together; a step of the MNIST shape at 8 rows takes 259 us with the fused node, 225 us without.
 
 Source: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQueryAttention (packed query, shared past and present).
 """
@@ -29,12 +29,12 @@ from tarflow_export._graphs.builder import CONTRIB, GraphBuilder
 from tarflow_export._graphs.layers import layer_norm, linear, mlp, residual, scale_and_shift
 
 NULL_BRANCH: Final = "_null"
-"""What the names of the second branch's caches end with where a graph takes windows."""
+"""Suffix of the names of the second branch's caches in window graphs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """Which of the graphs: `guided` has two branches, `tempered` a temperature as well, `window` S patches at once."""
+    """A variant of the graph: `guided` has two branches, `tempered` also a temperature, `window` S patches at once."""
 
     guided: bool = False
     tempered: bool = False
@@ -48,7 +48,7 @@ class Form:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """What the names of the caches end with: one set of caches, or for windows one a branch."""
+        """Suffixes of the names of caches: one set of caches, or for windows one per branch."""
         return ("", NULL_BRANCH) if self.guided and self.window else ("",)
 
 
@@ -57,11 +57,11 @@ FORMS: Final = tuple(
     for window in (False, True)
     for guided, tempered in ((False, False), (True, False), (True, True))
 )
-"""All of them. A temperature is one of the second branch."""
+"""All variants. A temperature requires a second branch."""
 
 
 def build_ort_cpu_step(op: GraphBuilder, form: Form) -> ir.Model:
-    """The graph of that form."""
+    """The graph of that variant."""
     inputs = _Inputs(op, form)
     with op.scope("embed"):
         h = op.Add(op.widen(linear(op, inputs.rows, "proj_in")), inputs.embedding)

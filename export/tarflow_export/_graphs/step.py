@@ -3,11 +3,11 @@
 x_{i+1} = z_{i+1} * exp(a_i) + b_i, where (a, b) = (a, b)[0] + g_i * ((a, b)[0] - (a, b)[G-1]) mixes the branches of an
 image by its own guidance g; the logits of each branch of each image are divided by its own temperature.
 
-The formulation is the one that both ONNX Runtime and TensorRT take and compute rightly: TensorScatter on axis -2
-straight from a graph input to a graph output, attention over the cache under an additive float mask, and the position
-as device data: it indexes Gathers and never a Slice, which would make it a host shape.
+Both ONNX Runtime and TensorRT accept this formulation and compute it correctly: TensorScatter on axis -2 directly from
+a graph input to a graph output, attention over the cache with an additive float mask, and the position as device data:
+it is an index of Gather but never of Slice, which would make it a host shape.
 
-`next_patches` is also the inside of the decode loop (`decode_loop.py`).
+`next_patches` is also the body of the decode loop (`decode_loop.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tarflow_export._graphs.layers import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Fed:
-    """What an evaluation is fed.
+    """The inputs of an evaluation.
 
     `patches` [B, S, D] at block positions `position` [B] and after; `noise` [B, N, D], `guidance` [B, 2, N], `labels`
     and `inverse_temperature` [G, B], and of each layer the `caches` of keys and values, [R, H, N, E], as graph inputs.
@@ -78,7 +78,7 @@ def cache_inputs(op: GraphBuilder) -> list[tuple[ir.Value, ir.Value]]:
 
 
 def next_patches(op: GraphBuilder, fed: Fed, *, single: bool = False) -> ir.Value:
-    """The patches one further, [B, S, D]; declares the written caches as outputs. `single` says that S is 1."""
+    """The patches one position further, [B, S, D]; declares the written caches as outputs. `single`: S is 1."""
     inputs = _Inputs(op, fed, single=single)
     h = _embed(op, inputs)
     for layer in range(op.config.layers):
@@ -92,7 +92,7 @@ def next_patches(op: GraphBuilder, fed: Fed, *, single: bool = False) -> ir.Valu
 
 
 class _Inputs:
-    """What is fed, and what every layer derives from it."""
+    """The inputs of an evaluation, and values derived from them for every layer."""
 
     def __init__(self, op: GraphBuilder, fed: Fed, *, single: bool) -> None:
         self.fed, self.single = fed, single
@@ -102,7 +102,7 @@ class _Inputs:
             window = None if single else op.Range(0, op.Squeeze(self.steps, [0]), 1)  # (S)
 
             def places(first: ir.Value) -> ir.Value:
-                """First .. first + S - 1, [., S]."""
+                """The range first .. first + S - 1, [., S]."""
                 column = op.Unsqueeze(first, [1])
                 return column if window is None else op.Add(column, window)
 

@@ -9,12 +9,12 @@
 
 namespace tarflow::detail {
 
-/// Hands out buffers with whatever an earlier user wrote, or zeros. Any number of threads may use it.
+/// Provides buffers that hold values of an earlier user, or zeros. Any number of threads may use it.
 class CachePool {
  public:
-  static constexpr std::size_t kBytes = 64 << 20;  // kept at most; what was given back first goes first
+  static constexpr std::size_t kBytes = 64 << 20;  // limit; the buffers returned first are freed first
 
-  /// A buffer of that shape, for the caller alone.
+  /// A buffer of that shape, for exclusive use by the caller.
   Buffer take(const Shape& shape, ONNXTensorElementDataType type) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -28,7 +28,7 @@ class CachePool {
     }
     return {shape, type};
   }
-  /// Take back what nobody uses any more; it is freed where there is no memory to note it. Called by destructors.
+  /// Return an unused cache to the pool; it is freed if there is no memory to record it. Called by destructors.
   void give(Buffer buffer) noexcept {
     const std::lock_guard<std::mutex> lock(mutex_);
     const std::size_t bytes = buffer.bytes();

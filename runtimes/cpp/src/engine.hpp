@@ -29,7 +29,7 @@ struct Part {
 /// `count` equal parts of the images, in order.
 std::vector<Part> cut(std::int64_t images, std::int64_t count);
 
-/// z of a block for some images, and what the way back needs.
+/// z of a block for some images, and the activations for its backward pass.
 struct ForwardHalf {
   Floats z;
   Shape shape;  // [B, N, D]
@@ -50,7 +50,7 @@ class Engine {
   const Config& config() const { return bundle_.config; }
   const Logger& logger() const { return logger_; }
   int threads() const { return threads_; }
-  /// Parts of a batch that run faster side by side, each in a thread of its own; 1 where they do not.
+  /// The number of parts of a batch to run in parallel threads; 1 if that is not faster.
   std::int64_t workers() const { return workers_; }
 
   /// B of patches [B, N, D].
@@ -63,9 +63,9 @@ class Engine {
   Floats forward(std::int64_t block, const Floats& patches, const Labels& labels, std::vector<double>& log_det) const;
   /// Derivative of (cotangent . z + log|det|) of one block with respect to its `patches`, [B, N, D].
   Floats gradient(std::int64_t block, const Floats& patches, const Floats& cotangent, const Labels& labels) const;
-  /// Images that `vjp` may take so that what it keeps of all blocks fits; 0 where `gradient` is to be used.
+  /// The most images for `vjp` such that the activations of all blocks fit; 0 to use `gradient` instead.
   std::int64_t vjp_images() const;
-  /// Patches [B, N, D] -> z and the way back. `alone`: no other call runs meanwhile.
+  /// Patches [B, N, D] -> z and the saved activations. `alone`: no other call runs meanwhile.
   ForwardHalf vjp(std::int64_t block, const Floats& patches, const Labels& labels, bool alone) const;
 
  private:

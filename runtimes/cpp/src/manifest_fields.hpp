@@ -14,7 +14,7 @@ namespace tarflow::detail {
 using Json = nlohmann::json;
 
 struct Fields {
-  static constexpr std::int64_t kLargest = 1 << 20;  // of a count, unless told
+  static constexpr std::int64_t kLargest = 1 << 20;  // default limit of a count
 
   const Json& data;
   const std::string& root;  // of the bundle

@@ -41,7 +41,7 @@ std::string program_folder() {
   return whole.substr(0, whole.rfind('/') + 1);
 }
 
-/// The explicit choices are tried alone: a library that was asked for is taken, or is an error.
+/// An explicitly requested library is used or is an error; no other is tried.
 std::vector<std::string> candidates(const std::string& library) {
   if (!library.empty()) return {library};
   const char* variable = std::getenv("TARFLOW_ORT_LIBRARY");
@@ -58,7 +58,7 @@ std::vector<std::string> candidates(const std::string& library) {
   return found;
 }
 
-/// What ONNX Runtime says outside of sessions also comes back as the status of the call that failed.
+/// Messages of ONNX Runtime outside of sessions are also in the status of the call that failed.
 void say_nothing(void*, OrtLoggingLevel, const char*, const char*, const char*, const char*) {}
 
 /// Whether a path, however written, is that of the library in use.

@@ -18,7 +18,7 @@ struct Arguments {
   tarflow::Model::Options model;
 };
 
-/// An error of input: one line, and how to mend it.
+/// An input error: one line, and how to fix it.
 tarflow::Error refused(const std::string& message,
                        const std::string& hint = "tarflow-sample --help lists what it takes");
 

@@ -2,7 +2,7 @@
 ///
 ///     y[r][n] = b[n] + sum_k x[r][k] W[n][k]
 ///
-/// Each output is summed in one order, whatever tile it is computed in: over groups of 64 k, and in each group by a
+/// Each output is summed in a fixed order, independent of its tile: over groups of 64 k, and in each group by a
 /// chain of fused multiply-adds. (One chain over all k would be twice as far from float64.) In plain loops:
 ///
 ///     for each row r, output n:

@@ -1,23 +1,38 @@
-/* tarflow_native.h: the sequential inverse of one TarFlow block on the CPU.
+/* tarflow_native.h: the sequential inverse of one TarFlow block on the CPU. Pack the weights of a block once, then
+ * invert it for any batch of noise z:
  *
- *     x_0 = z_0;   x_{i+1} = z_{i+1} exp(a_i) + b_i,   (a_i, b_i) from x_0 .. x_i,   i = 0 .. N-2
+ *   #include <stdlib.h>
+ *   #include <tarflow_native.h>
  *
- * Pack the weights of a block once, then invert it for any batch:
+ *   int32_t invert(const tarflow_native_shape *shape, const tarflow_native_tensor *tensors, int64_t count,
+ *                  const void *weights, size_t weights_bytes, int64_t batch, const float *z, float *x) {
+ *     size_t packed_bytes = tarflow_native_packed_bytes(shape, "float32");
+ *     size_t workspace_bytes = tarflow_native_workspace_bytes(shape, batch, 1, 2);
+ *     void *packed = aligned_alloc(TARFLOW_NATIVE_ALIGNMENT, packed_bytes);
+ *     void *workspace = aligned_alloc(TARFLOW_NATIVE_ALIGNMENT, workspace_bytes);
+ *     tarflow_native_run run = {.struct_size = sizeof run, .packed = packed, .packed_bytes = packed_bytes,
+ *                               .batch = batch, .branches = 1, .steps = shape->patches - 1, .threads = 2, .noise = z,
+ *                               .x = x, .workspace = workspace, .workspace_bytes = workspace_bytes};
+ *     int32_t status = tarflow_native_pack(shape, "float32", tensors, count, weights, weights_bytes, packed,
+ *                                          packed_bytes, NULL);
+ *     if (status == TARFLOW_NATIVE_OK) status = tarflow_native_invert(&run);
+ *     free(workspace);
+ *     free(packed);
+ *     return status;  // tarflow_native_message(status) says what it means
+ *   }
  *
- *     size_t bytes = tarflow_native_packed_bytes(&shape, "float32");
- *     tarflow_native_pack(&shape, "float32", tensors, count, weights, weights_bytes, packed, bytes, NULL);
- *     run.packed = packed; ...
- *     tarflow_native_invert(&run);
+ * The inverse is x_0 = z_0;  x_{i+1} = z_{i+1} exp(a_i) + b_i for i = 0 .. N-2, with (a_i, b_i) from x_0 .. x_i.
  *
- * Axis letters: B images, N patches, D values of a patch, W width, E head dimension, L layers, G branches (1 or 2).
+ * Axis letters: B images, N patches, D values per patch, W width, E head dimension, L layers, G branches (1 or 2).
  *
- * One set of bits: finite results depend on the weights, the noise and the conditions of an image alone, not on the
- * batch, the place in it, the number of threads or the kernel (WebAssembly, which has no fused multiply-add, excepted).
+ * Results are bit-identical: finite values depend only on the weights and on the noise and conditions of an image, not
+ * on the batch, the position in the batch, the number of threads or the kernel. The exception is WebAssembly, which has
+ * no fused multiply-add.
  *
- * Memory is the caller's: nothing is allocated but the stacks of threads, and nothing outlives a call but a note of when
- * threads last had to wait for each other, after which they do not share columns for a while. Any function
- * may be called from any number of threads at once; calls that run at once need workspaces of their own and may share
- * the packed weights. Buffers `packed` and `workspace` begin at a multiple of TARFLOW_NATIVE_ALIGNMENT bytes.
+ * The caller provides all memory: the library allocates only the stacks of threads. The only state between calls is a
+ * note of when threads last had to wait for each other; they then stop sharing columns for a while. Any function may be
+ * called from any number of threads at once; concurrent calls need separate workspaces and may share the packed weights.
+ * `packed` and `workspace` must be aligned to TARFLOW_NATIVE_ALIGNMENT bytes.
  */
 #ifndef TARFLOW_NATIVE_H
 #define TARFLOW_NATIVE_H
@@ -37,16 +52,16 @@
 extern "C" {
 #endif
 
-/* Changes whenever a structure, a function or the layout of packed weights does. */
+/* Changes whenever a struct, a function or the layout of packed weights changes. */
 #define TARFLOW_NATIVE_ABI 1
 #define TARFLOW_NATIVE_ALIGNMENT 64
 
 typedef enum tarflow_native_status {
   TARFLOW_NATIVE_OK = 0,
-  TARFLOW_NATIVE_CANCELLED = 1,      /* x holds the patches finished so far, noise in the others */
+  TARFLOW_NATIVE_CANCELLED = 1,      /* x holds the patches finished so far, and noise for the others */
   TARFLOW_NATIVE_BAD_SHAPE = 2,      /* a size is not positive, too large, or W is not a multiple of E */
   TARFLOW_NATIVE_BAD_PRECISION = 3,  /* not float32, bfloat16 or int8 */
-  TARFLOW_NATIVE_BAD_TENSOR = 4,     /* one is missing, has another dtype or shape, or leaves the file */
+  TARFLOW_NATIVE_BAD_TENSOR = 4,     /* a tensor is missing, has the wrong dtype or shape, or exceeds the file */
   TARFLOW_NATIVE_BAD_ORDER = 5,      /* `order` is neither 0 .. N-1 nor N-1 .. 0 */
   TARFLOW_NATIVE_SMALL_BUFFER = 6,   /* packed or workspace is smaller than needed, or not aligned */
   TARFLOW_NATIVE_NOT_PACKED = 7,     /* `packed` was not written by tarflow_native_pack of this version */
@@ -61,11 +76,11 @@ typedef struct tarflow_native_shape {
   int64_t width;    /* W */
   int64_t layers;   /* L */
   int64_t head_dim; /* E */
-  int64_t classes;  /* 0 for models without */
-  int64_t nvp;      /* 0: shifts alone, a = 0 */
+  int64_t classes;  /* 0 for models without classes */
+  int64_t nvp;      /* 0: shifts only, a = 0 */
 } tarflow_native_shape;
 
-/* An entry of a bundle's table of tensors (docs/BUNDLE.md). */
+/* An entry of the table of tensors of a bundle (docs/BUNDLE.md). */
 typedef struct tarflow_native_tensor {
   const char *name;
   const char *dtype; /* as in the manifest */
@@ -81,45 +96,45 @@ typedef struct tarflow_native_run {
   size_t packed_bytes;
   int64_t batch;                    /* B, at least 1 */
   int64_t branches;                 /* G; the second branch is the unguided one */
-  int64_t steps;                    /* 0 .. N-1: how many patches after the first are finished */
-  int64_t threads;                  /* at most; they share out the images, or the columns of a few */
+  int64_t steps;                    /* 0 .. N-1: how many patches to compute after the first */
+  int64_t threads;                  /* the most threads to use; they divide the images, or the columns of a few */
   const char *kernel;               /* a name from tarflow_native_kernel, or NULL for the best */
   const float *noise;               /* z [B, N, D] */
   float *x;                         /* [B, N, D], may be `noise` */
   const int64_t *labels;            /* [G, B], 0 .. classes; NULL for models without classes */
-  const float *guidance;            /* [B, 2, N], of a and of b; read where G is 2, else may be NULL */
-  const float *inverse_temperature; /* [G, B], or NULL for 1 */
+  const float *guidance;            /* [B, 2, N], weights for a and b; may be NULL if G is 1 */
+  const float *inverse_temperature; /* [G, B], or NULL for all ones */
   void *workspace;
   size_t workspace_bytes;
-  const int32_t *cancel; /* NULL, or: another thread stores a 1 (atomically), and the call ends within a step */
-  int64_t *progress;     /* NULL, or: grows (atomically) by one for each image and step, up to B * steps */
+  const int32_t *cancel; /* or NULL: when another thread stores 1 (atomically), the call returns within a step */
+  int64_t *progress;     /* or NULL: incremented (atomically) for each image and step, up to B * steps */
 } tarflow_native_run;
 
 /* TARFLOW_NATIVE_ABI of the library. */
 TARFLOW_NATIVE_API int32_t tarflow_native_abi(void);
 
-/* Names of the kernels that run on this machine, the best first: x86-64-v4-vnni, x86-64-v4, x86-64-v3, aarch64, portable; NULL past the
- * last. Number 0 is what runs. */
+/* Names of the kernels that run on this machine, fastest first: x86-64-v4-vnni, x86-64-v4, x86-64-v3, aarch64, portable;
+ * NULL after the last. Number 0 is the default. */
 TARFLOW_NATIVE_API const char *tarflow_native_kernel(int64_t number);
 
-/* What a status means, in English; static. */
+/* The meaning of a status, in English; a static string. */
 TARFLOW_NATIVE_API const char *tarflow_native_message(int32_t status);
 
-/* Bytes of a packed block; 0 where shape or precision cannot be packed. */
+/* Size of a packed block in bytes; 0 if the shape or precision is invalid. */
 TARFLOW_NATIVE_API size_t tarflow_native_packed_bytes(const tarflow_native_shape *shape, const char *precision);
 
-/* Lays the weights of a block out for the kernels; the same bytes for all of them. `weights` is the block's weights.bin
- * in memory. On BAD_TENSOR, `*culprit` (unless NULL) is the name of the tensor; static. */
+/* Arranges the weights of a block for the kernels; the layout is the same for all of them. `weights` is the block's
+ * weights.bin in memory. On BAD_TENSOR, `*culprit` (unless NULL) is the name of the tensor, a static string. */
 TARFLOW_NATIVE_API int32_t tarflow_native_pack(const tarflow_native_shape *shape, const char *precision,
                                                const tarflow_native_tensor *tensors, int64_t count, const void *weights,
                                                size_t weights_bytes, void *packed, size_t packed_bytes,
                                                const char **culprit);
 
-/* Bytes of workspace that inverting needs, bounded in B; 0 where an argument is out of range. */
+/* Size of the workspace in bytes, which is bounded as B grows; 0 if an argument is out of range. */
 TARFLOW_NATIVE_API size_t tarflow_native_workspace_bytes(const tarflow_native_shape *shape, int64_t batch,
                                                          int64_t branches, int64_t threads);
 
-/* Inverts a block. Whatever it returns, only x and the workspace have been written. */
+/* Inverts a block. It writes only to x and the workspace, whatever status it returns. */
 TARFLOW_NATIVE_API int32_t tarflow_native_invert(const tarflow_native_run *run);
 
 #ifdef __cplusplus

@@ -4,7 +4,7 @@
     erf(x / sqrt 2) ~ x p(x^2) / q(x^2)           |x| <= LIMIT,      p of degree 6, q of degree 4, q(0) = 1
 
 Lawson's iteration: least squares whose weights grow where the error is large converge to the minimax fit. The rational
-one is made linear by the denominator of the round before (Sanathanan and Koerner 1963).
+fit is linearised with the denominator of the previous round (Sanathanan and Koerner 1963).
 
     python runtimes/native/tools/fit.py
 """

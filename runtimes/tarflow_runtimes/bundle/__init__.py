@@ -1,1 +1,1 @@
-"""The format on disk: the reader, and how far a computed array may be from its reference."""
+"""The bundle format: its reader, and the tolerances for comparisons with the reference outputs."""

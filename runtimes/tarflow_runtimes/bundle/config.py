@@ -1,4 +1,4 @@
-"""`ModelConfig`: the shape of a model, and the names of what a bundle may be.
+"""`ModelConfig`: the configuration of a model, and the values that the fields of a bundle may have.
 
 Axis letters used in this package: `B` images, `N` patches, `D` values per patch (C * p * p), `W` width, `C` image
 channels, `H` heads, `E` head dimension, `L` layers per block, `K` flow blocks, `G` guidance branches (1 or 2),
@@ -14,14 +14,14 @@ Order = Literal["identity", "reversed"]
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 MODEL_LIMIT: Final = 1 << 44
-"""Of blocks * layers * patches^2 * width; the engines' counts of bytes then fit 64 bits."""
+"""Limit of blocks * layers * patches^2 * width, so that byte counts in engines fit 64 bits."""
 IMAGE_LIMIT: Final = 1 << 31
-"""Of the values of an image."""
+"""Limit of the number of values in an image."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The shape of the model in a bundle; the fields are those of the manifest's `config`.
+    """The configuration of the model in a bundle; the fields are those of the manifest's `config`.
 
     The data are square images of `image_size`, cut into patches, or `tokens` of `token_values` each; the fields of the
     other kind are None. `noise_std` is sigma of the training noise in model units ([-1, 1] images), None when unknown
@@ -46,12 +46,12 @@ class ModelConfig:
 
     @property
     def data(self) -> Literal["image", "tokens"]:
-        """What the model's data are."""
+        """The kind of data, images or tokens."""
         return "image" if self.tokens is None else "tokens"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image, (C, height, width), or of the tokens, (N, D)."""
+        """Shape of one image, (C, height, width), or of the tokens, (N, D)."""
         if self.image_size is None or self.image_channels is None:
             return self.patches, self.patch_values
         return self.image_channels, self.image_size, self.image_size
@@ -77,5 +77,5 @@ class ModelConfig:
 
     @property
     def heads(self) -> int:
-        """H = W / E."""
+        """The number of attention heads, H = W / E."""
         return self.width // self.head_dim

@@ -1,4 +1,4 @@
-"""`open_bundle`: read a bundle directory, and refuse one that is damaged or unsafe. The format is docs/BUNDLE.md."""
+"""`open_bundle`: read a bundle directory (docs/BUNDLE.md), and refuse one that is damaged or unsafe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MANIFEST: Final = "manifest.json"
 FORMAT: Final = "tarflow-bundle"
 SCHEMA_VERSION: Final = 2
 PORTABLE: Final = "portable"
-"""The provider whose graphs run on any runtime and lie in the folder of every block."""
+"""The provider of the graphs that run on any runtime, stored in the folder of every block."""
 
 T = TypeVar("T")
 C = TypeVar("C", bound=str)
@@ -31,12 +31,12 @@ _FETCH_HINT = "export the checkpoint again, or fetch the bundle again"
 _UNSAFE_HINT = "do not use this bundle; fetch it from its source"
 
 _ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
-"""Bytes of a value of the dtypes that `weights.bin` holds."""
+"""Size in bytes of the dtypes in `weights.bin`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """One flow block: its order of patches, and absolute paths: of its weights and its portable graphs by kind."""
+    """One flow block: its order of patches, and the absolute paths of its weights and portable graphs, by kind."""
 
     order: Order
     weights: Path
@@ -44,13 +44,13 @@ class Block:
 
     @property
     def is_reversed(self) -> bool:
-        """Whether it works from the last patch to the first."""
+        """Whether the block processes patches from last to first."""
         return self.order == "reversed"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Tensor:
-    """Where a tensor lies in every `weights.bin` (bytes), and what it is."""
+    """A tensor: its dtype and shape, and its place in every `weights.bin` (bytes)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,12 +60,12 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """An opened bundle: its manifest and where its files are.
+    """An opened bundle: its manifest and the paths of its files.
 
     `digest` is the SHA-256 of manifest.json, which identifies the bundle; `precision` is one of PRECISIONS and
-    `cache_dtype` that of linear activations and caches; `tensors` is the table of what every `weights.bin` holds;
-    `graphs` are the run-ready graphs, provider -> kind -> path; `prior_variance` is [N, D], or None when it
-    is one everywhere.
+    `cache_dtype` the dtype of linear activations and caches; `tensors` is the table of tensors in every `weights.bin`;
+    `graphs` are the run-ready graphs, provider -> kind -> path; `prior_variance` is [N, D], or None when it is one
+    everywhere.
     """
 
     path: Path
@@ -88,7 +88,7 @@ class Bundle:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of the weights of one block."""
+        """Size in bytes of the weights of one block."""
         return max(1, *(tensor.offset + tensor.nbytes for tensor in self.tensors.values()))
 
     def graph(self, provider: str, kind: str, block: int) -> Path:
@@ -113,10 +113,10 @@ class Bundle:
         return file.relative_to(self.path).as_posix()
 
     def read(self, file: Path) -> bytes:
-        """The contents of a file of the bundle; what was checked when the bundle was opened is what is returned.
+        """The contents of a file of the bundle, checked to be unchanged since the bundle was opened.
 
         Raises:
-            BundleError: when it is gone, or is not what it was.
+            BundleError: when the file is gone or has changed.
         """
         try:
             data = file.read_bytes()
@@ -127,7 +127,7 @@ class Bundle:
         return data
 
     def tensor(self, block: int, name: str) -> npt.NDArray[Any]:
-        """The contents of a tensor of a block; bfloat16 as its bits, uint16.
+        """The contents of a tensor of a block; bfloat16 values are returned as uint16 bits.
 
         Raises:
             BundleError: when the file is gone or too short.
@@ -145,7 +145,7 @@ class Bundle:
 
 
 def open_bundle(path: str | os.PathLike[str], verify_digests: bool = True) -> Bundle:
-    """Read the bundle directory at `path` and check it: manifest, paths, sizes, and SHA-256 unless told not to.
+    """Read the bundle directory at `path` and check manifest, paths, sizes and, by default, SHA-256 digests.
 
     Raises:
         BundleError: when anything in it is missing, damaged, unsafe or newer than this package.
@@ -185,7 +185,7 @@ def open_bundle(path: str | os.PathLike[str], verify_digests: bool = True) -> Bu
 
 
 class _Fields:
-    """A JSON object that is read field by field, with errors that name the field."""
+    """A JSON object whose fields are read one by one; errors name the field."""
 
     def __init__(self, data: Mapping[str, Any], root: Path, where: str) -> None:
         self.data = data
@@ -299,7 +299,7 @@ def _check_cache(fields: _Fields, config: ModelConfig, dtype: str) -> None:
 
 
 def _confined(root: Path, name: str) -> Path:
-    """The absolute path of the bundle's file `name`; refuses to leave the directory or to follow a link."""
+    """The absolute path of the bundle's file `name`; refuses paths outside the directory and symbolic links."""
 
     def refuse(problem: str) -> BundleError:
         return BundleError(f"bundle {root.name}: path {name!r} {problem}", hint=_UNSAFE_HINT)
@@ -324,7 +324,7 @@ def _confined(root: Path, name: str) -> Path:
 
 
 def _check_files(root: Path, fields: _Fields, *, verify_digests: bool) -> tuple[dict[str, Path], dict[Path, str]]:
-    """Every file of the manifest, checked, and that there is no other: name -> absolute path, path -> digest."""
+    """Check every file, and that there are no others; returns name -> absolute path, and path -> digest."""
     paths, digests = {}, {}
     for name in fields.data:
         entry = fields.child(name)
@@ -393,7 +393,7 @@ def _read_graphs(fields: _Fields, files: Mapping[str, Path]) -> dict[str, dict[s
 
 
 def _read_tensors(fields: _Fields, config: ModelConfig, size: int) -> dict[str, Tensor]:
-    """The table of tensors, all of which lie within the first `size` bytes of a file."""
+    """The table of tensors, checked to lie within `size` bytes."""
     tensors = {}
     for name in fields.data:
         entry = fields.child(name)

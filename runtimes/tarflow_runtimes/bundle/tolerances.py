@@ -112,7 +112,7 @@ TOLERANCES: Final[Mapping[tuple[str, str], Mapping[str, Tolerance]]] = {
     **{(engine, "float32"): _GPU_EXACT for engine in GPU_ENGINES},
     **{(engine, "float16"): _GPU_ROUNDED for engine in GPU_ENGINES},
 }
-"""(engine, precision it computes in) -> stage -> tolerance; `*` stands for every engine without a line of its own."""
+"""(engine, precision it computes in) -> stage -> tolerance; `*` stands for every engine without its own row."""
 
 
 def tolerance_for(engine: str, precision: str, stage: str) -> Tolerance:
@@ -122,7 +122,7 @@ def tolerance_for(engine: str, precision: str, stage: str) -> Tolerance:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One computed array beside its reference.
+    """The comparison of a computed array with its reference.
 
     `max_abs`, `mean_abs`, `max_scaled`, `relative` (L2) and `cosine` are of the whole array, in float64; `non_finite`
     counts NaN and infinite values of either side. `value` is the measure that the tolerance bounds. `graph` is the file

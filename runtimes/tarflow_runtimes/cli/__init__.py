@@ -1,1 +1,1 @@
-"""The command line: one file a verb, the table of verbs, and the options that several verbs share."""
+"""The command line: one file per command, the table of commands, and shared options."""

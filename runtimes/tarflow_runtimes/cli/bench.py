@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 app = new_app()
 
 NAMES = ("engine", "guidance", "batch", "decode")
-"""Columns that say which case a row is."""
+"""Columns that identify the case of a row."""
 
 WIDTH = 160
-"""Columns that tables may take at least, so that nothing is cut; most take 80 to 100."""
+"""Minimal width available to tables, so that nothing is cut off; most need 80 to 100."""
 
 
 @command(app)
@@ -38,22 +38,22 @@ def bench(
     engine: Annotated[str, typer.Option(metavar="LIST", help=ENGINES_HELP)] = "cpu",
     tf32: Tf32 = False,
     engine_dir: EngineDir = None,
-    batch: Annotated[str, typer.Option(metavar="LIST", help="Images that run together.")] = "1,16",
+    batch: Annotated[str, typer.Option(metavar="LIST", help="Batch sizes.")] = "1,16",
     decode: Annotated[
         str,
         typer.Option(
             metavar="LIST",
-            help="sequential, parallel, parallel:WINDOW, auto (what tarflow tune found); compared with the first.",
+            help="sequential, parallel, parallel:WINDOW, auto (the tuned plan); compared with the first.",
         ),
     ] = "sequential,auto",
     guidance: Annotated[str, typer.Option(metavar="LIST", help="Guidance weights, 0 for none.")] = "0",
     tolerance: Annotated[
-        float | None, typer.Option(metavar="MOVE", help="Of parallel and auto. [default: 1e-5, or as tuned]")
+        float | None, typer.Option(metavar="MOVE", help="Tolerance of parallel and auto. [default: 1e-5, or as tuned]")
     ] = None,
-    rounds: Annotated[int, typer.Option(metavar="COUNT", help="Times that each combination is measured.")] = 7,
+    rounds: Annotated[int, typer.Option(metavar="COUNT", help="Measurements of each combination.")] = 7,
     seed: Annotated[int, typer.Option(metavar="SEED", help="Seed of the noise, new in each round.")] = 0,
     no_ceilings: Annotated[
-        bool, typer.Option("--no-ceilings", help="Do not measure what the machine can do at most.")
+        bool, typer.Option("--no-ceilings", help="Do not measure the limits of the machine.")
     ] = False,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE.json", help="Also write all results.")
@@ -66,7 +66,7 @@ def bench(
 ) -> None:
     """Measure how fast a bundle decodes on this machine.
 
-    Every combination of the lists is timed once a round, in turn. LIST is separated by commas.
+    Every combination of the lists is timed once per round, in turn. Separate the items of a LIST by commas.
     """
     engines = items("--engine", engine, str)
     batches = items("--batch", batch, count)
@@ -113,7 +113,7 @@ def bench(
 
 
 def _write(result: BenchResult, data: Output | None, plot: Output | None) -> None:
-    """Both files, each whole or not at all; everything is made before the first is written."""
+    """Write both files atomically, after all contents have been prepared."""
     from tarflow_runtimes.io.write import publish
     from tarflow_runtimes.measure.bench_plot import draw_plot
 
@@ -184,7 +184,7 @@ def _case_table(result: BenchResult) -> Table:
 
 
 def _step_table(result: BenchResult) -> Table:
-    """A step of the sequential cases, and its rates beside what the machine can do."""
+    """The table of sequential steps, with rates relative to the machine's limits."""
     title = "Sequential steps" + ("" if result.ceilings is None else " (share of the ceiling of all threads)")
     table = _table(title, (*NAMES, "step\nus", "slope\nus/index", "GFLOP/s", "GB/s"))
     ceilings = None if result.ceilings is None else result.ceilings.all_threads
@@ -201,7 +201,7 @@ def _step_table(result: BenchResult) -> Table:
 
 
 def _block_table(result: BenchResult) -> Table:
-    """Milliseconds of each block, in the order in which they run, with the calls of an image where it is parallel."""
+    """Milliseconds per block, in the order in which they run, with the calls per image of parallel blocks."""
     order = [block.block for block in result.cases[0].blocks]
     columns = (*NAMES, *(f"block {block}\nms" for block in order))
     table = _table("Blocks (calls of an image: mean, most)", columns)
@@ -229,10 +229,10 @@ def _names(one: CaseResult) -> tuple[str, ...]:
 
 
 def _figures(value: float) -> str:
-    """Three figures, without an exponent."""
+    """Format a number with three digits and without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _of(value: float, ceiling: float | None) -> str:
-    """A rate, and its share of the machine's."""
+    """Format a rate, and its share of the machine's limit."""
     return _figures(value) + ("" if ceiling is None else f" ({100 * value / ceiling:.0f}%)")

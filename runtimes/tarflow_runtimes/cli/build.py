@@ -1,4 +1,4 @@
-"""`tarflow build`: TensorRT's engines of a bundle, built ahead of their first use."""
+"""`tarflow build`: build TensorRT engines for a bundle before their first use."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def build(
     window: Window = DEFAULT_WINDOW,
     target: Target = None,
     workspace: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Scratch memory that a layer may use, as 1G. [default: no limit]")
+        str | None, typer.Option(metavar="SIZE", help="Scratch memory per layer, such as 1G. [default: no limit]")
     ] = None,
     engine_dir: EngineDir = None,
     max_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="What engines may take; those not used for longest go.")
+        str, typer.Option(metavar="SIZE", help="Size limit of all engines; the least recently used are removed.")
     ] = "20G",
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build engines that are there, too.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Also rebuild engines that exist.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Build the engines of a bundle and keep them, so that the first image needs no build.
+    """Build and store the engines of a bundle, so that the first image needs no build.
 
-    trt builds on the GPU that runs the engines; trt-rtx needs no GPU and builds for chosen architectures. Engines that
-    are there already are not built again.
+    trt builds on the GPU that runs the engines; trt-rtx needs no GPU and builds for the given architectures. Existing
+    engines are not built again.
     """
     check_builds(engine)
     facts = build_engines(
@@ -79,7 +79,7 @@ def build(
 
 
 def check_builds(engine: str) -> None:
-    """Refuse an engine that is not built, or that cannot be built here: before any work."""
+    """Refuse an engine that needs no build, or that cannot be built here, before any work."""
     from tarflow_runtimes.engines.trt.gpu import gpu_for
     from tarflow_runtimes.engines.trt.package import import_package
 
@@ -99,7 +99,7 @@ def build_engines(
     max_bytes: int = DEFAULT_BYTES,
     rebuild: bool = False,
 ) -> dict[str, Any]:
-    """Build what is missing, say so on stderr, and return the facts for `--json`."""
+    """Build missing engines, report them on stderr, and return the facts for `--json`."""
     from tarflow_runtimes.bundle.reader import open_bundle
     from tarflow_runtimes.engines.trt.gpu import gpu_for
     from tarflow_runtimes.engines.trt.package import import_package

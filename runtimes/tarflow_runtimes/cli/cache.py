@@ -1,4 +1,4 @@
-"""`tarflow cache`: which engines are kept, why one is used or not, and removing those that are not."""
+"""`tarflow cache`: list the stored engines, explain whether they can be used, and remove unused ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def cache(
     *,
     engine: Annotated[
         str | None,
-        typer.Option(metavar="trt|trt-rtx", help="explain: of which (experimental) engine; needed with BUNDLE."),
+        typer.Option(metavar="trt|trt-rtx", help="explain: the (experimental) engine; required with BUNDLE."),
     ] = None,
     tf32: Tf32 = False,
     batch: Batch = DEFAULT_BATCH,
@@ -54,15 +54,15 @@ def cache(
     target: Target = None,
     engine_dir: EngineDir = None,
     max_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="prune: what engines may take; those not used for longest go.")
+        str, typer.Option(metavar="SIZE", help="prune: size limit of all engines; the least recently used are removed.")
     ] = "20G",
     as_json: Json = False,
 ) -> None:
-    """Look after the engines that TensorRT has built.
+    """Manage the stored TensorRT engines.
 
-    list: what is kept. explain: for every engine whether this machine can use it; with BUNDLE and the options of
-    tarflow build, for every engine that would be needed the one that does, or why there is none. prune: remove what is
-    left of builds that were killed, and engines beyond --max-size.
+    list: all stored engines. explain: whether this machine can use each engine; with BUNDLE and the options of tarflow
+    build, which engine serves each graph, or why none does. prune: remove leftovers of killed builds, and engines
+    beyond --max-size.
     """
     from tarflow_runtimes.engines.trt.cache import EngineCache
 
@@ -139,7 +139,7 @@ def _explain_every(kept: EngineCache) -> Told:
 
 
 def _unusable(kept: EngineCache, sidecar: Sidecar, gpu: Gpu | None) -> str:
-    """Why this machine cannot use an engine, or nothing."""
+    """Why this machine cannot use an engine, or an empty string."""
     from tarflow_runtimes.engines.trt.explain import unusable
     from tarflow_runtimes.engines.trt.package import import_package
 

@@ -1,4 +1,4 @@
-"""`--decode`, `--tolerance`, `--window`, `--plans`: from options to the plan of a run, and its warnings on stderr."""
+"""`--decode`, `--tolerance`, `--window`, `--plans`: convert options to the plan of a run; show warnings on stderr."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def check_decode(decode: str, tolerance: float | None, window: int | None, plans
     """Refuse options that are out of range or contradict each other.
 
     Raises:
-        InputError: on the first of them.
+        InputError: for the first problem found.
     """
     if decode not in MODES:
         raise InputError(f"--decode must be one of {', '.join(MODES)}, got {decode!r}", hint="sequential is exact")
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0.0):
         raise InputError(f"--tolerance must be finite and not negative, got {tolerance}", hint="0.00001 is the default")
     if tolerance is not None and decode == "sequential":
-        raise InputError("--tolerance is of parallel decoding", hint="add --decode parallel or --decode auto")
+        raise InputError("--tolerance only applies to parallel decoding", hint="add --decode parallel or --decode auto")
     if window is not None and decode != "parallel":
-        raise InputError("--window is of parallel decoding", hint="add --decode parallel")
+        raise InputError("--window only applies to parallel decoding", hint="add --decode parallel")
     if plans is not None and decode != "auto":
-        raise InputError("--plans is what --decode auto uses", hint="add --decode auto")
+        raise InputError("--plans only applies to --decode auto", hint="add --decode auto")
     if plans is not None and not plans.is_file():
         raise InputError(f"--plans {plans}: no such file", hint="tarflow tune -o FILE makes one")
     if window is not None and window < 1:
@@ -41,7 +41,7 @@ def check_decode(decode: str, tolerance: float | None, window: int | None, plans
 
 
 def plan_of(flow: Flow, decode: str, tolerance: float | None, window: int | None, file: Path | None) -> Any:
-    """The `plan` argument of `Flow.sample` and `Flow.decode`; says on stderr when auto has nothing to go by."""
+    """The `plan` argument of `Flow.sample` and `Flow.decode`; reports on stderr when auto has no tuned plan."""
     from tarflow_runtimes.decode.plan import DEFAULT_TOLERANCE, Parallel
 
     if decode == "sequential":
@@ -56,7 +56,7 @@ def plan_of(flow: Flow, decode: str, tolerance: float | None, window: int | None
 
 @contextlib.contextmanager
 def warnings_told() -> Iterator[None]:
-    """Turn the library's warnings about decoding into lines on stderr."""
+    """Print the library's warnings about decoding as lines on stderr."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DecodeWarning)
         yield

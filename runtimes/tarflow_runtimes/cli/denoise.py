@@ -1,4 +1,4 @@
-"""`tarflow denoise`: the training noise out of images."""
+"""`tarflow denoise`: remove the training noise from images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def denoise(
             "-o",
             "--output",
             metavar="PATH",
-            help="images.npy or images.npz; of pictures also grid.png, or folder/ (a PNG per image).",
+            help="images.npy or images.npz; for images also grid.png, or folder/ (one PNG per image).",
         ),
     ],
     bundle: BundleOption = None,
@@ -42,16 +42,14 @@ def denoise(
     labels: LabelsOption = None,
     sigma: Annotated[
         float | None,
-        typer.Option(metavar="SIGMA", help="Deviation of the noise, in -1 .. 1. [default: the training noise]"),
+        typer.Option(metavar="SIGMA", help="Standard deviation of the noise. [default: the training noise]"),
     ] = None,
-    strength: Annotated[
-        float, typer.Option(metavar="FACTOR", help="How far to go along the gradient; 1 is the full step.")
-    ] = 1.0,
+    strength: Annotated[float, typer.Option(metavar="FACTOR", help="Fraction of the step along the gradient.")] = 1.0,
     batch_size: BatchOption = BATCH_SIZE,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Take Gaussian noise out of images: one step of sigma^2 along the gradient of the log-probability."""
+    """Remove Gaussian noise from images with one step of sigma^2 along the gradient of the log-probability."""
     import numpy as np
 
     from tarflow_runtimes.io.write import PICTURES, check_output, check_pictures, write_pictures

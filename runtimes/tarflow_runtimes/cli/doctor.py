@@ -1,4 +1,4 @@
-"""`tarflow doctor`: what this machine has for each engine, and the command that brings what is missing."""
+"""`tarflow doctor`: which engines are ready on this machine, and how to install what the others lack."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ CPU_ENGINES = ("native", "ort-cpu")
 def doctor(
     as_json: Json = False,
 ) -> None:
-    """Say which engines are ready on this machine, and the command that makes the others so.
+    """Report which engines are ready on this machine, and the commands that install what the others lack.
 
-    Looks at the driver, the GPUs, and the packages and libraries that load, each in a process of its own. The exit code
-    is 0 when an engine of the CPU, native or ort-cpu, is ready, else 1.
+    Checks the driver, the GPUs, and the packages and libraries, each in a separate process. The exit code is 0 if an
+    engine for the CPU, native or ort-cpu, is ready, else 1.
     """
     from tarflow_runtimes.doctor import choose, gather, verdicts, warnings
 
@@ -52,7 +52,7 @@ def doctor(
 
 
 def _print_facts(facts: Facts) -> None:
-    """A line for each thing: its name, and its version and file or why it is not there."""
+    """One line per item: its name, and its version and file, or why it is missing."""
     from tarflow_runtimes.doctor.facts import file_name
 
     driver = facts.driver
@@ -76,7 +76,7 @@ def _print_facts(facts: Facts) -> None:
 
 
 def _print_engines(engines: dict[str, Any], auto: str) -> None:
-    """A line for each engine, with the remedy on a line of its own."""
+    """One line per engine, with the remedy on a separate line."""
     typer.echo()
     for name, verdict in engines.items():
         experimental = " (experimental)" * verdict["experimental"]

@@ -1,4 +1,4 @@
-"""`tarflow encode`: images to the noise that they would be drawn from."""
+"""`tarflow encode`: map images to latents."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ app = new_app()
 def encode(
     files: Files,
     *,
-    output: Annotated[
-        str, typer.Option("-o", "--output", metavar="PATH", help="z.npy, or z.npz with log_det beside z.")
-    ],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="z.npy, or z.npz with z and log_det.")],
     bundle: BundleOption = None,
     engine: Engine = "cpu",
     tf32: Tf32 = False,
@@ -29,9 +27,9 @@ def encode(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Map images to the noise that they would be drawn from, z [B, N, D], and log|det| in nats.
+    """Map images to latents z [B, N, D], the noise that would produce them, and log|det| in nats.
 
-    tarflow infer --noise z.npy --no-denoise maps it back.
+    tarflow infer --noise z.npy --no-denoise maps them back.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""What the verbs that take image files share: `encode`, `denoise`, `log-prob`, `classify`."""
+"""Shared code of the commands that read image files: `encode`, `denoise`, `log-prob`, `classify`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tarflow_runtimes.io.read import ImageSet
 
 BATCH_SIZE = 64
-"""Images that run together unless told otherwise."""
+"""Default number of images that run together."""
 
 Files = Annotated[
     list[Path],
@@ -43,7 +43,7 @@ BatchOption = Annotated[int, typer.Option("--batch-size", metavar="COUNT", help=
 
 @dataclasses.dataclass(kw_only=True)
 class Work:
-    """One run of a verb: the images read, the model that takes them, and what came out."""
+    """One run of a command: the input images, the model, and the results."""
 
     flow: Flow
     images: ImageSet
@@ -67,7 +67,7 @@ class Work:
         return results
 
     def facts(self) -> dict[str, Any]:
-        """What ran: bundle, digest, engine, precision."""
+        """Facts about the run: bundle, digest, engine, precision."""
         bundle, engine = self.flow.bundle, self.flow.engine
         return {
             "bundle": str(bundle.path),
@@ -79,7 +79,7 @@ class Work:
     def finish(
         self, rows: Sequence[dict[str, Any]], written: Sequence[Path], *, as_json: bool, table: str = ""
     ) -> None:
-        """Say what came out: JSON, or a row of the table for each image, on stdout; a line about files on stderr."""
+        """Report the results: JSON, or one table row per image, on stdout; a line about files on stderr."""
         from tarflow_runtimes.cli.labels import label_name
 
         named = [{"file": self.images.name(index)} | row for index, row in enumerate(rows)]
@@ -102,7 +102,7 @@ class Work:
 def opened(
     paths: list[Path], bundle: Path | None, options: dict[str, Any], *, labels: str | None, batch_size: int
 ) -> Iterator[Work]:
-    """Open the model; read the images and labels that a verb was given."""
+    """Open the model; read the images and labels of a command."""
     require(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}", f"leave it out for {BATCH_SIZE}")
 
     import tarflow_runtimes as tfr
@@ -119,7 +119,7 @@ def opened(
 
 
 def png_names(images: ImageSet) -> list[str]:
-    """A PNG file for each image, called after the file that it came from; numbered where two would be the same."""
+    """PNG file names, one per image, named after its source file, and numbered if two would be the same."""
     stems = [path.stem + ("" if place is None else f"_{place:06d}") for path, place in images.sources]
     if len(set(stems)) < len(stems):
         stems = [f"{index:06d}_{stem}" for index, stem in enumerate(stems)]

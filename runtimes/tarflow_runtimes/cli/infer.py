@@ -47,7 +47,7 @@ def infer(
     ] = None,
     first_index: Annotated[
         int,
-        typer.Option(metavar="INDEX", help="Number of the first image: a job cut into parts draws the same images."),
+        typer.Option(metavar="INDEX", help="Number of the first image; for jobs that are split into parts."),
     ] = 0,
     batch_size: Annotated[
         int | None, typer.Option(metavar="COUNT", help="Images that run together. [default: 64]")
@@ -55,33 +55,33 @@ def infer(
     guidance: Annotated[float, typer.Option(metavar="WEIGHT", help="Guidance weight, 0 for none.")] = 0.0,
     guide: Annotated[str, typer.Option(metavar="a|b|ab", help="Guide the scales a, the shifts b, or both.")] = "ab",
     attention_temperature: Annotated[
-        float, typer.Option(metavar="TAU", help="Attention temperature of the branch that guidance moves away from.")
+        float, typer.Option(metavar="TAU", help="Attention temperature of the unguided branch.")
     ] = 1.0,
     anneal_guidance: Annotated[
-        bool, typer.Option("--anneal-guidance", help="Let guidance grow from patch to patch up to its weight.")
+        bool, typer.Option("--anneal-guidance", help="Increase guidance from patch to patch up to its weight.")
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(metavar="SEED", help="Seed of the noise. [default: drawn, and reported]")
+        int | None, typer.Option(metavar="SEED", help="Seed of the noise. [default: random, and reported]")
     ] = None,
     noise: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.npy", help="Start from this noise, float32 [COUNT, N, D], not from a seed."),
+        typer.Option(metavar="FILE.npy", help="Start from this noise, float32 [COUNT, N, D], instead of a seed."),
     ] = None,
     decode: Annotated[
         str,
-        typer.Option(metavar="sequential|parallel|auto", help="How blocks are inverted; auto takes the tuned plan."),
+        typer.Option(metavar="sequential|parallel|auto", help="How blocks are inverted; auto uses the tuned plan."),
     ] = "sequential",
     tolerance: Annotated[
         float | None,
-        typer.Option(metavar="MOVE", help="What counts as settled when decoding in parallel. [default: 0.00001]"),
+        typer.Option(metavar="MOVE", help="Tolerance of parallel decoding. [default: 0.00001]"),
     ] = None,
     window: Annotated[
         int | None, typer.Option(metavar="PATCHES", help="Patches per parallel evaluation. [default: the whole block]")
     ] = None,
     plans: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Tuned plans for auto. [default: those beside the bundle]")
+        Path | None, typer.Option(metavar="FILE", help="Tuned plans for auto. [default: next to the bundle]")
     ] = None,
-    no_denoise: Annotated[bool, typer.Option("--no-denoise", help="Leave the training noise in the images.")] = False,
+    no_denoise: Annotated[bool, typer.Option("--no-denoise", help="Keep the training noise in the images.")] = False,
     output: Annotated[
         str | None,
         typer.Option(
@@ -93,9 +93,9 @@ def infer(
         ),
     ] = None,
     overwrite: Overwrite = False,
-    captions: Annotated[bool, typer.Option("--captions", help="Write the labels into the grid.")] = False,
+    captions: Annotated[bool, typer.Option("--captions", help="Add the labels to the grid.")] = False,
     save_latents: Annotated[
-        str | None, typer.Option(metavar="FILE.npy", help="Also write the noise that the images were made from.")
+        str | None, typer.Option(metavar="FILE.npy", help="Also write the noise of the images.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -201,7 +201,7 @@ def infer(
 
 
 def _columns(count: int, *, period: int) -> int | None:
-    """Columns of a near-square grid in which labels that repeat stand below each other; None where that is not near."""
+    """Columns of a near-square grid in which repeated labels are aligned vertically; None if there is none."""
     side = math.sqrt(count)
     columns = period * max(1, round(side / period))
     return columns if 1 < period < count and columns <= 3 * side else None
@@ -210,7 +210,7 @@ def _columns(count: int, *, period: int) -> int | None:
 def _asked(
     n: int | None, labels: str | None, noise: Path | None, config: ModelConfig
 ) -> tuple[int, list[int] | None, Floats | None]:
-    """How many images are asked for, the labels listed, and the noise given; checked against the model."""
+    """The number of images, the labels and the noise, checked against the model."""
     from tarflow_runtimes.cli.labels import check_labels, parse_labels
     from tarflow_runtimes.io.read import load_float32
 
@@ -246,8 +246,8 @@ def _outputs(
     target = check_output(default if output is None else output, kinds=PICTURES, overwrite=overwrite)
     check_pictures(target, config.shape, names=names)
     if captions and target.kind != ".png":
-        mend = "give -o grid.png, or leave --captions out" if is_image else "leave --captions out"
-        raise InputError("--captions are written into a grid only", hint=mend)
+        hint = "give -o grid.png, or remove --captions" if is_image else "remove --captions"
+        raise InputError("--captions are written into a grid only", hint=hint)
     if save_latents is None:
         return target, None
     latents = check_output(save_latents, kinds=(".npy",), overwrite=overwrite, option="--save-latents")
@@ -268,7 +268,7 @@ def _check_options(
     batch_size: int | None,
     **_: bool,
 ) -> None:
-    """Refuse what is wrong with any bundle, before anything is loaded."""
+    """Refuse options that are invalid for any bundle, before anything is loaded."""
     checks = [
         (n is None or n >= 1, f"-n must be at least 1, got {n}", "leave it out for one image per label"),
         (

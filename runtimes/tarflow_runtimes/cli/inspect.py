@@ -1,4 +1,4 @@
-"""`tarflow inspect`: what a bundle holds."""
+"""`tarflow inspect`: the contents of a bundle."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SHOWN_LABELS = 10
 
 @command(app)
 def inspect(bundle: BundleArgument = None, as_json: Json = False) -> None:
-    """Say what a bundle holds: the model, its files, precision, verification.
+    """Describe a bundle: the model, its files, precision, verification.
 
-    Reads the manifest and checks that every file is there with its size; it runs nothing and hashes nothing.
+    Reads the manifest and checks that every file exists with the right size; runs no graph and computes no digest.
     """
     from tarflow_runtimes.bundle.reader import open_bundle
     from tarflow_runtimes.model.flow import shipped_bundle
@@ -78,13 +78,13 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
 
 
 def _object(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A field that nothing runs on: empty where it is absent or not an object."""
+    """An informational field; empty if it is missing or not an object."""
     value = manifest.get(name)
     return dict(value) if isinstance(value, dict) else {}
 
 
 def _print(facts: Mapping[str, Any]) -> None:
-    """The same facts for a person: a name and a value on each line."""
+    """The same facts for a person: one name and value per line."""
     model, size, labels = facts["model"], facts["bytes"], facts["labels"]
     data = f"{model['patches']} tokens of {model['patch_values']} values"
     if model["data"] == "image":

@@ -1,4 +1,4 @@
-"""`--labels`: words on the command line to class numbers."""
+"""`--labels`: convert names and numbers on the command line to class numbers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from tarflow_runtimes.errors import InputError
 
 NULL_WORDS = ("null", "-1")
-"""What stands for the null class in a list of labels."""
+"""The items of a list of labels that mean the null class."""
 
 SHOWN = 20
-"""Labels that an error lists at most."""
+"""The most labels that an error lists."""
 
 
 def parse_labels(text: str | None, *, classes: int, names: Sequence[str] | None) -> list[int] | None:
     """Class numbers of a comma-separated list; -1 is the null class.
 
-    An item is a name of the bundle, a class number, or `null`; `all` alone means every class in turn. Where names are
-    numbers themselves, numbers are names only: with the classes `1`, `2`, `3`, the label 1 is the first class.
+    An item is a name in the bundle, a class number, or `null`; `all` alone means every class in turn. Names that are
+    numbers have priority: with the classes `1`, `2`, `3`, the label 1 is the first class.
 
     Raises:
-        InputError: on a label that the model does not have, with those it has.
+        InputError: on an unknown label; the hint lists the valid ones.
 
     >>> parse_labels("cat,2,null", classes=3, names=["cat", "dog", "wild"])
     [0, 2, -1]
@@ -61,7 +61,7 @@ def check_labels(labels: Sequence[int] | None, n: int) -> None:
     """Refuse more labels than there are images.
 
     Raises:
-        InputError: when there are.
+        InputError: when there are more labels.
     """
     if labels is not None and len(labels) > n:
         raise InputError(
@@ -71,7 +71,7 @@ def check_labels(labels: Sequence[int] | None, n: int) -> None:
 
 
 def label_name(label: int, names: Sequence[str] | None) -> str:
-    """The name of a class number, the number itself where the bundle has no names, or `null`."""
+    """The name of a class number, the number itself if the bundle has no names, or `null`."""
     if label < 0:
         return "null"
     return str(label) if names is None else names[label]

@@ -1,4 +1,4 @@
-"""Options that take a list, as `--batch 1,16`."""
+"""Options that take a list, such as `--batch 1,16`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T", int, float, str)
 
 
 def items(option: str, text: str, read: Callable[[str], T]) -> list[T]:
-    """The items of a list separated by commas, each once.
+    """The items of a comma-separated list, without duplicates.
 
     Raises:
         InputError: when one is empty, or `read` raises ValueError for it.
@@ -31,14 +31,14 @@ def items(option: str, text: str, read: Callable[[str], T]) -> list[T]:
 
 
 def count(text: str) -> int:
-    """A number of images, or of patches."""
+    """Parse a number of images or patches."""
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 
 def weight(text: str) -> float:
-    """A guidance weight."""
+    """Parse a guidance weight."""
     try:
         value = float(text)
     except ValueError:
@@ -49,7 +49,7 @@ def weight(text: str) -> float:
 
 
 def size(text: str) -> int:
-    """A number of bytes: 20G, 512M, 1000."""
+    """Parse a number of bytes: 20G, 512M, 1000."""
     units = {"K": 10, "M": 20, "G": 30, "T": 40}
     number, shift = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 0)
     if not number.isdecimal():

@@ -28,16 +28,16 @@ def log_prob(
             "-o",
             "--output",
             metavar="PATH",
-            help="Also write log_prob.npy, or .npz with bits_per_dim beside it where these are images.",
+            help="Also write log_prob.npy, or .npz with log_prob and, for images, bits_per_dim.",
         ),
     ] = None,
     batch_size: BatchOption = BATCH_SIZE,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Print the log-probability in nats of each image, and its bits/dim where it is no array of tokens.
+    """Print the log-probability of each image in nats (natural logarithms), and its bits/dim unless it is tokens.
 
-    Images are taken as they are; no dequantisation noise is added.
+    No dequantisation noise is added to the images.
     """
     import numpy as np
 

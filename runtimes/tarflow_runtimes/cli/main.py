@@ -1,4 +1,4 @@
-"""`tarflow VERB`: a table of verbs, each resolved on use, so that the command itself imports nothing else."""
+"""`tarflow COMMAND`: a table of commands, each imported on use, so that `tarflow` itself imports nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NoReturn
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Verb:
-    """A verb: the `module:app` that runs it, one line of help, and the extra that brings its packages."""
+    """A command: the `module:app` that runs it, one line of help, and the extra that installs its packages."""
 
     target: str
     summary: str
@@ -26,41 +26,43 @@ VERBS = {
     ),
     "convert": Verb(
         target="tarflow_export._convert_cli:app",
-        summary="Make a bundle one of half precision or int8.",
+        summary="Convert a bundle to half precision or int8.",
         extra="convert",
     ),
     "build": Verb(
-        target="tarflow_runtimes.cli.build:app", summary="Build a bundle's engines for TensorRT.", extra="trt-rtx"
+        target="tarflow_runtimes.cli.build:app", summary="Build TensorRT engines for a bundle.", extra="trt-rtx"
     ),
     "cache": Verb(
-        target="tarflow_runtimes.cli.cache:app", summary="Look after the engines that were built.", extra="trt-rtx"
+        target="tarflow_runtimes.cli.cache:app", summary="List, explain and remove TensorRT engines.", extra="trt-rtx"
     ),
     "infer": Verb(target="tarflow_runtimes.cli.infer:app", summary="Draw images from a bundle."),
-    "encode": Verb(target="tarflow_runtimes.cli.encode:app", summary="Map images to noise and log|det|."),
-    "denoise": Verb(target="tarflow_runtimes.cli.denoise:app", summary="Take the training noise out of images."),
-    "log-prob": Verb(target="tarflow_runtimes.cli.log_prob:app", summary="Log-probability and bits/dim of images."),
-    "classify": Verb(target="tarflow_runtimes.cli.classify:app", summary="Class posteriors of images."),
+    "encode": Verb(target="tarflow_runtimes.cli.encode:app", summary="Map images to latents and log|det|."),
+    "denoise": Verb(target="tarflow_runtimes.cli.denoise:app", summary="Remove the training noise from images."),
+    "log-prob": Verb(
+        target="tarflow_runtimes.cli.log_prob:app", summary="Print log-likelihood and bits/dim of images."
+    ),
+    "classify": Verb(target="tarflow_runtimes.cli.classify:app", summary="Print class posteriors of images."),
     "bench": Verb(target="tarflow_runtimes.cli.bench:app", summary="Measure how fast a bundle decodes here."),
     "tune": Verb(target="tarflow_runtimes.cli.tune:app", summary="Find the fastest way to decode on this machine."),
-    "doctor": Verb(target="tarflow_runtimes.cli.doctor:app", summary="Say which engines are ready on this machine."),
-    "inspect": Verb(target="tarflow_runtimes.cli.inspect:app", summary="Say what a bundle holds."),
+    "doctor": Verb(target="tarflow_runtimes.cli.doctor:app", summary="Report which engines are ready on this machine."),
+    "inspect": Verb(target="tarflow_runtimes.cli.inspect:app", summary="Describe a bundle."),
     "verify": Verb(target="tarflow_runtimes.cli.verify:app", summary="Repeat a bundle's verification on an engine."),
 }
 
 RENAMED = {"score": "log-prob"}
-"""Verbs that are now called otherwise."""
+"""Former names of commands, used in hints."""
 
 
 def main() -> NoReturn:
     """Entry point of the console script `tarflow`."""
     try:
         dispatch(sys.argv[1:])
-    except KeyboardInterrupt:  # while a module loads
+    except KeyboardInterrupt:  # interrupted while a module loads
         raise SystemExit(130) from None
 
 
 def dispatch(arguments: Sequence[str]) -> NoReturn:
-    """Run the verb that the arguments name."""
+    """Run the command given by the arguments."""
     match list(arguments):
         case [] | ["--help" | "-h" | "help"]:
             _say(_help())
@@ -90,25 +92,25 @@ def dispatch(arguments: Sequence[str]) -> NoReturn:
 def _help() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
-    return f"""Usage: tarflow VERB [OPTIONS] ...
+    return f"""Usage: tarflow COMMAND [OPTIONS] ...
 
   Train, export, sample and evaluate transformer autoregressive flows.
 
-Verbs:
+Commands:
 {verbs}
 
 Options:
   --version  Print the version and exit.
-  --help     Show this message and exit; tarflow VERB --help describes a verb.
+  --help     Show this message and exit; tarflow COMMAND --help for a command.
 """
 
 
 def _unknown(verb: str) -> NoReturn:
     from difflib import get_close_matches
 
-    what = "option" if verb.startswith("-") else "verb"
+    what = "option" if verb.startswith("-") else "command"
     near = get_close_matches(verb, [*VERBS, *RENAMED], n=1)
-    hint = f"did you mean tarflow {RENAMED.get(near[0], near[0])}?" if near else f"the verbs are {', '.join(VERBS)}"
+    hint = f"did you mean tarflow {RENAMED.get(near[0], near[0])}?" if near else f"the commands are {', '.join(VERBS)}"
     sys.stderr.write(f"error: unknown {what} {verb!r}\nhint: {hint}\n")
     raise SystemExit(2)
 

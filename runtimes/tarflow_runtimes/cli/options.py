@@ -1,4 +1,4 @@
-"""The options that several verbs share, those that choose or build engines, and what they name."""
+"""Options shared by several commands, in particular those that choose or build engines."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ if TYPE_CHECKING:
 BundleArgument = Annotated[
     Path | None, typer.Argument(metavar="BUNDLE", help="A .tarflow folder. [default: the digits of the package]")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
-Json = Annotated[bool, typer.Option("--json", help="Report on stdout as one JSON object.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
+Json = Annotated[bool, typer.Option("--json", help="Print a report as one JSON object on stdout.")]
 
 EXPERIMENTAL = ("ort-cuda", "trt", "trt-rtx")
-"""Engines that are not proven on a GPU."""
+"""Engines that have not been tested on a GPU."""
 
-ENGINES_HELP = f"cpu (native, else ort-cpu), auto, native, ort-cpu; on GPUs {', '.join(EXPERIMENTAL)} (experimental)."
+ENGINES_HELP = (
+    f"Engine: cpu (native, else ort-cpu), auto, native, ort-cpu; on GPUs {', '.join(EXPERIMENTAL)} (experimental)."
+)
 
 Engine = Annotated[str, typer.Option(metavar="NAME", help=ENGINES_HELP)]
 
-Tf32 = Annotated[bool, typer.Option("--tf32", help="Let a GPU round the factors of float32 products to 11 bits.")]
+Tf32 = Annotated[bool, typer.Option("--tf32", help="Let a GPU round the inputs of float32 matrix products to 11 bits.")]
 
 Batch = Annotated[
-    str, typer.Option(metavar="LIST", help="Batches to choose kernels for; the largest is the most that runs at once.")
+    str, typer.Option(metavar="LIST", help="Batch sizes to optimise for; the largest is the most that runs at once.")
 ]
 Guidance = Annotated[
     str | None,
-    typer.Option(
-        metavar="LIST", help="Guidance weights; what counts is whether they are 0. [default: 0,1 with classes, else 0]"
-    ),
+    typer.Option(metavar="LIST", help="Guidance weights; only 0 or not 0 matters. [default: 0,1 with classes, else 0]"),
 ]
 Window = Annotated[
-    str, typer.Option(metavar="LIST", help="Windows of parallel decoding; single patches always work. 1 for no more.")
+    str, typer.Option(metavar="LIST", help="Windows of parallel decoding; 1 for sequential decoding only.")
 ]
 Target = Annotated[
     str | None,
@@ -52,14 +52,14 @@ Target = Annotated[
     ),
 ]
 EngineDir = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Where engines are kept. [default: the user's cache folder]")
+    Path | None, typer.Option(metavar="FOLDER", help="Where engines are stored. [default: the user's cache folder]")
 ]
 
 DEFAULT_BATCH, DEFAULT_WINDOW, DEFAULT_BYTES = "1,8,64", "16", 20 << 30
 
 
 def load_options(*, tf32: bool, engine_dir: Path | None) -> dict[str, Any]:
-    """The arguments of `load` that go with an engine; builds are said on stderr, once each, with their reason."""
+    """The arguments of `load` for an engine; each build is reported once on stderr, with its reason."""
     told: set[tuple[int, str]] = set()
 
     def on_building(building: Building) -> None:
@@ -71,7 +71,7 @@ def load_options(*, tf32: bool, engine_dir: Path | None) -> dict[str, Any]:
 
 
 def check_engine(engine: str) -> None:
-    """Refuse an engine that is not built."""
+    """Refuse an engine that needs no build."""
     from tarflow_runtimes.engines.trt.package import ENGINES
 
     if engine not in ENGINES:
@@ -82,7 +82,7 @@ def check_engine(engine: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Shapes:
-    """The shapes that engines are built for, as options give them."""
+    """The shapes that engines are built for, as given by options."""
 
     batches: Sequence[int]
     weights: Sequence[float] | None
@@ -114,7 +114,7 @@ def shapes_of(batch: str, guidance: str | None, window: str) -> Shapes:
 
 
 def targets_of(target: str | None) -> list[str] | None:
-    """Read `--target`."""
+    """Read the list of `--target`."""
     return None if target is None else items("--target", target, str)
 
 
@@ -122,7 +122,7 @@ def size_of(option: str, text: str) -> int:
     """Read a number of bytes.
 
     Raises:
-        InputError: when it is none.
+        InputError: when it is not a size.
     """
     try:
         return size(text)

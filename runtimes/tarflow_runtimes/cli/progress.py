@@ -1,4 +1,4 @@
-"""A progress bar on stderr where that is a terminal, and the clock behind the time per step."""
+"""A progress bar on stderr if it is a terminal, and the clock for the time per step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Self
 class StepClock:
     """Counts the steps of a run, shows them on a terminal, and times them.
 
-    A context manager; hand `on_step` to the sampler. `steps` is how many ran, `seconds` how long all of it took.
+    A context manager; pass `on_step` to the sampler. `steps` is the number of steps run, `seconds` the total time.
     """
 
     def __init__(self, description: str) -> None:
@@ -49,15 +49,15 @@ class StepClock:
 
     @property
     def per_step(self) -> float:
-        """Seconds per step: the median, which leaves out what happens once, like opening a block's graph."""
+        """Median seconds per step, which excludes one-time work such as opening the graph of a block."""
         return statistics.median(self._paces) if self._paces else self.seconds
 
     def on_step(self, progress: Any) -> None:
-        """Take one report of the sampler."""
+        """Receive a progress report of the sampler."""
         self.show(progress.step, progress.total)
 
     def show(self, done: int, total: int) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         now = time.perf_counter()
         if self.steps and done > self.steps:
             self._paces.append((now - self._last) / (done - self.steps))

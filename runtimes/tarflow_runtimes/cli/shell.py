@@ -1,7 +1,7 @@
-"""The shell's side of every verb: how it starts, fails and speaks.
+"""Code shared by all commands: start, exit codes, errors and messages.
 
-Exit codes: 0 done; 1 the work itself failed; 2 bad input or usage; 130 interrupted. stdout is data, stderr is talk;
-bad input is one line `error: ...` and, where there is a remedy, one line `hint: ...`.
+Exit codes: 0 done; 1 the work itself failed; 2 bad input or usage; 130 interrupted. Results go to stdout, messages to
+stderr; bad input is one line `error: ...` and, if there is a remedy, one line `hint: ...`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ USAGE_ERROR: Any = (
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 WORK_FAILED = frozenset({"VerificationError"})
-"""Errors that are a result, not bad input, by class name: the packages have no common base class."""
+"""Errors that mean a failed run rather than bad input, by class name: the packages have no common base class."""
 
 
 def new_app() -> typer.Typer:
@@ -58,7 +58,7 @@ def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., N
 
 @contextlib.contextmanager
 def _terminate_like_interrupt() -> Iterator[None]:
-    """SIGTERM cleans up as Ctrl-C does."""
+    """Make SIGTERM clean up as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -67,9 +67,9 @@ def _terminate_like_interrupt() -> Iterator[None]:
 
 
 def run(app: Callable[..., Any], arguments: Sequence[str], *, name: str, extra: str = "ort") -> NoReturn:
-    """Run a verb's app and leave the process with its exit code; `extra` brings the packages that the verb needs."""
+    """Run a command's app and exit the process with its exit code; `extra` installs the packages that it needs."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name may be no valid text
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a file name may not be valid text
     try:
         code = app(args=list(arguments), prog_name=name, standalone_mode=False)
         sys.stdout.flush()
@@ -79,7 +79,7 @@ def run(app: Callable[..., Any], arguments: Sequence[str], *, name: str, extra: 
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     except BrokenPipeError:
-        # the reader went away; without this, Python complains once more when it flushes stdout at exit
+        # the reader has gone away; without this, Python fails again when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
     except ModuleNotFoundError as error:
@@ -92,7 +92,7 @@ def run(app: Callable[..., Any], arguments: Sequence[str], *, name: str, extra: 
         where = f"{error.filename}: " if error.filename is not None else ""
         code = report(f"{where}{error.strerror or error}", code=FAILED)
     except Exception as error:
-        # the three packages have their own base class, alike in this: they carry a hint
+        # the three packages have separate base classes, all with a hint
         if not hasattr(error, "hint"):
             raise
         code = report(str(error), hint=error.hint, code=_code_of(error))
@@ -107,7 +107,7 @@ def _code_of(error: Exception) -> int:
 
 
 def require(right: bool, message: str, hint: str) -> None:
-    """Refuse an option that is not right.
+    """Refuse an invalid option.
 
     Raises:
         InputError: with the message and the hint.
@@ -117,7 +117,7 @@ def require(right: bool, message: str, hint: str) -> None:
 
 
 def report(message: str, *, hint: str = "", code: int = BAD_INPUT) -> int:
-    """Print the error and its hint, a line each, and give the exit code back."""
+    """Print the error and its hint, one line each, and return the exit code."""
     note(f"error: {_one_line(message)}" + (f"\nhint: {_one_line(hint)}" if hint else ""))
     return code
 
@@ -127,27 +127,27 @@ def _one_line(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Without the control characters that names in a foreign file might send to a terminal."""
+    """Remove control characters, which names in an untrusted file might contain."""
     return "".join(character if character.isprintable() or character.isspace() else "?" for character in text)
 
 
 def note(text: str) -> None:
-    """Talk to the person: stderr."""
+    """Print a message for the user on stderr."""
     typer.echo(text, err=True)
 
 
 def counted(n: int, data: str) -> str:
-    """`3 images`, or `3 samples` of tokens."""
+    """Format a count as `3 images`, or `3 samples` for tokens."""
     return f"{n} {'image' if data == 'image' else 'sample'}{'s' * (n != 1)}"
 
 
 def print_json(document: object) -> None:
-    """Data for the next program: one JSON object on stdout."""
+    """Print one JSON object on stdout, for other programs."""
     typer.echo(json_text(document))
 
 
 def json_text(document: object) -> str:
-    """One JSON object; JSON has no infinity and no NaN, so these are null."""
+    """Format one JSON object; infinity and NaN, which JSON lacks, become null."""
     return json.dumps(_finite(document), indent=2, allow_nan=False)
 
 

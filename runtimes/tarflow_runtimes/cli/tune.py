@@ -1,4 +1,4 @@
-"""`tarflow tune`: find out what decodes fastest on this machine, and keep it beside the bundle."""
+"""`tarflow tune`: find the fastest decoding plan on this machine, and save it next to the bundle."""
 
 from __future__ import annotations
 
@@ -26,25 +26,23 @@ def tune(
     engine: Engine = "cpu",
     tf32: Tf32 = False,
     engine_dir: EngineDir = None,
-    batch: Annotated[str, typer.Option(metavar="LIST", help="Images that run together, as 1,16.")] = "1,16",
-    guidance: Annotated[
-        str, typer.Option(metavar="LIST", help="Guidance weights; what counts is whether they are 0.")
-    ] = "0",
+    batch: Annotated[str, typer.Option(metavar="LIST", help="Batch sizes, such as 1,16.")] = "1,16",
+    guidance: Annotated[str, typer.Option(metavar="LIST", help="Guidance weights; only 0 or not 0 matters.")] = "0",
     tolerance: Annotated[
-        float | None, typer.Option(metavar="MOVE", help="What counts as settled. [default: 0.00001]")
+        float | None, typer.Option(metavar="MOVE", help="Tolerance of parallel decoding. [default: 0.00001]")
     ] = None,
-    draws: Annotated[int, typer.Option(metavar="COUNT", help="Draws of noise to measure on.")] = 3,
-    seed: Annotated[int, typer.Option(metavar="SEED", help="Seed of the first draw.")] = 0,
+    draws: Annotated[int, typer.Option(metavar="COUNT", help="Number of noise samples to measure on.")] = 3,
+    seed: Annotated[int, typer.Option(metavar="SEED", help="Seed of the first noise sample.")] = 0,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help="The file of plans. [default: beside the bundle]"),
+        typer.Option("-o", "--output", metavar="FILE", help="File for the plans. [default: next to the bundle]"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure, block by block, whether parallel decoding pays here and with which window.
+    """Measure for each block whether parallel decoding is faster on this machine, and with which window.
 
-    `--decode auto` then uses the plan. It holds for this bundle, engine, machine and version; plans for others in the
-    same file stay. Needs no data: the blocks' inputs come from drawn noise.
+    `--decode auto` then uses the plan, which is valid for this bundle, engine, machine and version; plans for others in
+    the same file are kept. No data are needed: the inputs of the blocks are made from random noise.
     """
     batches = items("--batch", batch, count)
     weights = items("--guidance", guidance, weight)

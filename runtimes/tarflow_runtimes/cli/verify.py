@@ -1,4 +1,4 @@
-"""`tarflow verify`: whether an engine computes a bundle right."""
+"""`tarflow verify`: check that an engine computes a bundle correctly."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def verify(
     engine_dir: EngineDir = None,
     as_json: Json = False,
 ) -> None:
-    """Run an engine on the inputs that a bundle carries and compare with PyTorch's outputs, without PyTorch.
+    """Run an engine on the inputs stored in a bundle and compare with PyTorch's outputs, without PyTorch.
 
-    The exit code is 1 when a tolerance is missed. TensorRT's engines keep the outcome; those that missed are not used
+    The exit code is 1 if a tolerance is missed. The outcome is stored with TensorRT engines; failed ones are not used
     again.
     """
     import tarflow_runtimes as tfr
@@ -55,7 +55,7 @@ def verify(
 
 
 def comparison_table(records: Iterable[Record]) -> str:
-    """One comparison a line: its name, the graph's file, the measure with its value and bound, and whether it holds."""
+    """One line per comparison: its name, the graph file, the measure with its value and bound, passed or failed."""
     header = ("comparison", "graph", "measure", "value", "tolerance", "")
     rows = [header] + [
         (

@@ -1,1 +1,1 @@
-"""How a block is inverted: plans, one patch after the other, windows of patches, and the threads that share a batch."""
+"""The inverse of a block: plans, sequential and parallel decoding, and the threads that share a batch."""

@@ -1,13 +1,13 @@
-"""Parallel decoding: a triangular fixed point, iterated on a window that slides over the patches of one image.
+"""Parallel decoding: fixed-point iteration of a triangular system, on a window that slides over an image's patches.
 
-In block order x_0 = z_0 and x_{i+1} = f_i(x_0, ..., x_i). One call of the step graph evaluates f on a window of
-patches at once, with the keys and values of the patches before it cached. The window starts at the last settled patch,
-so that what it yields first is exact: that patch is settled. The next one is settled as it stands when f, of settled
-patches only, yields the same within the tolerance; and so on, up to the first that moved, which takes its new value and
-is settled, too. Hence at most N - 1 calls, |x_{i+1} - f_i(x_0, ..., x_i)| <= tolerance for every patch, and the
-sequential answer at tolerance 0.
+In block order x_0 = z_0 and x_{i+1} = f_i(x_0, ..., x_i). One call of the step graph evaluates f on a window of patches
+at once; the keys and values of the patches before it are cached. The window starts at the last settled patch, so that
+its first output is exact, and that patch is settled. The next patch is settled at its current value if f, applied to
+settled patches only, reproduces that value within the tolerance; and so on, up to the first patch that moved, which
+takes its new value and is settled, too. Hence a block takes at most N - 1 calls, |x_{i+1} - f_i(x_0, ..., x_i)| <=
+tolerance for every patch, and tolerance 0 gives the sequential result.
 
-A patch that is settled keeps the value that its cached key and value were computed from: no cache is ever stale.
+A settled patch keeps the value from which its cached key and value were computed: the cache is never stale.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from tarflow_runtimes.decode.workers import WorkerPool
 
 
 class Windows(Protocol):
-    """The state of one inverse of one block for one image that is evaluated on windows of patches."""
+    """The state of the inverse of one block for one image, evaluated on windows of patches."""
 
     def evaluate(self, first: int, patches: Floats) -> Floats:
-        """Patches first .. first + S - 1 in block order, [S, D] -> the patches one further, [S, D].
+        """Patches first .. first + S - 1 in block order, [S, D] -> the patches one position further, [S, D].
 
-        Writes their keys and values, and reads those of the patches before them, which must have been written.
+        Writes their keys and values, and reads those of all patches before them, which must have been written.
         """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Settled:
-    """Patches [N, D] in block order and how they came about; see `BlockReport` for the fields."""
+    """Patches [N, D] in block order, and statistics; see `BlockReport` for the fields."""
 
     patches: Floats
     accepted: tuple[int, ...]
@@ -86,7 +86,7 @@ def invert_in_parallel(
 
 
 class _StoppedError(Exception):
-    """Another part has failed or was cancelled, and its error is the one to report."""
+    """Another part has failed or was cancelled; its error is the one to report."""
 
 
 def settle(
@@ -100,8 +100,8 @@ def settle(
 ) -> Settled:
     """Invert one block for one image: noise [N, D] in block order; with `calls`, after at most so many evaluations.
 
-    `first` [N, D] is what the patches are iterated from, in place of what the strategy says. `on_settled` is called
-    with the number of patches settled after the first; an error that it raises ends the run.
+    `first` [N, D] is the initial guess, which replaces that of the strategy. `on_settled` is called with the number of
+    patches settled after the first; an exception that it raises ends the run.
     """
     count = len(noise)
     size = strategy.window or count - 1
@@ -119,11 +119,11 @@ def settle(
             left = count - settled
             _one_by_one(windows, x, settled, on_settled)
             return Settled(patches=x, accepted=(*accepted, *[1] * left), residual=residual, overflowed=True)
-        with np.errstate(over="ignore"):  # iterates far from the answer may be huge
+        with np.errstate(over="ignore"):  # iterates far from the solution may be huge
             moved = np.abs(new - x[settled : stop + 1]).max(axis=1)
         still = _leading(
             moved[: stop - settled] <= strategy.tolerance
-        )  # the last has no key yet, so it takes its value
+        )  # the last patch has no key yet, so it takes its new value
         residual = max(residual, float(moved[:still].max(initial=0.0)))
         x[settled + still : stop + 1] = new[still:]
         settled += still + 1
@@ -142,5 +142,5 @@ def _one_by_one(windows: Windows, x: Floats, settled: int, on_settled: Callable[
 
 
 def _leading(flags: np.ndarray) -> int:
-    """How many flags are set before the first that is not."""
+    """The number of leading flags that are set."""
     return len(flags) if flags.all() else int(flags.argmin())

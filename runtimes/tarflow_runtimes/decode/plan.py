@@ -1,4 +1,4 @@
-"""How each flow block is inverted: `Sequential`, `Parallel` and `Plan`; and `DecodeReport`, what came of it."""
+"""Decoding strategies for each flow block, `Sequential`, `Parallel` and `Plan`, and the statistics, `DecodeReport`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Init = Literal["noise", "zeros"]
 INITS: Final = get_args(Init)
 
 DEFAULT_TOLERANCE: Final = 1e-5
-"""In units of the patches; how far images then are from sequential ones is measured in docs/DECODING.md."""
+"""In units of patch values; docs/DECODING.md measures the resulting distance from sequentially decoded images."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,10 +24,10 @@ class Sequential:
 class Parallel:
     """Fixed-point iteration on a sliding window of patches, each image by itself.
 
-    x_{i+1} <- z_{i+1} * exp(a_i) + b_i for `window` patches at once (0: all of them), each from the window's own last
-    values, until each patch is what the settled patches before it yield, within `tolerance` (maximum norm). The patch
-    right after the settled ones is exact whatever the window did, so that no image takes more than N - 1 calls.
-    Patches start as the block's `noise` or as `zeros`.
+    x_{i+1} <- z_{i+1} * exp(a_i) + b_i for `window` patches at once (0: all of them), from their last values, until
+    each patch agrees with the value computed from the settled patches before it, within `tolerance` (maximum norm). The
+    patch right after the settled ones is always exact, so that no image takes more than N - 1 calls. The initial guess
+    is the block's `noise` or `zeros`.
 
     Raises:
         InputError: on a value out of range.
@@ -51,7 +51,7 @@ Strategy: TypeAlias = Sequential | Parallel
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A strategy for each flow block; `blocks[k]` is that of block k, so that the last one runs first."""
+    """A strategy for each flow block; `blocks[k]` is that of block k, so the last one runs first."""
 
     blocks: tuple[Strategy, ...]
 
@@ -71,10 +71,10 @@ def strategy_json(strategy: Strategy) -> dict[str, Any]:
 
 
 def strategy_from_json(value: Any) -> Strategy:
-    """The strategy that `strategy_json` described.
+    """The inverse of `strategy_json`.
 
     Raises:
-        InputError: when it describes none.
+        InputError: when the value does not describe a strategy.
     """
     kinds = {"sequential": Sequential, "parallel": Parallel}
     if not isinstance(value, dict) or value.get("decode") not in kinds:
@@ -89,13 +89,13 @@ def strategy_from_json(value: Any) -> Strategy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BlockReport:
-    """How one block was inverted.
+    """Statistics of the inverse of one block.
 
-    `calls[i]` is the number of evaluations of the block for image i, N - 1 when sequential; `accepted[i]` says how
-    many patches each of them settled (empty when sequential, and on a device, which is not asked after each call);
-    `residual` is the largest
-    |x_{i+1} - (z_{i+1} * exp(a_i) + b_i)| over all images and patches, 0 when sequential; `sequential_images` are
-    those that went on sequentially because the iteration met a value that is not finite.
+    `calls[i]` is the number of evaluations of the block for image i, N - 1 when sequential. `accepted[i]` has the
+    number of patches that each of them settled; it is empty when sequential, and on a device, which does not report
+    each call. `residual` is the largest |x_{i+1} - (z_{i+1} * exp(a_i) + b_i)| over all images and patches, 0 when
+    sequential. `sequential_images` are those that continued sequentially because the iteration met a value that is not
+    finite.
     """
 
     block: int
@@ -108,7 +108,7 @@ class BlockReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeReport:
-    """How the blocks were inverted, in the order in which they ran; `non_finite` are the images that overflowed."""
+    """Statistics of all blocks, in the order in which they ran; `non_finite` are the images that overflowed."""
 
     blocks: tuple[BlockReport, ...] = ()
     non_finite: tuple[int, ...] = ()
@@ -119,7 +119,7 @@ class DecodeReport:
         return {"blocks": blocks, "non_finite": list(self.non_finite)}
 
     def extended(self, other: DecodeReport, images: int) -> DecodeReport:
-        """This report of the first `images` images, and that of the ones after them."""
+        """Append the report of further images; this one covers the first `images` images."""
         if not self.blocks:
             return other
         return DecodeReport(

@@ -15,13 +15,13 @@ from tarflow_runtimes.decode.workers import WorkerPool
 
 
 class Stepper(Protocol):
-    """One inverse of one block for some images: it starts with the patch at block position 0, which is the noise's."""
+    """The inverse of one block for some images; the patch at block position 0 equals the noise."""
 
     def advance(self) -> None:
-        """Finish the next patch: x_{i+1} = z_{i+1} * exp(a_i) + b_i, i = 0 at first. At most N - 1 times."""
+        """Compute the next patch: x_{i+1} = z_{i+1} * exp(a_i) + b_i, starting with i = 0. At most N - 1 times."""
 
     def result(self) -> Floats:
-        """The patches [B, N, D] in block order; those not finished yet hold their noise."""
+        """The patches [B, N, D] in block order; unfinished patches still hold their noise."""
 
 
 def invert_sequentially(
@@ -34,7 +34,7 @@ def invert_sequentially(
 ) -> list[Floats]:
     """Take `steps` steps of each part of a batch, `start`(part); returns the parts' patches.
 
-    `on_step` is called with the number of steps done, growing; an error that it raises ends the run.
+    `on_step` is called with the growing number of steps done; an exception that it raises ends the run.
     """
     pool = WorkerPool(parts, on_step)
     finished: dict[int, Floats] = {}

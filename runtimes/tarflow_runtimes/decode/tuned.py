@@ -1,7 +1,7 @@
-"""`TunedPlans`: which plan was fastest for which batch, kept in a JSON file beside the bundle.
+"""`TunedPlans`: the fastest plan for each batch size, stored in a JSON file next to the bundle.
 
-An entry holds for one bundle, engine, device and versions (its `identity`), for unguided or guided runs, and for
-batches up to its own: a plan that pays for 16 images pays for fewer all the more.
+An entry is valid for one bundle, engine, device and versions (its `identity`), for unguided or guided runs, and for
+batches up to its own: a plan that is faster for 16 images is also faster for fewer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tarflow_runtimes.errors import InputError
 SCHEMA_VERSION: Final = 1
 
 Identity: TypeAlias = Mapping[str, str]
-"""What a plan holds for: digest of the bundle, engine, device and versions."""
+"""What a plan is valid for: the digest of the bundle, engine, device and versions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TunedPlan:
-    """One entry: the plan, and the seconds of one batch by it and sequentially when it was measured."""
+    """One entry: the plan, and the measured seconds of one batch with the plan and sequentially."""
 
     identity: Identity
     batch: int
@@ -36,19 +36,19 @@ class TunedPlan:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What no two entries of a file share."""
+        """The key that identifies the entry in a file."""
         return tuple(sorted(self.identity.items())), self.batch, self.branches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TunedPlans:
-    """Entries for one identity; `reason` says why there are none, if so."""
+    """Entries for one identity; if there are none, `reason` says why."""
 
     entries: tuple[TunedPlan, ...] = ()
     reason: str = ""
 
     def plan(self, images: int, branches: int, blocks: int) -> Plan | None:
-        """The plan for a batch: that of the smallest tuned batch which is not smaller; None where there is none."""
+        """The plan for a batch: that of the smallest tuned batch which is at least as large; None without one."""
         fitting = [
             one
             for one in self.entries
@@ -63,12 +63,12 @@ class TunedPlans:
 
 
 def plans_path(bundle: Path) -> Path:
-    """The file of tuned plans of a bundle: `NAME.plans.json` beside `NAME.tarflow`."""
+    """The file of tuned plans of a bundle: `NAME.plans.json` next to `NAME.tarflow`."""
     return bundle.with_name(bundle.name.removesuffix(".tarflow") + ".plans.json")
 
 
 def identity_of(bundle: Bundle, report: Mapping[str, Any]) -> Identity:
-    """The identity of a bundle on an engine, of which `report` is said, on this machine."""
+    """The identity of a bundle on this machine, on the engine that `report` describes."""
     from importlib.metadata import version  # a tenth of the time that importing this package takes
 
     names = ("engine", "device", "weights", "onnxruntime")
@@ -77,10 +77,10 @@ def identity_of(bundle: Bundle, report: Mapping[str, Any]) -> Identity:
 
 
 def read_plans(path: Path, identity: Identity) -> TunedPlans:
-    """The entries of a file for this identity; none, and the reason, when there is no file or it has none.
+    """The entries of a file for this identity; without any, the result has a reason.
 
     Raises:
-        InputError: when the file is not one of tuned plans.
+        InputError: when the file does not contain tuned plans.
     """
     if not path.exists():
         return TunedPlans(reason=f"{path.name} does not exist: nothing was tuned (tarflow tune)")
@@ -93,10 +93,10 @@ def read_plans(path: Path, identity: Identity) -> TunedPlans:
 
 
 def write_plans(path: Path, entries: tuple[TunedPlan, ...]) -> None:
-    """Put entries into a file, in place of those of the same identity, batch and branches; all others stay.
+    """Add entries to a file, replacing those of the same identity, batch and branches and keeping all others.
 
     Raises:
-        InputError: when the file is there and damaged, or cannot be written.
+        InputError: when the file is damaged or cannot be written.
     """
     new = {entry.key for entry in entries}
     kept = [entry for entry in (_read(path) if path.exists() else ()) if entry.key not in new]
@@ -125,7 +125,7 @@ def _read(path: Path) -> tuple[TunedPlan, ...]:
 
 
 def entry_json(entry: TunedPlan) -> dict[str, Any]:
-    """An entry as JSON values, as it stands in the file."""
+    """An entry as JSON values, in the format of the file."""
     plain = {name: getattr(entry, name) for name in ("batch", "branches", "seconds", "sequential_seconds")}
     return {
         "identity": dict(entry.identity),

@@ -1,4 +1,4 @@
-"""`Turn` and `Conditions`: what an inverse is asked for, block by block, and what each image is conditioned on."""
+"""`Turn`, a request to invert one block, and `Conditions`, what each image is conditioned on."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Integers = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Turn:
-    """One block's turn in a run.
+    """A request to invert one block.
 
-    `steps` ends a sequential one after so many of its N - 1 steps, and a parallel one after so many evaluations; the
-    patches that are not finished then hold what they were iterated from. `start` [B, N, D] is what a parallel one
-    iterates from, in place of what its strategy says.
+    `steps` limits a sequential inverse to that many of its N - 1 steps, and a parallel one to that many evaluations;
+    unfinished patches then hold their initial guess. `start` [B, N, D] is the initial guess of a parallel inverse,
+    which replaces that of its strategy.
     """
 
     block: int
@@ -35,9 +35,9 @@ OnTurn = Callable[[int, int], object]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Conditions:
-    """What the images of a run are conditioned on, each by itself.
+    """What each image of a run is conditioned on.
 
-    `labels` int64 [G, B], None on models without classes; `guidance` [B, 2, N], g for a and for b at each block
+    `labels` int64 [G, B], None for models without classes; `guidance` [B, 2, N], g for a and for b at each block
     position; `inverse_temperature` [G, B], 1/tau of the attention logits. The second branch is the unguided one.
     """
 
@@ -51,7 +51,7 @@ class Conditions:
         return len(self.inverse_temperature)
 
     def of(self, images: slice | npt.NDArray[np.intp], branches: int | None = None) -> Conditions:
-        """Those of some images, of the first `branches`."""
+        """The conditions of some images, for the first `branches` branches."""
         return Conditions(
             labels=None if self.labels is None else self.labels[:branches, images],
             guidance=self.guidance[images],

@@ -1,4 +1,4 @@
-"""`WorkerPool`: the parts of a batch side by side in threads, with progress and cancellation in the caller's thread."""
+"""`WorkerPool`: runs the parts of a batch in threads, with progress and cancellation in the caller's thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class WorkerPool:
-    """Runs the parts of a batch in threads; the caller's thread works too, and alone talks to the callback."""
+    """Runs the parts of a batch in threads, including the caller's, which alone calls the callback."""
 
     def __init__(self, parts: int, on_step: Callable[[int], object] | None) -> None:
         self.stop = False
@@ -20,13 +20,13 @@ class WorkerPool:
         self._error: BaseException | None = None
 
     def report(self, index: int, done: int) -> None:
-        """Say how many steps of a part are done."""
+        """Report the number of steps done in a part."""
         self._done[index] = done
         if self._on_step is not None and threading.get_ident() == self._caller:
             self._tell()
 
     def work(self, run: Callable[[int], None], *, workers: int) -> None:
-        """Run every part; the first error stops the others, and is raised when all threads have ended."""
+        """Run all parts; the first error stops the others and is raised when all threads have ended."""
         threads = [
             threading.Thread(target=self._take_parts, args=(run,), name="tarflow-part", daemon=True)
             for _ in range(workers - 1)
@@ -37,7 +37,7 @@ class WorkerPool:
             self._take_parts(run, reraise=True)
             for thread in threads:
                 thread.join()
-        except BaseException:  # Ctrl-C too, wherever it strikes: no thread may go on after the call has ended
+        except BaseException:  # also on Ctrl-C at any point: no thread may continue after the call has ended
             self.stop = True
             for thread in threads:
                 if thread.ident is not None:

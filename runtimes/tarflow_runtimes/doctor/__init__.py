@@ -1,4 +1,4 @@
-"""What engines need and what is there: `Facts`, gathered by probes, and conclusions, pure functions of the facts."""
+"""Which engines are ready: `Facts`, which probes gather, and conclusions, which are pure functions of the facts."""
 
 from tarflow_runtimes.doctor.conclusions import Fault, choose, verdicts, warnings
 from tarflow_runtimes.doctor.facts import Facts

@@ -1,4 +1,4 @@
-"""`verdicts`, `warnings`, `choose`: what follows from the facts, for each engine and for `auto`. Pure functions."""
+"""`verdicts`, `warnings`, `choose`: pure functions that draw conclusions from facts, for each engine and for `auto`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tarflow_runtimes.doctor.requirements import (
 )
 
 PREFERENCE: Final = ("trt", "trt-rtx", "ort-cuda", "native", "ort-cpu")
-"""The engines as `auto` prefers them: the one that is expected to be fastest first; `benchmarks/gpu.py` measures."""
+"""The engines in the order in which `auto` prefers them, by expected speed; `benchmarks/gpu.py` measures it."""
 
 UNFIT: Final = {
     "float16": ("native",),
     "bfloat16": ("ort-cpu",),
     "int8": ("trt", "trt-rtx", "ort-cuda"),
 }
-"""The engines that do not run bundles of a precision."""
+"""By precision, the engines that cannot run such bundles."""
 
 DRIVER_OF_CUDA: Final = {12: "525", 13: "580"}
 """The oldest driver for each major version of CUDA (CUDA release notes, minor version compatibility)."""
@@ -38,7 +38,7 @@ OLDEST_FOR_TENSORRT: Final = (7, 5)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """Why an engine cannot run, and what makes it run: the command, where one does."""
+    """Why an engine cannot run, and how to fix it, with a command if possible."""
 
     problem: str
     remedy: str
@@ -48,14 +48,14 @@ Check = Callable[[Facts], Fault | None]
 
 
 def verdicts(facts: Facts) -> dict[str, Fault | None]:
-    """For each engine the first thing that is in its way; None where it is ready."""
+    """For each engine, the first problem that stops it; None if it is ready."""
     return {engine: next(filter(None, (check(facts) for check in checks)), None) for engine, checks in CHECKS.items()}
 
 
 def choose(facts: Facts, precision: str = "float32") -> tuple[str, str]:
-    """The engine that `auto` takes for a bundle of that precision, and why.
+    """The engine that `auto` chooses for a bundle of that precision, and why.
 
-    That is the first of PREFERENCE that is ready and computes in it, else ort-cpu, whose error tells.
+    It is the first of PREFERENCE that is ready and supports the precision, else ort-cpu, whose error says what to do.
     """
     found = verdicts(facts)
     passed: list[str] = []
@@ -74,7 +74,7 @@ def choose(facts: Facts, precision: str = "float32") -> tuple[str, str]:
 
 
 def warnings(facts: Facts) -> list[str]:
-    """What does not fit together, also where no engine needs it now."""
+    """Conflicts between packages, even if no engine needs them now."""
     found = [_overwritten(facts, package) for package, several in facts.owners.items() if len(several) > 1]
     for name, module in facts.modules.items():
         if module.problem:
@@ -91,7 +91,7 @@ def _overwritten(facts: Facts, package: str) -> str:
 
 
 def _package(engine: str, name: str, minimum: tuple[int, ...] = ()) -> Check:
-    """The package is there once, imports, and is new enough."""
+    """Check that the package is installed once, imports, and is new enough."""
 
     def check(facts: Facts) -> Fault | None:
         module, install = facts.modules[name], INSTALL[engine]
@@ -101,13 +101,13 @@ def _package(engine: str, name: str, minimum: tuple[int, ...] = ()) -> Check:
             return Fault(problem=_overwritten(facts, name), remedy=remedy)
         if not module.installed:
             return Fault(problem=f"the package {name} is not installed", remedy=install)
-        mend = distributions[0] if distributions else name.replace("google.", "").replace(".", "-")
+        distribution = distributions[0] if distributions else name.replace("google.", "").replace(".", "-")
         if module.problem:
-            remedy = f"pip install --force-reinstall {mend}"
+            remedy = f"pip install --force-reinstall {distribution}"
             return Fault(problem=f"{name} does not import: {module.problem}", remedy=remedy)
         if _numbers(module.version) < minimum:
             wanted = ".".join(map(str, minimum))
-            remedy = f'pip install "{mend}>={wanted}"'
+            remedy = f'pip install "{distribution}>={wanted}"'
             return Fault(problem=f"{name} {module.version} is too old, {wanted} is needed", remedy=remedy)
         return None
 
@@ -115,7 +115,7 @@ def _package(engine: str, name: str, minimum: tuple[int, ...] = ()) -> Check:
 
 
 def _distributions(facts: Facts, package: str) -> list[str]:
-    """Names of the distributions that a package came from, where that is known."""
+    """Names of the distributions that a package came from, if known."""
     return [owner.split()[0] for owner in facts.owners.get(package, ())]
 
 
@@ -136,7 +136,7 @@ def _built_for_cuda(facts: Facts) -> Fault | None:
 
 
 def _provider_loads(facts: Facts) -> Fault | None:
-    """ONNX Runtime finds CUDA's libraries."""
+    """Check that ONNX Runtime finds CUDA's libraries."""
     if not facts.provider.problem:
         return None
     problem = f"onnxruntime's CUDA provider does not load: {facts.provider.problem}"
@@ -144,7 +144,7 @@ def _provider_loads(facts: Facts) -> Fault | None:
 
 
 def _cudnn_loads(facts: Facts) -> Fault | None:
-    """ONNX Runtime loads cuDNN when it meets the first node that needs it, as our step graphs do."""
+    """Check for cuDNN, which ONNX Runtime loads only for a node that needs it, such as in the step graphs."""
     problem = facts.libraries["cudnn-9"].problem
     return Fault(problem=f"onnxruntime needs cuDNN 9: {problem}", remedy=INSTALL["ort-cuda"]) if problem else None
 
@@ -162,7 +162,7 @@ def _driver(facts: Facts) -> Fault | None:
 
 
 def _driver_is_new_enough(*packages: str) -> Check:
-    """For the CUDA that each of the packages is built for."""
+    """Check that the driver supports the CUDA version that each package is built for."""
 
     def check(facts: Facts) -> Fault | None:
         needs = (_driver_for(facts, name, major) for name, major in _cuda_majors(facts) if name.split()[0] in packages)
@@ -184,7 +184,7 @@ def _driver_for(facts: Facts, what: str, major: int) -> Fault | None:
 
 
 def _cuda_majors(facts: Facts) -> Iterator[tuple[str, int]]:
-    """Each package that is built for one major version of CUDA, as `name version`, and that version."""
+    """The packages that are built for one major version of CUDA, as `name version`, and that version."""
     bindings, provider = facts.modules["cuda.bindings"], facts.provider
     if bindings.version:
         yield f"cuda.bindings {bindings.version}", _numbers(bindings.version)[0]
@@ -203,7 +203,7 @@ def _gpu(facts: Facts) -> Fault | None:
 
 
 def _kernels_of_tensorrt(facts: Facts) -> Fault | None:
-    gpu = facts.gpus[0]  # the one that engines run on
+    gpu = facts.gpus[0]  # engines run on the first GPU
     if gpu.capability >= OLDEST_FOR_TENSORRT:
         return None
     problem = f"TensorRT has no kernels for {gpu.name} ({gpu.architecture})"
@@ -229,7 +229,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _device(engine: str, package: str) -> tuple[Check, ...]:
-    """What every engine on a GPU needs besides its own library, whose package has a say in the driver's version."""
+    """What every GPU engine needs besides its own library, whose package also limits the driver's version."""
     bindings = "cuda.bindings"
     return (_package(engine, bindings), _driver, _driver_is_new_enough(bindings, package), _gpu)
 
@@ -257,4 +257,4 @@ CHECKS: Final[dict[str, tuple[Check, ...]]] = {
         _target_of_tensorrt_rtx,
     ),
 }
-"""What each engine needs, in the order in which a person would mend it."""
+"""What each engine needs, in the order in which a person would fix it."""

@@ -1,4 +1,4 @@
-"""`Facts`: what this machine has of what an engine may need. Conclusions are drawn from nothing else."""
+"""`Facts`: hardware and software of this machine that engines need. Conclusions are based on these facts only."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ MODULES: Final = ("onnxruntime", "tensorrt", "tensorrt_rtx", "cuda.bindings")
 """Python packages that engines import."""
 
 LIBRARIES: Final = ("cudart-12", "cudart-13", "cublasLt-12", "cublasLt-13", "cudnn-9")
-"""Shared libraries of CUDA, by name and major version, whose absence ONNX Runtime meets first."""
+"""Shared libraries of CUDA, by name and major version, that ONNX Runtime loads first."""
 
 
 def file_name(library: str) -> str:
-    """The name under which the system's loader finds one of LIBRARIES.
+    """The file name of one of LIBRARIES for the system's loader.
 
     >>> file_name("cudart-13")  # on Linux
     'libcudart.so.13'
@@ -25,7 +25,7 @@ def file_name(library: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """An NVIDIA GPU: its compute capability, its memory in bytes, and how much of it is free; None is unknown."""
+    """An NVIDIA GPU: its compute capability, and its total and free memory in bytes; None means unknown."""
 
     name: str
     capability: tuple[int, int]
@@ -34,13 +34,13 @@ class Gpu:
 
     @property
     def architecture(self) -> str:
-        """The target of compilers, as `sm_90`."""
+        """The compiler target, such as `sm_90`."""
         return "sm_{}{}".format(*self.capability)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Driver:
-    """The NVIDIA driver: its version, and the newest CUDA that it runs; (0, 0) and `problem` where there is none."""
+    """The NVIDIA driver: its version, and the newest CUDA that it supports; (0, 0) and a `problem` without a driver."""
 
     version: str = ""
     cuda: tuple[int, int] = (0, 0)
@@ -49,11 +49,11 @@ class Driver:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Module:
-    """A Python package as a process of its own found it.
+    """A Python package, as imported in a separate process.
 
-    `file` is where it lies, or empty when it is not installed; `problem` says why it does not import, in one line;
-    `libraries` are the files of NVIDIA's and ONNX Runtime's libraries that came with it into that process; `targets`
-    are the architectures that it can build for without their GPU.
+    `file` is its path, empty when it is not installed; `problem` says in one line why it does not import; `libraries`
+    are the files of NVIDIA's and ONNX Runtime's libraries that importing it loaded; `targets` are the architectures
+    that it can build for without such a GPU.
     """
 
     version: str = ""
@@ -64,13 +64,13 @@ class Module:
 
     @property
     def installed(self) -> bool:
-        """Whether there is anything to import."""
+        """Whether the package is installed."""
         return bool(self.file or self.problem)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Library:
-    """A shared library: the file that loads, or why none does."""
+    """A shared library: the file that loads, or the reason why none does."""
 
     file: str = ""
     problem: str = ""
@@ -78,7 +78,7 @@ class Library:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Native:
-    """The native kernel: its library and the kernel that runs on this processor, or why there is none."""
+    """The native kernel: its library and the kernel for this processor, or the reason why there is none."""
 
     file: str = ""
     kernel: str = ""
@@ -96,10 +96,10 @@ class Provider:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """All that was found.
+    """All facts about this machine.
 
-    `modules` has the names of MODULES, `libraries` those of LIBRARIES; `owners` are the distributions, as
-    `name version`, that have written into the folder of a package, for packages that several distributions provide.
+    The keys of `modules` are MODULES, those of `libraries` are LIBRARIES; `owners` are the distributions, as
+    `name version`, that were installed into the folder of a package, for packages that several distributions provide.
     """
 
     system: str

@@ -1,7 +1,7 @@
-"""Run as a script: import a package, load a library or ask the driver, and print what was found as one line of JSON.
+"""Run as a script: import a package, load a library or query the driver, and print the result as one line of JSON.
 
-It stands alone, with the standard library only, so that a process starts in a few milliseconds; what it loads may
-abort, hang or write to stdout, and that is then the fate of this process.
+It imports only the standard library, so that a process starts in a few milliseconds. The libraries that it loads may
+abort, hang or write to stdout, which then affects only this process.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 NAMED = re.compile(
     r"(libcuda\.|cudart|cublas|cudnn|curand|cufft|nvrtc|nvinfer|nvonnx|tensorrt|onnxruntime)[^/]*\.(so|dll)"
 )
-"""Shared libraries worth naming."""
+"""Shared libraries that are reported."""
 
 NO_DEVICE, CAPABILITY_MAJOR, CAPABILITY_MINOR = 100, 75, 76
 """CUDA_ERROR_NO_DEVICE and two values of CUdevice_attribute in cuda.h."""
 
 
 def probe_module(name: str) -> dict[str, Any]:
-    """Version, file, the libraries that importing it has loaded, and what it can build for."""
+    """Import a package: version, file, the libraries that this loaded, and the targets that it can build for."""
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -48,7 +48,7 @@ def build_targets(module: Any) -> list[str]:
 
 
 def probe_provider() -> dict[str, Any]:
-    """ONNX Runtime's CUDA provider, loaded after the libraries that it needs were looked for as ONNX Runtime does."""
+    """Load ONNX Runtime's CUDA provider, after searching for the libraries that it needs as ONNX Runtime does."""
     try:
         import onnxruntime  # type: ignore[import-untyped, unused-ignore]
     except Exception:  # noqa: BLE001 - the module's own probe says why
@@ -68,7 +68,7 @@ def probe_provider() -> dict[str, Any]:
 
 
 def probe_driver() -> dict[str, Any]:
-    """The driver's version, the newest CUDA that it runs, and the GPUs that CUDA sees (CUDA_VISIBLE_DEVICES counts)."""
+    """The driver's version, the newest CUDA that it supports, and the GPUs that CUDA sees (CUDA_VISIBLE_DEVICES)."""
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError as error:
@@ -101,9 +101,9 @@ def probe_driver() -> dict[str, Any]:
 
 
 class _Nvml:
-    """The management library, which knows the driver's version and what is free without taking memory itself.
+    """NVIDIA's management library, which reports driver version and free memory without using GPU memory itself.
 
-    Every answer is empty or None where it is missing.
+    All results are empty or None if it is missing.
     """
 
     def __init__(self) -> None:
@@ -116,14 +116,14 @@ class _Nvml:
             self._library = library
 
     def driver_version(self) -> str:
-        """As `580.65.06`."""
+        """The driver's version, such as `580.65.06`."""
         text = ctypes.create_string_buffer(96)
         if self._library is None or self._library.nvmlSystemGetDriverVersion(text, len(text)) != 0:
             return ""
         return text.value.decode()
 
     def free_memory(self, bus: bytes) -> int | None:
-        """Bytes not in use on the GPU at that PCI address."""
+        """Free bytes of the GPU at that PCI address."""
         device, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # total, free, used
         if self._library is None or self._library.nvmlDeviceGetHandleByPciBusId_v2(bus, ctypes.byref(device)) != 0:
             return None
@@ -131,7 +131,7 @@ class _Nvml:
 
 
 def probe_library(file: str) -> dict[str, Any]:
-    """A library by its file's name: first from NVIDIA's wheels, then wherever the system looks."""
+    """Load a library by file name: first from NVIDIA's wheels, then from the system's search path."""
     wheels = [path for folder in sys.path for path in Path(folder).glob(f"nvidia/*/*/**/{file}")]
     problem = ""
     for candidate in (*map(str, wheels), file):
@@ -155,7 +155,7 @@ def probe_native(file: str) -> dict[str, Any]:
 
 
 def loaded_libraries() -> list[str]:
-    """Files of the libraries worth naming that this process has loaded; none where the system does not say."""
+    """Files of the reported libraries that this process has loaded; empty if the system does not tell."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""`gather`: the facts of this machine, each found by a process of its own, which may abort without harm."""
+"""`gather`: the facts about this machine, each found by a separate process, which may abort without harm."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TIMEOUT: Final = 60.0
 
 
 def gather() -> Facts:
-    """Look at everything, a few probes at a time; about a second. Never raises on what it finds."""
+    """Run all probes, a few at a time, in about a second. Problems that they find are facts, not exceptions."""
     asked: list[tuple[str, ...]] = [("driver",), ("provider",)]
     asked += [("module", name) for name in MODULES] + [("library", file_name(name)) for name in LIBRARIES]
     if native := native_library():
@@ -61,7 +61,7 @@ def gather() -> Facts:
 
 
 def probe(*question: str) -> dict[str, Any]:
-    """What `probe_script.py` answers to a question, or {"problem": ...} when it did not come to an answer."""
+    """The answer of `probe_script.py` to a question, or {"problem": ...} if it failed."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What engines need: packages, versions, the commands that bring them; `owners`: who wrote into a package's folder."""
+"""What engines need: packages, versions, install commands; `owners`: the distributions that provide a package."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ PROVIDERS: Final = {
     "tensorrt": ("tensorrt",),
     "tensorrt_rtx": ("tensorrt-rtx",),
 }
-"""Packages that several distributions provide, and how the names of these begin."""
+"""Packages that several distributions provide, and the common prefix of the names of these."""
 
 
 MINIMUM_ORT: Final = {"ort-cpu": (1, 28), "ort-cuda": (1, 31)}
-"""For CUDA 1.31: the recordings of those before read freed memory in GatherND (microsoft/onnxruntime, pull 32120)."""
+"""CUDA needs 1.31: recordings of older versions read freed memory in GatherND (microsoft/onnxruntime, pull 32120)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Described:
-    """A package before it is imported: NVIDIA's name, and the first version that updates caches in place."""
+    """A TensorRT package: NVIDIA's name for it, and the first version that updates caches in place."""
 
     title: str
     module: str
@@ -37,7 +37,7 @@ PACKAGES: Final = {
         title="TensorRT for RTX", module="tensorrt_rtx", distribution="tensorrt-rtx-cu13", minimum=(1, 7)
     ),
 }
-"""By engine."""
+"""The TensorRT package of each engine."""
 
 NATIVE_NAMES: Final = {"win32": "tarflow_native.dll", "darwin": "libtarflow_native.dylib"}
 NATIVE_LIBRARY: Final = "TARFLOW_NATIVE_LIBRARY"
@@ -50,17 +50,17 @@ INSTALL: Final = {engine: f'pip install "tarflow-sdk[{engine}]"' for engine in (
     "ort-cpu": 'pip install "tarflow-sdk[ort]"',
     "native": NATIVE_BUILD,
 }
-"""The command that brings an engine's packages."""
+"""The command that installs what an engine needs."""
 
 DRIVER: Final = "install NVIDIA's driver (nvidia.com/drivers); in a container, start it with --gpus all"
 VISIBLE: Final = "look at nvidia-smi and at the variable CUDA_VISIBLE_DEVICES"
 NO_DRIVER: Final = "no NVIDIA driver is loaded on this machine"
 NO_GPU: Final = "the NVIDIA driver finds no GPU"
-"""What is said of a driver or a GPU that is missing, and how to mend it."""
+"""Messages for a missing driver or GPU, and how to fix it."""
 
 
 def native_library() -> Path | None:
-    """The native kernel's library: that which TARFLOW_NATIVE_LIBRARY names, else the package's own if it is there."""
+    """The library of the native kernel: TARFLOW_NATIVE_LIBRARY if set, else the one in the package if it exists."""
     if named := os.environ.get(NATIVE_LIBRARY):
         return Path(named)
     name = NATIVE_NAMES.get(sys.platform, "libtarflow_native.so")

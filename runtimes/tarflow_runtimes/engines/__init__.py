@@ -1,1 +1,1 @@
-"""What runs a bundle: the one protocol, the table of engines with `auto`, and each engine in a room of its own."""
+"""Engines run bundles: the protocol they implement, the function that opens one, and the implementations."""

@@ -1,7 +1,7 @@
-"""`Engine`: the one protocol between a bundle on some runtime and everything that samples, encodes or measures.
+"""`Engine`: the protocol between a bundle on some runtime and the code that samples, encodes or measures.
 
-Whether an engine's loop runs in host steps, on a device or in a kernel of its own is its own affair: nothing above it
-asks.
+Whether the decoding loop runs in host steps, on a device or in a native kernel is up to the engine: callers do not need
+to know.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from tarflow_runtimes.decode.turn import Conditions, Floats, Integers, OnTurn, T
 from tarflow_runtimes.engines.gpu.array import DeviceArray
 
 Cotangent = Callable[[Floats, slice], Floats]
-"""The derivative of something with respect to z, given the z [., N, D] of some images and which they are."""
+"""Returns the derivative of some function with respect to z, given z [., N, D] and the indices of these images."""
 
 
 class Passes(Protocol):
-    """The passes through the blocks of one bundle, which can be verified. Patches [B, N, D] come in the data's order.
+    """The passes through the blocks of one bundle, which can be verified. Patches [B, N, D] are in the data's order.
 
-    Labels are int64, 0 .. classes - 1 or `classes`, the null class; None on models without classes.
+    Labels are int64, 0 .. classes - 1 or `classes`, the null class; None for models without classes.
     """
 
     @property
     def name(self) -> str:
-        """The engine's name, which with `precision` picks its line of the table of tolerances."""
+        """The engine's name, which together with `precision` selects its row in the table of tolerances."""
 
     @property
     def provider(self) -> str:
@@ -35,12 +35,12 @@ class Passes(Protocol):
 
     @property
     def precision(self) -> str:
-        """What it computes linear layers in: the bundle's, or tf32."""
+        """The precision of linear layers: that of the bundle, or tf32."""
 
     def invert(
         self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
     ) -> tuple[Floats, tuple[BlockReport, ...]]:
-        """Invert blocks one after the other, each from what the one before made: noise -> patches, and how."""
+        """Invert blocks one after another, each from the result of the one before: noise -> patches, and reports."""
 
     def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
         """Patches, labels [B] -> (z, log|det| [B], nats) of one block."""
@@ -65,16 +65,16 @@ class Engine(Passes, Protocol):
 
     @property
     def to_device(self) -> Callable[[npt.NDArray[Any]], DeviceArray] | None:
-        """Copies an array to the engine's device, for others to take; None where the engine computes on the host."""
+        """Copies an array to the engine's device, for other libraries; None if the engine computes on the host."""
 
     def to_host(self, given: object) -> object:
-        """A copy on the host of an array in a device's memory; anything else comes back as it is."""
+        """Copy an array in a device's memory to the host; anything else is returned unchanged."""
 
     def report(self) -> Mapping[str, Any]:
-        """What runs where: versions, threads, device. JSON values."""
+        """The versions, threads and device, as JSON values."""
 
     def close(self) -> None:
-        """Free what the engine holds; calls that are running end as they would have, or raise EngineError."""
+        """Free the engine's resources; running calls finish normally, or raise EngineError."""
 
 
 def vjp_recomputed(  # noqa: PLR0917 - what an engine's `vjp` has, and its two graphs
@@ -85,7 +85,7 @@ def vjp_recomputed(  # noqa: PLR0917 - what an engine's `vjp` has, and its two g
     labels: Integers | None,
     cotangent: Cotangent,
 ) -> tuple[Floats, Floats]:
-    """`Engine.vjp` where nothing but the blocks' inputs can be kept: each gradient repeats its block's forward pass."""
+    """`Engine.vjp` that only keeps the inputs of the blocks: each gradient repeats the forward pass of its block."""
     x, inputs = patches, []
     for block in blocks:
         inputs.append(x)

@@ -1,4 +1,4 @@
-"""`import_onnxruntime`: the optional dependency, found, of a version that works, and not installed twice."""
+"""`import_onnxruntime`: import the optional dependency, and check its version and that it is installed once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tarflow_runtimes.errors import EngineError
 
 @functools.cache
 def import_onnxruntime(engine: str = "ort-cpu") -> Any:
-    """The module onnxruntime; `engine`, which asks for it, is named in errors.
+    """The module onnxruntime; errors name the `engine` that needs it.
 
     Raises:
         EngineError: when it is missing, too old, or when two distributions have written into its folder.

@@ -23,10 +23,10 @@ CHOICES: Final = ("cpu", "auto")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What an engine is opened with.
+    """Options for opening an engine.
 
-    `tf32`: whether a GPU may round the factors of float32 products; `engine_dir`: where TensorRT's engines are kept,
-    None for the user's cache folder; `on_building` is called as they are built.
+    `tf32`: whether a GPU may round the inputs of float32 matrix products; `engine_dir`: where TensorRT engines are
+    stored, None for the user's cache folder; `on_building` is called during builds.
     """
 
     tf32: bool = False
@@ -35,11 +35,11 @@ class Options:
 
 
 def open_engine(name: str, bundle: Bundle, options: Options) -> tuple[Engine, str]:
-    """The engine called `name` (or chosen by `cpu` or `auto`), and why it was chosen.
+    """Open the engine called `name` (or chosen by `cpu` or `auto`); returns it and the reason for choosing it.
 
     Raises:
         EngineError: for an unknown name, an engine that is not installed, or one that cannot run here.
-        InputError: for tf32 on an engine or a bundle that does not have it.
+        InputError: for tf32 with an engine or bundle that does not support it.
     """
     if name not in (*ENGINES, *CHOICES):
         raise EngineError(f"unknown engine {name!r}", hint=f"valid are {', '.join((*ENGINES, *CHOICES))}")
@@ -54,7 +54,7 @@ def open_engine(name: str, bundle: Bundle, options: Options) -> tuple[Engine, st
         name, reason = choose_cpu(bundle.precision)
     if options.tf32 and (name in CPU_ENGINES or bundle.precision != "float32"):
         raise InputError(
-            f"tf32 is of engines on a GPU and of float32 bundles, not of {name} and {bundle.precision}",
+            f"tf32 needs an engine on a GPU and a float32 bundle, not {name} and {bundle.precision}",
             hint="leave tf32 out",
         )
     return ENGINES[name](bundle, options), reason
@@ -97,4 +97,4 @@ ENGINES: Final[dict[str, Callable[[Bundle, Options], Engine]]] = {
     "trt": _open_trt,
     "trt-rtx": _open_trt_rtx,
 }
-"""The engines by name, and what opens each; their packages are imported then."""
+"""The engines by name, and the functions that open them and import their packages."""

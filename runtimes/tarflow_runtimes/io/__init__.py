@@ -1,1 +1,1 @@
-"""Pictures and arrays in files: read, write, and what pictures look like."""
+"""Read and write image files and arrays."""

@@ -1,4 +1,4 @@
-"""Model-range images as pictures: 8-bit values, grids, PNG with text."""
+"""Convert model-range images to 8-bit values, grids and PNG files with text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def to_uint8(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Images [B, C, height, width] in [-1, 1] -> [B, height, width, C]: rint(127.5 * clip(x, -1, 1) + 127.5).
 
     Raises:
-        InputError: when an image holds a value that is not finite, or these are tokens.
+        InputError: when an image has a value that is not finite, or the data are tokens.
     """
     if images.ndim != 4:
         raise InputError("these are tokens, not images", hint="save as .npy or .npz")
@@ -40,9 +40,9 @@ def to_uint8(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 def grid(
     levels: npt.NDArray[np.uint8], *, columns: int | None = None, captions: Sequence[str] | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Images [B, height, width, C] row by row on a white sheet [height, width, C], near-square unless told otherwise.
+    """Arrange images [B, height, width, C] row by row in a white grid [height, width, C], near-square by default.
 
-    Captions stand above their images; where every row has the same ones, above the first row only.
+    Captions are above their images; if all rows have the same captions, above the first row only.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -67,7 +67,7 @@ def grid(
 
 
 def save_png(path: Path, picture: npt.NDArray[np.uint8], text: Mapping[str, str]) -> None:
-    """Write one picture [height, width, C] with text chunks; C is 1 or 3."""
+    """Write one image [height, width, C] with text chunks; C is 1 or 3."""
     from PIL import Image, PngImagePlugin
 
     chunks = PngImagePlugin.PngInfo()

@@ -1,4 +1,4 @@
-"""Image files and arrays, checked against the shape of the model's data, in its range; tokens come as arrays only."""
+"""Read image files and arrays, and check them against the shape of the model's data; tokens are always arrays."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import numpy.typing as npt
 from tarflow_runtimes.errors import InputError
 
 CHANNELS_OF_MODE = {"L": 1, "RGB": 3}
-"""Pillow's modes that are taken as they are; palettes are expanded, alpha and 16 bits are refused."""
+"""Pillow's modes that are accepted; palettes are expanded, alpha and 16 bits are refused."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ImageSet:
-    """Images of one or more files and where each came from.
+    """Images from one or more files, and where each came from.
 
-    `values` is float32 [B, C, height, width] in the model's range, or [B, N, D] of a model of tokens; `sources` holds B
-    pairs of a file and its place in that file (None for a file of one image).
+    `values` is float32 [B, C, height, width] in the model's range, or [B, N, D] for a model of tokens; `sources` has B
+    pairs of a file and the index in that file (None for a file with one image).
     """
 
     values: npt.NDArray[np.float32]
@@ -36,7 +36,7 @@ class ImageSet:
 def read_images(paths: Sequence[Path], shape: Sequence[int]) -> ImageSet:
     """Read files in the order given, images of shape [C, height, width] or tokens of shape [N, D].
 
-    An array file holds any number of them.
+    An array file may contain any number of them.
 
     Raises:
         InputError: on a file that cannot be read or does not have the shape of the model's data.
@@ -61,12 +61,12 @@ def read_images(paths: Sequence[Path], shape: Sequence[int]) -> ImageSet:
 
 
 def _axes(shape: Sequence[int]) -> str:
-    """The shape of an array of the model's data, in words."""
+    """The shape of an array of the model's data, as text."""
     return f"[B, {', '.join(map(str, shape))}]"
 
 
 def _read_picture(path: Path, shape: Sequence[int]) -> npt.NDArray[np.float32]:
-    """One image [1, C, height, width]; 0 .. 255 becomes -1 .. 1."""
+    """Read one image [1, C, height, width]; 0 .. 255 maps to -1 .. 1."""
     from PIL import Image
 
     channels, height, width = shape
@@ -112,10 +112,10 @@ def _read_array(path: Path, shape: Sequence[int]) -> npt.NDArray[np.float32]:
 
 
 def load_float32(path: Path, *, key: str, what: str) -> npt.NDArray[np.float32]:
-    """A finite float32 array of a `.npy` file, or the array `key` of an `.npz` file; never runs code from the file.
+    """Read a finite float32 array from a `.npy` file, or the array `key` of an `.npz` file, without running any code.
 
     Raises:
-        InputError: on a file that is missing or damaged, another dtype, or a value that is not finite.
+        InputError: on a missing or damaged file, a wrong dtype, or a value that is not finite.
     """
     if not path.is_file():
         raise InputError(

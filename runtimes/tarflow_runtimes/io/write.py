@@ -1,4 +1,4 @@
-"""Where pictures and arrays go: checked before any work, written whole or not at all."""
+"""Write images and arrays: targets are checked before any work, and files are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tarflow_runtimes.io.pictures import grid, save_png, to_uint8
 Kind = Literal[".png", ".npy", ".npz", ".json", "folder"]
 
 PICTURES: Final[tuple[Kind, ...]] = (".png", "folder", ".npy", ".npz")
-"""What images are written as."""
+"""The kinds of output: one grid, a folder of images, or an array."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
-    """A place to write to, known to be writable and free.
+    """A target path that was checked to be writable and free.
 
-    `name` is what messages call it, `kind` what is written there.
+    `name` is used in messages, `kind` is what will be written.
     """
 
     name: str
@@ -37,12 +37,11 @@ class Output:
 
 
 def check_output(text: str, *, kinds: Sequence[Kind], overwrite: bool, option: str = "-o") -> Output:
-    """Read the path that `option` (none where a caller gave it) names and make sure that it can be written.
-
-    Creates nothing.
+    """Check that the path given by `option` (None if by a caller of the API) can be written; creates nothing.
 
     Raises:
-        InputError: on another ending, a missing or unwritable parent folder, or an existing file without `overwrite`.
+        InputError: on an unknown suffix, a missing or unwritable parent folder, or an existing file without
+            `overwrite`.
     """
     name, path = f"{option} {text}".lstrip(), Path(text)
     is_folder = "folder" in kinds and (text.endswith(("/", os.sep)) or path.is_dir())
@@ -68,16 +67,16 @@ def check_output(text: str, *, kinds: Sequence[Kind], overwrite: bool, option: s
 
 
 def check_pictures(output: Output, shape: Sequence[int], *, names: Sequence[str]) -> None:
-    """Make sure that images of this shape can be PNG files, and that a folder holds none of these names yet.
+    """Check that images of this shape can be PNG files, and that a folder does not contain these names yet.
 
     Raises:
-        InputError: when not.
+        InputError: when the check fails.
     """
     if output.kind not in (".png", "folder"):
         return
     problem = ""
     if len(shape) != 3:
-        problem = "the data are tokens, of which there is no picture"
+        problem = "the data are tokens, which cannot be written as pictures"
     elif shape[0] not in (1, 3):
         problem = f"PNG files have 1 or 3 channels, the images have {shape[0]}"
     if problem:
@@ -97,10 +96,10 @@ def write_pictures(
     columns: int | None = None,
     captions: Sequence[str] | None = None,
 ) -> list[Path]:
-    """Write images as a grid, a folder of PNG files, or an array, and tokens as an array; returns the files written.
+    """Write images as a grid, a folder of PNG files or an array, and tokens as an array; returns the files written.
 
-    `names` are the files in a folder, `text` goes into each PNG file, `arrays` joins the images in an `.npz` file,
-    `columns` and `captions` shape the grid.
+    `names` are the files in a folder, `text` is stored in each PNG file, `arrays` are added to an `.npz` file, and
+    `columns` and `captions` apply to a grid.
     """
     if output.kind in (".npy", ".npz"):
         return write_arrays(output, images, key="images", arrays=arrays)
@@ -119,7 +118,7 @@ def write_pictures(
 
 @contextlib.contextmanager
 def _new_folder(path: Path) -> Iterator[None]:
-    """Make the folder if it is not there, and take it away again when writing into it fails."""
+    """Create the folder if it is missing, and remove it again if writing into it fails."""
     created = not path.exists()
     path.mkdir(exist_ok=True)
     try:
@@ -131,7 +130,7 @@ def _new_folder(path: Path) -> Iterator[None]:
 
 
 def write_arrays(output: Output, main: npt.NDArray[Any], *, key: str, arrays: Mapping[str, Any]) -> list[Path]:
-    """Write `main` as an `.npy` file, or with `arrays` beside it as an `.npz` file; returns the file written."""
+    """Write `main` as an `.npy` file, or together with `arrays` as an `.npz` file; returns the file written."""
 
     def save(path: Path) -> None:
         with path.open("wb") as file:
@@ -145,7 +144,7 @@ def write_arrays(output: Output, main: npt.NDArray[Any], *, key: str, arrays: Ma
 
 
 def publish(path: Path, save: Callable[[Path], None]) -> None:
-    """Write beside `path` and rename into place, so that a reader never sees half a file."""
+    """Write next to `path` and rename into place, so that a reader never sees a partial file."""
     with _scratch_folder(path.parent) as scratch:
         save(scratch / path.name)
         (scratch / path.name).replace(path)

@@ -1,1 +1,1 @@
-"""What is measured of a bundle on an engine: agreement with PyTorch, the fastest plan, speed, the machine itself."""
+"""Measurements of a bundle on an engine: agreement with PyTorch, the fastest plan, speed, the machine's limits."""

@@ -1,8 +1,8 @@
-"""`bench`: the time of decoding on this machine, over engines, guidance weights, batches and ways of decoding.
+"""`bench`: decoding times on this machine, for combinations of engine, guidance weight, batch and decoding strategy.
 
-Loading, the first image and the steady state are kept apart. Cases are timed in rounds, each case once a round and
-every round from other noise, so that whatever slows the machine for a while slows all cases alike; ratios are medians
-over the rounds.
+Loading, the first image and the steady state are measured separately. Cases are timed in rounds, each case once per
+round and every round with new noise, so that temporary slowdowns of the machine affect all cases alike; ratios are
+medians over the rounds.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from tarflow_runtimes.model.progress import OnStep, Step
 from tarflow_runtimes.model.sample import Sample
 
 PROFILES: Final = 3
-"""Calls of each case in which every step and block is timed; they stand outside the rounds, for clocks cost time."""
+"""Calls per case in which every step and block is timed; they are separate from the rounds, as clocks cost time."""
 
 TEMPERATURE: Final = 0.5
-"""Attention temperature of guided runs of models without classes, which guide by temperature alone."""
+"""Attention temperature of guided runs of models without classes, which are guided only by temperature."""
 
 WEIGHT_BYTES: Final = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0 + 4 / 128}
-"""Bytes of a weight by the bundle's precision: int8 has a float32 scale for every 128."""
+"""Bytes per weight, by precision of the bundle: int8 has a float32 scale for every 128 weights."""
 
 DECODES: Final = ("sequential", "parallel", "auto")
 
 OnProgress = Callable[[int, int], object]
-"""Called with the number of calls done and of all; an error that it raises ends the benchmark."""
+"""Called with the number of calls done and their total; an exception that it raises ends the benchmark."""
 
 
 def bench(
@@ -164,9 +164,9 @@ def parallel_of(decode: str, tolerance: float | None) -> Parallel | None:
 
 
 def _round(runners: Sequence[_Runner], number: int, tick: Callable[[], None]) -> None:
-    """Time each case once, there and back from round to round, and compare the images of the ways of decoding.
+    """Time each case once, in alternating order from round to round, and compare the images of the strategies.
 
-    An untimed call goes before each timed one: it brings back what the case before has put out of the caches.
+    An untimed call precedes each timed one, to reload what the previous case evicted from the caches.
     """
     drawn: dict[int, Sample] = {}
     order = range(len(runners))
@@ -187,7 +187,7 @@ def _round(runners: Sequence[_Runner], number: int, tick: Callable[[], None]) ->
 
 
 class _Runner:
-    """Draws the images of one case and keeps what the clocks said."""
+    """Draws the images of one case and records the times."""
 
     def __init__(self, flow: Flow, case: Case, tolerance: float | None, seed: int) -> None:
         self.flow, self.case, self.seed = flow, case, seed
@@ -204,7 +204,7 @@ class _Runner:
             self._plan = plans if tolerance is None else plans.with_tolerance(tolerance)
 
     def draw(self, number: int, *, images: int | None = None, on_step: OnStep | None = None) -> tuple[float, Sample]:
-        """Decode one batch of the noise called `number`: (seconds, the images)."""
+        """Decode one batch of noise number `number`: (seconds, the images)."""
         config, count = self.flow.config, self.case.batch if images is None else images
         noise = standard_normal(self.seed, number * count, count, config.patches, config.patch_values)
         began = time.perf_counter()
@@ -237,7 +237,7 @@ class _Runner:
             tick()
 
     def result(self) -> CaseResult:
-        """Medians and rates."""
+        """The medians and rates of the case."""
         config, bundle = self.flow.config, self.flow.bundle
         steps = config.blocks * (config.patches - 1)
         blocks = tuple(self._block(block) for block in reversed(range(config.blocks)))
@@ -301,7 +301,7 @@ def settled_curve(accepted: Sequence[Sequence[int]], patches: int) -> tuple[floa
 def step_times(
     marks: Iterable[Sequence[tuple[int, float]]], steps: int, began: float
 ) -> Iterator[npt.NDArray[np.float64]]:
-    """Seconds of each of the steps of each block, from its reports: (steps done by the run, when), the last at its end.
+    """Seconds of each step of each block, from progress reports (steps done, time), the last at the end of the block.
 
     Steps that were reported together share the time.
     """
@@ -314,8 +314,8 @@ def step_times(
 def slope(step_us: Sequence[Sequence[float]]) -> float | None:
     """Microseconds by which a step [K, N - 1] grows from one index to the next; None where a block has a single step.
 
-    The median of the slopes between all pairs of indices (Theil and Sen), taken on the fastest block of each index:
-    what disturbed single steps does not count.
+    The median of the slopes between all pairs of indices (Theil and Sen), on the fastest block for each index, which
+    is robust against disturbances of single steps.
     """
     fastest = np.min(step_us, axis=0)
     first, second = np.triu_indices(len(fastest), 1)

@@ -1,4 +1,4 @@
-"""What a benchmark says about the machine, the model and the memory of this process."""
+"""Facts about the machine, the model and the memory of this process, for a benchmark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATUS: Final = Path("/proc/self/status")
 
 
 def machine_header() -> dict[str, Any]:
-    """Versions and machine."""
+    """The versions and the machine."""
     return {
         "tarflow-sdk": version("tarflow-sdk"),
         "python": platform.python_version(),
@@ -28,7 +28,7 @@ def machine_header() -> dict[str, Any]:
 
 
 def model_header(bundle: Bundle) -> dict[str, Any]:
-    """Which model was measured."""
+    """The model that was measured."""
     config = bundle.config
     return {
         "bundle": bundle.path.name,
@@ -44,12 +44,12 @@ def model_header(bundle: Bundle) -> dict[str, Any]:
 
 
 def resident_bytes() -> int | None:
-    """Bytes of memory that this process holds now; None where the system does not say."""
+    """Bytes of memory that this process uses now; None if the system does not tell."""
     return _status("VmRSS")
 
 
 def peak_bytes() -> int | None:
-    """The most bytes of memory that this process ever held; None where the system does not say."""
+    """Peak memory of this process in bytes; None if the system does not tell."""
     found = _status("VmHWM")
     if found is None:
         with contextlib.suppress(ImportError):  # not on Windows

@@ -1,4 +1,4 @@
-"""`draw_plot`: the picture of a benchmark: time per block, time of a step over its index, convergence per block."""
+"""`draw_plot`: the plot of a benchmark: time per block, time of a step over its index, convergence per block."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 WIDTH: Final = 1200
-"""Pixels of the picture; its height follows from what there is to show."""
+"""Width of the plot in pixels; the height depends on the contents."""
 
 OVERSAMPLING: Final = 3
-"""Drawn this many times as large and reduced: Pillow's lines have no smooth edges of their own."""
+"""The plot is drawn this many times larger and reduced, because Pillow draws lines without antialiasing."""
 
 COLOURS: Final = ("#3b6fb6", "#e08a2b", "#4b9d5b", "#a1609f", "#d1495b", "#5aa9b5", "#8a6d4f", "#c9a227")
-"""One for each block (or case), taken in turn; told apart by eyes with the common colour deficiencies."""
+"""Colours of blocks (or cases), used in turn; distinguishable with the common colour vision deficiencies."""
 
 INK, GREY, RULE, PAPER = "#222222", "#6b6b6b", "#e3e3e3", "#ffffff"
 
@@ -49,7 +49,7 @@ class Panel:
 
 
 def draw_plot(result: BenchResult) -> Image.Image:
-    """The picture of a benchmark, RGB, WIDTH pixels wide."""
+    """The plot of a benchmark, RGB, WIDTH pixels wide."""
     from PIL import Image
 
     steps = _step_panel(result.cases)
@@ -73,7 +73,7 @@ def draw_plot(result: BenchResult) -> Image.Image:
 
 
 class _Pen:
-    """Draws on the oversampled sheet in pixels of the finished picture."""
+    """Draws on the oversampled sheet, in coordinates of the finished plot."""
 
     def __init__(self, sheet: Image.Image) -> None:
         from PIL import ImageDraw
@@ -124,7 +124,7 @@ def _is_parallel(one: CaseResult) -> bool:
 
 
 def _name(one: CaseResult, cases: Sequence[CaseResult], *, decode: bool = True) -> str:
-    """The case in words; what is the same in all cases is left out."""
+    """The name of a case, without what is the same in all cases."""
     parts = [f"batch {one.case.batch}"]
     if len({other.case.engine for other in cases}) > 1:
         parts.insert(0, one.case.engine)
@@ -134,7 +134,7 @@ def _name(one: CaseResult, cases: Sequence[CaseResult], *, decode: bool = True) 
 
 
 def _draw_bars(pen: _Pen, cases: Sequence[CaseResult], *, top: float) -> None:
-    """A bar for each case: time of an image, cut into blocks in the order in which they run."""
+    """One bar per case: time of an image, divided into blocks in the order in which they run."""
     order = [block.block for block in cases[0].blocks]
     names = [_name(one, cases) for one in cases]
     left = MARGIN + max(pen.width(name) for name in names) + 12
@@ -171,7 +171,7 @@ def _draw_bars(pen: _Pen, cases: Sequence[CaseResult], *, top: float) -> None:
 
 
 def _step_panel(cases: Sequence[CaseResult]) -> Panel | None:
-    """Time of a step over its index: a line for each case of the first way of decoding that is sequential, if any."""
+    """Time of a step over its index: one line for each case of the first sequential strategy, if any."""
     sequential = [one for one in cases if all(len(block.step_us) > 1 for block in one.blocks)]
     shown = [one for one in sequential if one.case.decode == sequential[0].case.decode]
     if not shown:
@@ -188,7 +188,7 @@ def _step_panel(cases: Sequence[CaseResult]) -> Panel | None:
 
 
 def _cut(steps: npt.NDArray[np.float64]) -> tuple[float, ...]:
-    """The times without the peak of the first step, in which the block starts."""
+    """The times with the first step cut off, which includes the start of the block."""
     return tuple(np.minimum(steps, steps[1:].max()).tolist())
 
 
@@ -213,7 +213,7 @@ def _settled(block: BlockResult) -> Line:
 
 
 def _draw_panel(pen: _Pen, panel: Panel, *, left: float, top: float, width: float) -> None:
-    """Axes from zero, the lines, and the legend on their right."""
+    """Draw axes from zero, the lines, and a legend to their right."""
     pen.text(left, top + 10, panel.title, size=16)
     legend = left + width - max(pen.width(line.name, size=12) for line in panel.lines)
     x0, x1, y0, y1 = left + 40, legend - 48, top + PANEL - 34, top + 30

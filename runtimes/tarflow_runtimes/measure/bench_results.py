@@ -1,4 +1,4 @@
-"""What `tarflow bench` reports: `Case`, `CaseResult` and the rest of its JSON file, and the arithmetic of `Work`."""
+"""The results of `tarflow bench`: `Case`, `CaseResult` and the rest of its JSON file, and operation counts, `Work`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Case:
     decode: str
 
     def same_work(self, other: Case) -> bool:
-        """Whether the other case differs in the way of decoding alone."""
+        """Whether the other case differs only in the decoding strategy."""
         return dataclasses.replace(self, decode=other.decode) == other
 
 
@@ -34,9 +34,9 @@ class BlockResult:
     `ms` is the median time of a batch in this block, `strategy` how it was inverted, `calls_mean` and `calls_max` the
     evaluations of the block that an image took, `settled[j]` the mean number of patches that were final after j calls
     (empty when sequential), `residual` the largest move of a value that a settled patch was computed from,
-    `sequential_images` how many images of all rounds went on sequentially, `step_us[i]` the time of step i of a batch
-    (empty unless sequential), between two reports of progress: the first with what the block needs to start, and where
-    parts of a batch wait for others, each a step of their mean progress.
+    `sequential_images` how many images of all rounds continued sequentially, `step_us[i]` the time of step i of a batch
+    (empty unless sequential), between two progress reports: the first includes the start of the block, and if parts of
+    a batch wait for others, each is a step of their mean progress.
     """
 
     block: int
@@ -52,7 +52,7 @@ class BlockResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CaseResult:
-    """What was measured: times are those of one batch, without drawing the noise and without denoising.
+    """The results of one case: times of one batch, without drawing the noise and without denoising.
 
     `first_ms` is the first call of the case with all sessions that it opens; `p50_ms` and `p95_ms` are percentiles of
     the rounds; `speedup` is the median over the rounds of the time of the first way of decoding over that of this one;
@@ -102,7 +102,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BenchResult:
-    """All of a benchmark; `header` says what ran where, and when."""
+    """The complete results of a benchmark; `header` says what ran, where and when."""
 
     header: Mapping[str, Any]
     ceilings: Ceilings | None
@@ -117,7 +117,7 @@ class BenchResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What one sequential decode of a batch needs at least: floating-point operations, and bytes that move.
+    """The minimal work of one sequential decode of a batch: floating-point operations, and bytes moved.
 
     With P = 12 L W^2 + D W + W D' weights in the linear layers of a block (D' = 2 D, or D without nvp), R rows and
     t = 1 .. N - 1 patches known at a step, summed over the steps of all blocks:

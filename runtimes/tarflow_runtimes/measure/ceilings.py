@@ -1,7 +1,7 @@
-"""`measure_ceilings`: what this machine can do at most, measured with NumPy: multiply matrices, read and copy memory.
+"""`measure_ceilings`: the machine's limits, measured with NumPy: multiplying matrices, reading and copying memory.
 
-The work runs in a process of its own, whose BLAS is told to use one thread before it is loaded; all threads are that
-many Python threads, each with a part of the work (NumPy lets go of the interpreter lock meanwhile).
+The work runs in a separate process, whose BLAS is limited to one thread before it is loaded. Measurements with all
+threads use that many Python threads, each with a part of the work (NumPy releases the interpreter lock).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tarflow_runtimes.engines.ort_cpu.cpus import usable_cpus
 from tarflow_runtimes.errors import EngineError
 
 GEMM_SIZE: Final = 1024
-"""Side of the square matrices: 4 MiB each, so that arithmetic and not memory is what takes the time."""
+"""Side of the square matrices: 4 MiB each, so that arithmetic and not memory is the bottleneck."""
 
 STREAM_BYTES: Final = 256 << 20
 """Bytes read by the matrix-vector product and by the copy: several times the last-level cache of most processors."""
 
 ROUNDS: Final = 7
-"""Repetitions of each measurement; the fastest counts, for a ceiling is what nothing disturbed."""
+"""Repetitions of each measurement; the fastest counts, because disturbances can only slow it down."""
 
 BLAS_THREADS: Final = (
     "OPENBLAS_NUM_THREADS",
@@ -36,7 +36,7 @@ BLAS_THREADS: Final = (
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
-"""Environment variables by which the known BLAS libraries are told how many threads to use."""
+"""Environment variables that set the number of threads of the known BLAS libraries."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +127,7 @@ def _rates(gemm_size: int, stream_bytes: int, rounds: int, threads: int) -> dict
 
 
 def _fastest(work: Callable[[int], None], threads: int, rounds: int) -> float:
-    """Seconds of the fastest of `rounds` turns in which every thread does its part, after one turn to warm up."""
+    """Seconds of the fastest of `rounds` repetitions in which every thread does its part, after one warm-up."""
     gate = threading.Barrier(threads + 1)
 
     def part(index: int) -> None:

@@ -1,4 +1,4 @@
-"""`tune`: measures, block by block, whether parallel decoding pays on this machine, and with which window.
+"""`tune`: measure for each block whether parallel decoding is faster on this machine, and with which window.
 
 No data is needed: the inputs of a block come from drawn noise, decoded sequentially through the blocks before it.
 """
@@ -24,21 +24,21 @@ from tarflow_runtimes.model.noise import standard_normal
 from tarflow_runtimes.model.progress import decode_patches
 
 WINDOWS: Final = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Window sizes that are tried, below N - 1; the whole block is tried too."""
+"""Window sizes to try, below N - 1; the whole block is tried as well."""
 
 MARGIN: Final = 0.93
 """A window must take less than this share of the sequential time: the number of calls differs between draws."""
 
 GIVE_UP: Final = 1.25
-"""A first run that takes longer than this multiple of the sequential time is ended."""
+"""A first run that exceeds this multiple of the sequential time is stopped."""
 
 FINALISTS: Final = 3
-"""Candidates that are measured on all draws."""
+"""Number of candidates that are measured on all noise samples."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BlockTuned:
-    """What was found for one block: the strategy, and medians of the seconds of one batch."""
+    """The result for one block: the strategy, and median seconds of one batch."""
 
     batch: int
     guidance: float
@@ -63,7 +63,7 @@ def tune(
 ) -> TunedPlans:
     """Measure every block for these batches, unguided or guided, and return the fastest plans; nothing is written.
 
-    Guided and unguided runs have plans of their own; the weight itself matters little. Time: some ten sequential
+    Guided and unguided runs have separate plans; the weight itself matters little. Time: some ten sequential
     decodes of the batches.
 
     Raises:
@@ -82,11 +82,11 @@ def tune(
 
 
 class _TooSlowError(Exception):
-    """A candidate that cannot win any more."""
+    """Raised for a candidate that is too slow to win."""
 
 
 class _Job:
-    """One batch size and guidance: some draws of noise, taken through the blocks sequentially."""
+    """One batch size and guidance: some noise samples, decoded sequentially through the blocks."""
 
     def __init__(  # noqa: PLR0917 - private
         self, flow: Flow, batch: int, weight: float, tolerance: float, draws: int, seed: int
@@ -185,12 +185,12 @@ class _Job:
         return time.perf_counter() - started
 
     def _calls(self, block: int, x: Floats, strategy: Parallel) -> float:
-        """Calls of the block for one image; it opens the session on the way."""
+        """Calls of the block for one image; this also opens the session."""
         _, report = self._invert(Turn(block=block, strategy=strategy), x)
         return float(report.calls[0])
 
     def _invert(self, turn: Turn, x: Floats, on_step: OnTurn | None = None) -> tuple[Floats, BlockReport]:
-        """One turn of the first images of the batch, as many as x has."""
+        """Invert one block for the first images of the batch, as many as x has."""
         given = self.conditions.of(slice(0, len(x)))
         output, (report,) = self.flow.engine.invert([turn], x, given, on_step)
         return output, report

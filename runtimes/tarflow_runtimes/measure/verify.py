@@ -1,9 +1,9 @@
-"""`verify`: repeat on any engine the comparison with PyTorch whose inputs and outputs travel in the bundle.
+"""`verify`: repeat the comparison with PyTorch on any engine, with the inputs and outputs stored in the bundle.
 
-The reference holds whatever PyTorch computed in float32 when the bundle was exported: the trajectory x_0 .. x_K of some
-images through the blocks and that of the gradient back, the first patches of guided and unguided inverses of each
-block, and, where the model is small enough, whole samples. Each block is judged on PyTorch's input to it, so that a
-fault is named where it is; the whole model is judged from end to end.
+The reference holds what PyTorch computed in float32 when the bundle was exported: the trajectory x_0 .. x_K of some
+images through the blocks and of the gradient in the opposite direction, the first patches of guided and unguided
+inverses of each block, and, if the model is small enough, whole samples. Each block is compared on PyTorch's input to
+it, so that errors are attributed to the right block; the whole model is compared from end to end.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ UNIT_PER_DIM: Final = 1e-3
 """Nats per dim, see `unit_of`; with a tolerance of 1e-5 it allows an error of 1e-8 nats per dim."""
 
 STAGES: Final = ("forward", "gradient", "inverse", "window")
-"""What can be compared of a block."""
+"""The computations of a block that can be compared."""
 
 KINDS: Final = {"unguided": "", "guided": "_guided", "tempered": "_tempered"}
-"""The inverses of the reference, and what the graphs of `ort-cpu` that run them end with."""
+"""The inverses in the reference, and the name suffixes of the `ort-cpu` graphs that run them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +66,7 @@ class Reference:
     denoised: Floats | None = None
 
     def save(self, path: Path) -> None:
-        """Write reference.npz."""
+        """Write the reference to a file `reference.npz`."""
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 
@@ -76,7 +76,7 @@ class Reference:
 
         Raises:
             VerificationError: when the bundle has none.
-            BundleError: when it is damaged or does not fit the bundle's model.
+            BundleError: when the reference is damaged or does not fit the bundle's model.
         """
         if bundle.reference is None:
             raise VerificationError(
@@ -122,7 +122,7 @@ class Reference:
         return int(self.unguided.shape[2]) - 1
 
     def conditions(self, kind: str, classes: int) -> Conditions:
-        """What the inverse called `kind` is conditioned on."""
+        """The conditions of the inverse called `kind`."""
         images, branches = self.trajectory.shape[1], 1 if kind == "unguided" else 2
         labels = None
         if self.labels is not None:
@@ -135,9 +135,9 @@ class Reference:
 
 
 def unit_of(dims: int) -> float:
-    """Nats from which errors of log|det| and log q are relative to them.
+    """The magnitude in nats from which errors of log|det| and log q are measured relative to the value.
 
-    A sum of N*D terms may cancel to nothing, but its rounding errors do not: they grow with the number of terms.
+    A sum of N*D terms may cancel to zero, but its rounding errors do not: they grow with the number of terms.
     """
     return max(1.0, UNIT_PER_DIM * dims)
 
@@ -151,11 +151,10 @@ def verify(
     end_to_end: bool = True,
     on_block: Callable[[int], None] | None = None,
 ) -> tuple[Record, ...]:
-    """Run `subject` on the bundle's reference inputs and compare; passed or not, every comparison is in the result.
+    """Run `subject` on the bundle's reference inputs and compare; the result has every comparison, passed or failed.
 
-    `blocks` (all unless given) and `stages` say what is compared block by block, `end_to_end` whether the whole model
-    is. `on_block` is called after each block with its number. Use `require_passed` on the result to turn a miss into
-    an error.
+    `blocks` (default: all) and `stages` select what is compared block by block, `end_to_end` adds the whole model.
+    `on_block` is called after each block with its number. `require_passed` turns failed comparisons into an error.
 
     Raises:
         VerificationError: when the bundle holds no reference.
@@ -194,7 +193,7 @@ class _Run:
         expected: npt.NDArray[Any],
         graph: tuple[str, str, int] | None = None,
     ) -> None:
-        """Compare; `graph` is the provider, kind and block of what computed it, if that is a graph of the bundle."""
+        """Compare; `graph` is the provider, kind and block of the graph of the bundle that computed it, if any."""
         tolerance = tolerance_for(self.subject.name, self.subject.precision, stage)
         unit = unit_of(self.config.dims) if stage in ("log_det", "log_prob") else 1.0
         made = compare(f"{where} {stage}", stage, actual, expected, tolerance=tolerance, floors=self.floors, unit=unit)
@@ -203,7 +202,7 @@ class _Run:
         self.records.append(dataclasses.replace(made, graph=file))
 
     def block(self, k: int, stages: Collection[str]) -> None:
-        """One block, each stage on PyTorch's inputs."""
+        """Compare each stage of one block on PyTorch's inputs."""
         reference, labels, where = self.reference, self.reference.labels, f"block {k}"
         x, z = reference.trajectory[k], reference.trajectory[k + 1]
         if "forward" in stages:
@@ -238,7 +237,7 @@ class _Run:
         self.record(f"block {turn.block} {kind}", "inverse", first, getattr(self.reference, kind)[turn.block], graph)
 
     def window(self, k: int, kind: str, graph: tuple[str, str, int]) -> None:
-        """One evaluation of patches that are right: it yields them again. Unguided all N - 1, guided the first P."""
+        """One evaluation of correct patches, which must reproduce them: unguided all N - 1, guided the first P."""
         reference = self.reference
         z = reference.trajectory[k + 1]
         expected = self.in_order(k, reference.trajectory[k])
@@ -255,11 +254,11 @@ class _Run:
         self.record(where, "window", actual, expected[:, 1 : size + 1], graph)
 
     def in_order(self, k: int, x: Floats) -> Floats:
-        """The order of the data to that of block k, or back."""
+        """Convert between the order of the data and that of block k."""
         return x[:, ::-1] if self.bundle.blocks[k].is_reversed else x
 
     def whole_model(self) -> None:
-        """Encode, score, denoise, and where the model is small enough decode and sample, from end to end."""
+        """Compare encode, score and denoise and, if the model is small enough, decode and sample, from end to end."""
         reference, labels = self.reference, self.reference.labels
         images, blocks = reference.trajectory[0], range(self.config.blocks)
         log_dets: list[Floats] = []
@@ -278,7 +277,7 @@ class _Run:
             self.record("whole model guided", "sample", decode(reference.noise, "tempered"), reference.sample)
 
     def decode(self, turns: list[Turn], u: Floats, kind: str) -> Floats:
-        """Latents to patches of the image."""
+        """Decode latents to the patches of images."""
         conditions = self.reference.conditions(kind, self.config.classes)
         return self.subject.invert(turns, u * self.deviation, conditions)[0]
 

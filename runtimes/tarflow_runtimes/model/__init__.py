@@ -1,1 +1,1 @@
-"""What a user holds: `Flow`, `Sample`, `Guidance`; checks of arguments, seeded noise, density."""
+"""The public interface, `Flow`, `Sample` and `Guidance`, with argument checks, seeded noise and density."""

@@ -1,4 +1,4 @@
-"""Checks of what callers pass: labels, numbers and arrays become what the sampler needs, or one clear error."""
+"""Argument checks: labels, numbers and arrays are converted to what the sampler needs, or one clear error is raised."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tarflow_runtimes.errors import InputError
 from tarflow_runtimes.model.guidance import Guidance, real
 
 NULL: Final = -1
-"""The null class in a list of labels; None is another way to write it."""
+"""The null class in a list of labels; None means the same."""
 
 NAMES_SHOWN: Final = 20
 
@@ -110,7 +110,7 @@ def guidance_of(
     """The guidance of each of n images; a number is a weight.
 
     Raises:
-        InputError: on a value out of range, a wrong number of them, or guidance between two branches that are the same.
+        InputError: on a value out of range, a wrong number of values, or guidance between two identical branches.
     """
     each = [guidance] * n if isinstance(guidance, Guidance) or np.ndim(guidance) == 0 else list(guidance)  # type: ignore[arg-type]
     if len(each) != n:
@@ -132,7 +132,7 @@ def guidance_of(
 
 
 def seeds_of(seed: int | Sequence[int], n: int, first_index: int) -> int | tuple[int, ...]:
-    """One seed for all of n images, or one each.
+    """Check seeds: one for all n images, or one per image.
 
     Raises:
         InputError: on a value out of range, or a wrong number of them.

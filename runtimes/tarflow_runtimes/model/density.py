@@ -1,6 +1,6 @@
-"""What the density gives, on patches: `encode`, `log_prob` and the gradient of log q, plain functions of an engine.
+"""Functions based on the density, on patches: `encode`, `log_prob` and the gradient of log q, given an engine.
 
-log q(x) = sum over dims of log N(u; 0, 1) + log|det|, u = z / sqrt(prior), all sums in nats and in float64.
+log q(x) = sum over dims of log N(u; 0, 1) + log|det|, u = z / sqrt(prior), in nats, summed in float64.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def encode_patches(engine: Engine, bundle: Bundle, patches: Floats, labels: Inte
 
 
 def log_prob_of(u: Floats, log_det: Doubles) -> Doubles:
-    """Log q [B], nats, of what `encode_patches` returned."""
+    """Log q [B], nats, from the result of `encode_patches`."""
     square = np.square(u, dtype=np.float64).sum(axis=(1, 2))
     return np.asarray(-0.5 * square - 0.5 * math.log(2.0 * math.pi) * (u[0].size) + log_det)
 
@@ -44,8 +44,8 @@ def bits_per_dim_of(log_prob: Doubles, config: ModelConfig) -> Doubles:
 def score(engine: Engine, bundle: Bundle, patches: Floats, labels: Integers | None) -> Floats:
     """The gradient of log q with respect to the patches, [B, N, D].
 
-    It starts from the derivative of log N(u; 0, 1) with respect to z = u * sqrt(prior), which is -z / prior, and runs
-    back through the blocks, each of which adds that of its own log|det|.
+    It starts from the derivative of log N(u; 0, 1) with respect to z = u * sqrt(prior), which is -z / prior, and passes
+    backwards through the blocks, each of which adds the gradient of its own log|det|.
     """
 
     def cotangent(z: Floats, _: slice) -> Floats:

@@ -1,4 +1,4 @@
-"""`load` and `Flow`: a bundle on an engine, and everything that can be done with it."""
+"""`load` opens a bundle on an engine and returns a `Flow`, which samples, scores, encodes, denoises and classifies."""
 
 from __future__ import annotations
 
@@ -34,30 +34,30 @@ if TYPE_CHECKING:
     from tarflow_runtimes.engines.trt.supply import OnBuilding
 
 SHIPPED: Final = "mnist.tarflow"
-"""The bundle that comes with the package, in its folder `models`."""
+"""The bundle that ships with the package, in its folder `models`."""
 
 BATCH_SIZE: Final = 64
-"""Images that run together unless told otherwise; it bounds memory, the engine cuts further where that is faster."""
+"""Default number of images that run together. It bounds memory; the engine splits further where that is faster."""
 
 Doubles = npt.NDArray[np.float64]
 Labels = Sequence[Label] | npt.NDArray[Any] | None
 Arrays = Floats | OnGpu
-"""What methods take: NumPy's float32 arrays and, on an engine of a GPU, float32 arrays that lie there, which are copied
+"""Arrays that methods accept: float32 NumPy arrays and, for a GPU engine, float32 arrays on the GPU, which are copied
 to the host."""
 GuidanceArgument = float | Guidance | Sequence[float | Guidance]
 PlanArgument = Plan | Strategy | TunedPlans | Literal["auto"] | None
 
 
 def shipped_bundle() -> Path:
-    """The directory of the bundle that comes with the package.
+    """The directory of the bundle that ships with the package.
 
     Raises:
-        BundleError: when it is not there.
+        BundleError: when it is missing.
     """
     path = importlib.resources.files("tarflow_runtimes") / "models" / SHIPPED
     if not isinstance(path, Path) or not path.is_dir():
         raise BundleError(
-            "the bundle that comes with the package is missing", hint="reinstall tarflow-sdk, or name a bundle"
+            "the bundle that ships with the package is missing", hint="reinstall tarflow-sdk, or name a bundle"
         )
     return path
 
@@ -71,22 +71,23 @@ def load(
     on_building: OnBuilding | None = None,
     verify_digests: bool = True,
 ) -> Flow:
-    """Open the bundle at `path`, or the one that comes with the package, on an engine.
+    """Open the bundle at `path`, or the one that ships with the package, on an engine.
 
-    Engines are `native`, the kernel of runtimes/native; `ort-cpu`, ONNX Runtime; and, on an NVIDIA GPU and
-    experimental, `ort-cuda`, `trt` and `trt-rtx` (docs/GPU.md). `cpu` is native where its library is there and reads
-    the bundle's precision, else ort-cpu. `auto` takes the first that is ready of trt, trt-rtx, ort-cuda, native and
-    ort-cpu. `engine_report` says which one it was, and why. An engine computes in the bundle's precision; `tarflow
-    convert` makes bundles of another. With `tf32` a GPU may round the factors of float32 products to 11 bits.
+    The engines are `native`, the C++ kernel of runtimes/native; `ort-cpu`, ONNX Runtime; and, on NVIDIA GPUs, the
+    experimental `ort-cuda`, `trt` and `trt-rtx` (docs/GPU.md). `cpu` is native if its library was built and reads the
+    precision of the bundle, else ort-cpu. `auto` chooses the first that is ready of trt, trt-rtx, ort-cuda, native and
+    ort-cpu. `engine_report` gives the choice and its reason. An engine computes in the precision of the bundle;
+    `tarflow convert` makes bundles of other precisions. With `tf32`, a GPU may round the inputs of a float32 bundle's
+    matrix products to 11 bits.
 
-    TensorRT's engines are kept in `engine_dir`, by default the user's cache folder; `on_building(Building)` is called
-    as they are built, and may return False to cancel. `verify_digests=False` skips the SHA-256 of the files (seconds
-    for a bundle of gigabytes); sizes and paths are always checked.
+    TensorRT engines are stored in `engine_dir`, by default the user's cache folder. `on_building(Building)` is called
+    during builds, and may return False to cancel. `verify_digests=False` skips the SHA-256 checks of the files, which
+    take seconds for a bundle of gigabytes; sizes and paths are always checked.
 
     Raises:
         BundleError: when the bundle is missing, damaged, unsafe or of another version.
         EngineError: when the engine is unknown, not installed or cannot run here or on this bundle.
-        InputError: when `tf32` is asked of an engine or a bundle that does not have it.
+        InputError: when `tf32` is requested for an engine or bundle that does not support it.
 
     >>> import tarflow_runtimes as tfr
     >>> with tfr.load() as flow:
@@ -106,12 +107,12 @@ class Flow:
     `labels=None` is the null class for every image. Images are float32 [B, C, height, width] in the model's range
     [-1, 1], or [B, N, D] of a model of tokens; latents are float32 [B, N, D].
 
-    Guidance is a weight, a `Guidance`, or a list with one of these for each image: images with different guidance,
-    labels and seeds share a batch, and each is drawn as it is alone.
+    Guidance is a weight, a `Guidance`, or a list with one of these per image. Images with different guidance, labels
+    and seeds can share a batch, and each is the same as when drawn alone.
 
-    Threads: every method but `close` may be called from any number of threads at once; they share the weights and
-    nothing else. `on_step` is called in the thread that called the method. After `close` (or the end of a `with`)
-    calls that are running finish, or raise EngineError; new ones raise EngineError.
+    Threads: every method except `close` may be called from any number of threads at once; they share only the weights.
+    `on_step` is called in the thread that called the method. After `close` (or the end of a `with` block), running
+    calls finish or raise EngineError; new ones raise EngineError.
 
     >>> import tarflow_runtimes as tfr
     >>> with tfr.load() as flow:  # the model that ships
@@ -142,22 +143,22 @@ class Flow:
 
     @property
     def config(self) -> ModelConfig:
-        """Shape of the model."""
+        """The configuration of the model."""
         return self._bundle.config
 
     @property
     def engine(self) -> Engine:
-        """The engine itself, block by block, for verification and measurements; it belongs to this Flow."""
+        """The engine, for verification and measurements of single blocks; it belongs to this Flow."""
         return self._engine
 
     @property
     def engine_name(self) -> str:
-        """Name of the engine that runs the graphs, also when `auto` chose it."""
+        """Name of the engine that runs the graphs; if `auto` was given, the one that it chose."""
         return self._engine.name
 
     @property
     def engine_report(self) -> Mapping[str, Any]:
-        """What runs where: versions, threads, device, and why this engine. JSON values."""
+        """Engine, versions, threads, device, and the reason for choosing this engine, as JSON values."""
         return {**self._engine.report(), "chosen": self._reason}
 
     @property
@@ -166,10 +167,10 @@ class Flow:
         return self._bundle.class_names
 
     def tuned_plans(self, path: str | os.PathLike[str] | None = None) -> TunedPlans:
-        """The plans of a file that were tuned for this bundle on this machine and engine; `plan` takes them.
+        """The plans in a file that were tuned for this bundle on this machine and engine, to be passed as `plan`.
 
-        The default is the file beside the bundle, and what `plan="auto"` uses. Where nothing was tuned, or for another
-        machine or version, there are no entries and a `reason`, and decoding is sequential: exact, and safe anywhere.
+        The default is the file next to the bundle, which `plan="auto"` uses as well. If nothing was tuned, or only for
+        another machine or version, there are no entries but a `reason`, and decoding is sequential.
 
         Raises:
             InputError: when the file is damaged.
@@ -177,7 +178,7 @@ class Flow:
         return read_plans(plans_path(self._bundle.path) if path is None else Path(path), self.identity())
 
     def identity(self) -> Identity:
-        """What a tuned plan holds for: this bundle on this engine, its version and this machine."""
+        """What a tuned plan is valid for: this bundle, this engine and its version, and this machine."""
         return identity_of(self._bundle, self._engine.report())
 
     def close(self) -> None:
@@ -200,17 +201,17 @@ class Flow:
     ) -> Sample:
         """Draw n images.
 
-        Image i is a function of the seed and first_index + i alone, in whatever batch it is drawn; without a seed one
-        is drawn and reported. With a list of seeds image i is the first image of its own. `noise` float32 [n, N, D]
+        The noise of image i depends only on the seed and first_index + i, not on the batch; without a seed, a random
+        one is drawn and reported. With a list of seeds, image i is the first image of seed i. `noise` float32 [n, N, D]
         replaces the seeded noise. `denoise` removes the training noise with one step along the gradient of log q.
         `on_step(Step)` is called as steps finish, and may return False to cancel.
 
         `plan` says how the blocks are inverted: None for one patch after the other, `Parallel(...)` or `Sequential()`
-        for all blocks, a `Plan` with a strategy for each, or "auto" for what `tarflow tune` found fastest on this
-        machine for this batch (sequential where nothing was measured). `Sample.report` says how it went.
+        for all blocks, a `Plan` with a strategy for each block, or "auto" for what `tarflow tune` measured as fastest
+        on this machine for this batch (sequential if nothing was measured). `Sample.report` has statistics per block.
 
         Raises:
-            InputError: on arguments out of range or that contradict each other.
+            InputError: on arguments that are out of range or contradict each other.
             Cancelled: when `on_step` returned False; the Flow stays usable.
 
         >>> import tarflow_runtimes as tfr
@@ -289,10 +290,10 @@ class Flow:
     ) -> Floats:
         """Latents z [B, N, D] -> images [B, C, height, width], without denoising.
 
-        It is the inverse of `encode` when unguided. The arguments are those of `sample`.
+        Without guidance this is the inverse of `encode`. The arguments are those of `sample`.
 
         Raises:
-            InputError: on arguments out of range or that contradict each other.
+            InputError: on arguments that are out of range or contradict each other.
             Cancelled: when `on_step` returned False; the Flow stays usable.
 
         >>> import numpy as np, tarflow_runtimes as tfr
@@ -312,7 +313,7 @@ class Flow:
         return images
 
     def encode(self, images: Arrays, labels: Labels = None) -> tuple[Floats, Doubles]:
-        """Images -> (z [B, N, D], standard normal under the model, log|det dz/dx| [B], nats, float64).
+        """Images -> (latents z [B, N, D], standard normal under the model; log|det dz/dx| [B] in nats, float64).
 
         Raises:
             InputError: on images or labels that do not fit the model.
@@ -334,7 +335,7 @@ class Flow:
             InputError: on images or labels that do not fit the model.
 
         >>> import tarflow_runtimes as tfr
-        >>> with tfr.load() as flow:  # a digit is likelier as what it is
+        >>> with tfr.load() as flow:  # a digit is most likely under its own label
         ...     seven = flow.sample(1, labels=[7], seed=0).images
         ...     bool(flow.log_prob(seven, labels=[7]) > flow.log_prob(seven, labels=[0]))
         True
@@ -350,11 +351,11 @@ class Flow:
         >>> import numpy as np, tarflow_runtimes as tfr
         >>> with tfr.load() as flow:
         ...     noisy = np.random.default_rng(0).uniform(-1, 1, (1, 1, 28, 28)).astype(np.float32)
-        ...     bool(flow.bits_per_dim(noisy) > 7)  # nothing that a digit would be
+        ...     bool(flow.bits_per_dim(noisy) > 7)  # far above the 6.1 of digits
         True
         """
         if self.config.data == "tokens":
-            raise InputError("bits/dim is of images, and this model's data are tokens", hint="use log_prob (nats)")
+            raise InputError("bits/dim is defined for images, but this model's data are tokens", hint="use log_prob")
         return bits_per_dim_of(self.log_prob(images, labels), self.config)
 
     def denoise(
@@ -370,7 +371,7 @@ class Flow:
         Source: Zhai et al. 2024, section 2.5 (Tweedie's formula).
 
         >>> import tarflow_runtimes as tfr
-        >>> with tfr.load() as flow:  # what `sample` does last
+        >>> with tfr.load() as flow:  # the last step of `sample`
         ...     noisy = flow.sample(1, labels=[7], seed=0, denoise=False).images
         ...     clean = flow.sample(1, labels=[7], seed=0).images
         ...     bool(abs(flow.denoise(noisy, labels=[7]) - clean).max() < 1e-5)
@@ -418,7 +419,7 @@ class Flow:
         on_step: OnStep | None,
         finish: Callable[[Floats, Integers | None], Floats],
     ) -> tuple[Floats, DecodeReport]:
-        """Latents of n images, chunk by chunk, to images."""
+        """Decode the latents of n images, chunk by chunk."""
         size = BATCH_SIZE if batch_size is None else integer("batch_size", batch_size, minimum=1)
         steps = self.config.blocks * (self.config.patches - 1)
         starts = range(0, n, size)
@@ -437,7 +438,7 @@ class Flow:
         return unpatchify(np.concatenate(finished), self.config), report
 
     def _plans_of(self, plan: PlanArgument) -> Callable[[int, int], Plan | None]:
-        """The plan for a number of images and of branches."""
+        """The plan for this number of images and branches."""
         blocks = self.config.blocks
         match plan:
             case None:
@@ -481,7 +482,7 @@ def _joined(values: Iterable[object]) -> str:
 
 
 def _warn(report: DecodeReport) -> None:
-    """Say once per call what went another way than asked."""
+    """Warn once per call about sequential fallbacks and overflows."""
     for block in report.blocks:
         if block.sequential_images:
             warnings.warn(

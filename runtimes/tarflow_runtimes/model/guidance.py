@@ -1,4 +1,4 @@
-"""`Guidance`: how an image is drawn away from the null class; `conditions_of`, what engines are told of it."""
+"""`Guidance` moves an image away from the null class; `conditions_of` converts it to the arrays that engines take."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Guidance:
     """Guidance of an image's inverse: a += g_i (a - a_u) and b += g_i (b - b_u) at each patch i.
 
     (a_u, b_u) come from the null class with attention logits divided by `attention_temperature`. g_i = `weight`, or
-    weight * (i + 1) / (N - 1) with `anneal`; `guide` says whether "a", "b" or both, "ab", are guided. Weight 0 is no
-    guidance. A model without classes is guided by a temperature other than 1.
+    weight * (i + 1) / (N - 1) with `anneal`; `guide` selects "a", "b" or both, "ab". Weight 0 means no guidance. Models
+    without classes can be guided by a temperature other than 1.
 
     Raises:
         InputError: on a value out of range.
@@ -47,7 +47,7 @@ class Guidance:
 
     @property
     def inverse_temperature(self) -> float:
-        """1/tau of the second branch; 1 where there is none."""
+        """1/tau of the second branch; 1 without a second branch."""
         return 1.0 / self.attention_temperature if self.weight > 0.0 else 1.0
 
     def weights(self, patches: int) -> Floats:
@@ -64,7 +64,7 @@ def branches_of(guidance: Sequence[Guidance]) -> int:
 
 
 def conditions_of(guidance: Sequence[Guidance], labels: Integers | None, config: ModelConfig) -> Conditions:
-    """What engines are told of images with this guidance and these labels [B], null = classes, one of each an image."""
+    """The conditions of images, for engines: `guidance` and `labels` [B] have one entry per image, null = classes."""
     branches = branches_of(guidance)
     weights = {one: one.weights(config.patches) for one in set(guidance)}
     temperatures = np.ones((branches, len(guidance)), np.float32)
@@ -82,7 +82,7 @@ def real(name: str, value: Any, *, positive: bool = False) -> float:
     """`value` as a finite float >= 0, or > 0 when `positive`.
 
     Raises:
-        InputError: when it is none.
+        InputError: when it is not.
     """
     try:
         number = float(value)

@@ -1,8 +1,8 @@
 """`standard_normal`: the seeded noise, the same bits in every language, engine and batch.
 
-Philox4x32-10 keyed by the seed and counted by image gives 32-bit words; Box-Muller in float64 with the polynomials
-below turns each pair of words into two normals. Only + - * / and sqrt of IEEE 754 are used, in the order written
-here and never fused, so that the result is exact on paper and equal everywhere. The specification is docs/NOISE.md.
+Philox4x32-10, with the seed as key and the image index as counter, generates 32-bit words. Box-Muller in float64, with
+the polynomials below, turns each pair of words into two normals. Only + - * / and sqrt of IEEE 754 are used, in the
+order written here and never fused, so that the result is the same everywhere. The specification is docs/NOISE.md.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Box and Muller 1958.
 """
@@ -52,7 +52,7 @@ COS_SERIES: Final = (
 """cos(x) in x^2: 1/16!, -1/14!, .., -1/2!, 1."""
 
 VALUES_PER_PASS: Final = 1 << 20
-"""Values made in one pass; bounds the float64 scratch memory to some tens of megabytes."""
+"""Values computed in one pass; limits the float64 scratch memory to some tens of megabytes."""
 
 Words = npt.NDArray[np.uint64]
 Doubles = npt.NDArray[np.float64]
@@ -107,7 +107,7 @@ def box_muller(radius_word: Words, angle_word: Words) -> tuple[Doubles, Doubles]
 def standard_normal(seed: int, first_index: int, n: int, patches: int, patch_values: int) -> npt.NDArray[np.float32]:
     """Standard normal noise for images first_index .. first_index + n - 1, float32 [n, N, D].
 
-    Image i is a function of (seed, i) alone: it does not depend on the batch it is drawn in.
+    Image i depends only on (seed, i), not on the batch.
 
     Raises:
         InputError: when seed or an image index is outside [0, 2^64).

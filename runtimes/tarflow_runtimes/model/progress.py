@@ -1,4 +1,4 @@
-"""The sampler: latents to patches of an image, block by block from the last to the first, on any engine."""
+"""The sampler: latents to patches, block by block from the last to the first, on any engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Step:
 
 
 OnStep = Callable[[Step], object]
-"""Called in the caller's thread as steps finish; returning False cancels. Steps may be reported several at a time."""
+"""Called in the caller's thread as steps finish, possibly several at a time; returning False cancels."""
 
 
 def decode_patches(  # noqa: PLR0917 - mathematics, called with names where it helps
@@ -35,10 +35,10 @@ def decode_patches(  # noqa: PLR0917 - mathematics, called with names where it h
     on_done: Callable[[int, int], None] | None = None,
     plan: Plan | None = None,
 ) -> tuple[Floats, DecodeReport]:
-    """Standard normal latents u [B, N, D] -> patches [B, N, D], and how.
+    """Standard normal latents u [B, N, D] -> patches [B, N, D], and a report for each block.
 
-    `on_done(block, steps)` is called with how many of the K * (N - 1) steps are done; an error that it raises ends the
-    run. Without a plan every block is sequential.
+    `on_done(block, steps)` is called with the number of the K * (N - 1) steps that are done; an exception that it
+    raises ends the run. Without a plan every block is sequential.
     """
     config = bundle.config
     x = u if bundle.prior_variance is None else u * np.sqrt(bundle.prior_variance)
@@ -56,7 +56,7 @@ def decode_patches(  # noqa: PLR0917 - mathematics, called with names where it h
 
 
 def progress(on_step: OnStep | None, *, chunk: int, chunks: int, steps: int) -> Callable[[int, int], None] | None:
-    """`on_done` of `decode_patches` for one chunk of a call: counts over all chunks, and cancels.
+    """The `on_done` callback for one chunk of a call: reports progress over all chunks, and cancels.
 
     Raises:
         Cancelled: from the returned function, when `on_step` returns False.

@@ -1,4 +1,4 @@
-"""`Sample`: what the sampler returns, with the ways to look at it and to keep it."""
+"""`Sample`: the result of the sampler, with methods to convert and save it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tarflow_runtimes.io.write import PICTURES, check_output, check_pictures, wr
 class Sample:
     """Images drawn by `Flow.sample`.
 
-    `images` is float32 [B, C, height, width] in the model's range, about [-1, 1] and not clipped, or [B, N, D] of a
-    model of tokens; `seed` is that of the noise, or one for each image, None when the caller gave the noise; `metadata`
-    says how the images were made, and goes into PNG files; `report` says how the blocks were inverted; `to_device`
-    copies arrays to the engine's device, where it has one.
+    `images` is float32 [B, C, height, width] in the model's range, about [-1, 1] and not clipped, or [B, N, D] for a
+    model of tokens. `seed` is the seed of the noise, or one per image; None if the caller gave the noise. `metadata`
+    describes how the images were made, and is written into PNG files. `report` describes how the blocks were inverted.
+    `to_device` copies arrays to the engine's device, if it has one.
     """
 
     images: npt.NDArray[np.float32]
@@ -36,11 +36,11 @@ class Sample:
 
     @property
     def images_device(self) -> DeviceArray | None:
-        """The images [B, C, height, width] in the memory of the engine's device; None where the engine has none.
+        """The images [B, C, height, width] in the memory of the engine's device; None if the engine has no device.
 
-        Every access copies them there once more, so keep it. `torch.from_dlpack(sample.images_device)` and CuPy's
-        `from_dlpack` take it without a copy (it has `__dlpack__` and `__cuda_array_interface__`), and its memory lives
-        as long as it or what was made of it, also when the Flow is closed.
+        Every access copies the images again, so keep the result. `torch.from_dlpack(sample.images_device)` and CuPy's
+        `from_dlpack` use it without a copy (it has `__dlpack__` and `__cuda_array_interface__`). Its memory lives as
+        long as it or any array made from it, even after the Flow is closed.
         """
         return None if self.to_device is None else self.to_device(self.images)
 
@@ -55,10 +55,10 @@ class Sample:
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
         """Write `grid.png`, a folder of PNG files, `images.npy` or `images.npz`; returns the files written.
 
-        A file that is there already is replaced; a failed save leaves nothing new behind.
+        Existing files are replaced; a failed save leaves nothing new behind.
 
         Raises:
-            InputError: when the images cannot be written there or not in this format.
+            InputError: when the images cannot be written there, or not in this format.
         """
         name = os.fspath(path) if Path(path).suffix else f"{Path(path)}/"  # without an ending: a folder
         output = check_output(name, kinds=PICTURES, overwrite=True, option="")

@@ -1,20 +1,23 @@
 // libtarflow for C++17: move-only objects over tarflow.h.
 //
+//   #include <cstdio>
 //   #include <tarflow/tarflow.hpp>
 //
-//   try {
+//   int main() try {
 //     const tarflow::Model model("mnist.tarflow");
 //     tarflow::Sampler sampler(model);
 //     tarflow::SampleOptions options;
 //     options.guidance = 1.5;
-//     options.on_step = [](const tarflow_step& step) { return step.step < 1000; };  // false cancels
+//     options.on_step = [](const tarflow_step& step) { return step.step < 1000; };  // returning false cancels
 //     const std::vector<float> images = sampler.sample(2, {3, 7}, options);         // [2, C, height, width]
-//     const std::vector<double> nats = sampler.log_prob(images, {3, 7});
+//     const std::vector<double> log_prob = sampler.log_prob(images, {3, 7});        // [2], nats
+//     std::printf("log-likelihoods: %.1f %.1f nats\n", log_prob[0], log_prob[1]);
 //   } catch (const tarflow::Error& error) {
 //     std::fprintf(stderr, "error: %s\nhint: %s\n", error.what(), error.hint().c_str());
+//     return 1;
 //   }
 //
-// Every failure is thrown as tarflow::Error, with a code and a hint. Axes, threads and units are those of tarflow.h.
+// Every failure throws tarflow::Error, with a code and a hint. Axes, threading rules and units are those of tarflow.h.
 #ifndef TARFLOW_TARFLOW_HPP
 #define TARFLOW_TARFLOW_HPP
 
@@ -48,16 +51,16 @@ inline void check(tarflow_status status) {
   if (status != TARFLOW_OK) throw Error(status, tarflow_last_message(), tarflow_last_hint());
 }
 
-/// Is called with each message of a model and its samplers, from several threads at once; what it throws is dropped.
+/// Called with each message of a model and its samplers, from several threads at once; its exceptions are ignored.
 using OnLog = std::function<void(tarflow_log_level level, const char* text)>;
 
-/// An opened bundle. Constant: several threads may share it.
+/// An opened bundle. It is immutable: several threads may share it.
 class Model {
  public:
   struct Options {
-    std::string ort_library;  // empty: searched, see docs/CPP.md
+    std::string ort_library;  // path of ONNX Runtime's library; empty searches, see docs/CPP.md
     OnLog on_log;             // empty: messages are dropped
-    int threads = 0;          // processors to use; 0 is all that this process may use
+    int threads = 0;          // processors to use; 0 means all that are available to this process
     bool verify_digests = true;
   };
 
@@ -79,7 +82,7 @@ class Model {
   }
   Model(Model&&) noexcept = default;
   Model& operator=(Model&& other) noexcept {
-    handle_ = std::move(other.handle_);  // first, for it may log while it is freed
+    handle_ = std::move(other.handle_);  // first, because it may log while it is freed
     log_ = std::move(other.log_);
     config_ = other.config_;
     return *this;
@@ -92,7 +95,7 @@ class Model {
     check(tarflow_model_label(handle_.get(), number, &name));
     return name;
   }
-  /// What runs the model; its strings live as long as this object.
+  /// Describes the engine; the strings live as long as this object.
   tarflow_engine engine() const {
     tarflow_engine engine;
     tarflow_engine_init(&engine);
@@ -127,10 +130,10 @@ struct SampleOptions {
   bool anneal_guidance = false;
   bool denoise = true;
   std::int64_t batch_size = 0;
-  std::function<bool(const tarflow_step&)> on_step;  // false cancels; what it throws comes out of sample()
+  std::function<bool(const tarflow_step&)> on_step;  // false cancels; its exceptions propagate out of sample()
 };
 
-/// How the last sample went; the fields are those of tarflow_report.
+/// How the last sample() went; the fields are those of tarflow_report.
 struct Report {
   std::int64_t images = 0;
   std::vector<std::int64_t> non_finite;
@@ -141,7 +144,7 @@ struct Encoded {
   std::vector<double> log_det;  // [n], nats
 };
 
-/// Draws and scores images; one thread at a time, but for cancel(). Labels are empty (the null class) or one per image.
+/// Draws and scores images. One thread at a time, except for cancel(). Labels: none (the null class) or one per image.
 class Sampler {
  public:
   explicit Sampler(const Model& model)
@@ -189,7 +192,7 @@ class Sampler {
     return images;
   }
 
-  /// End the call that another thread is in within one step; it throws Error (TARFLOW_ERROR_CANCELLED) there.
+  /// Cancel the call that another thread is making: within one step it throws Error (TARFLOW_ERROR_CANCELLED) there.
   void cancel() noexcept { tarflow_sampler_cancel(handle_.get()); }
 
   /// How the last sample() went.
@@ -225,7 +228,7 @@ class Sampler {
     return result;
   }
 
-  /// images + strength * sigma^2 * grad log q; sigma 0 is the model's training noise.
+  /// images + strength * sigma^2 * grad log q; sigma 0 means the model's training noise.
   std::vector<float> denoise(const std::vector<float>& images, const std::vector<std::int64_t>& labels = {},
                              double sigma = 0.0, double strength = 1.0) {
     const std::int64_t n = count(images, labels);
@@ -248,7 +251,7 @@ class Sampler {
     auto* watch = static_cast<Watch*>(user_data);
     try {
       return (*watch->on_step)(*step) ? 0 : 1;
-    } catch (...) {  // nothing may be thrown through C: kept, and thrown again by sample()
+    } catch (...) {  // nothing may be thrown through C: sample() rethrows it
       watch->thrown = std::current_exception();
       return 1;
     }

@@ -1,1 +1,1 @@
-"""The decode loop on a device with memory of its own: memory, programs, and ONNX Runtime on CUDA."""
+"""The decode loop on a device with its own memory: buffers, programs, and ONNX Runtime on CUDA."""

@@ -1,4 +1,4 @@
-"""`DeviceArray`: an array in a device's memory that PyTorch, CuPy, JAX or NumPy take without a copy.
+"""`DeviceArray`: an array in a device's memory that PyTorch, CuPy, JAX or NumPy can use without a copy.
 
 Source: DLPack 0.8, `dlpack.h` and its Python specification; the CUDA array interface, version 3.
 """
@@ -20,7 +20,7 @@ DEVICE_TYPES: Final = {"cpu": 1, "cuda": 2}
 KINDS: Final = {"i": 0, "u": 1, "f": 2}
 """DLDataTypeCode by NumPy's kind of dtype."""
 CAPSULE: Final = b"dltensor"
-"""The name of a capsule that nobody has taken; who takes it renames it, and calls the deleter."""
+"""The name of an unconsumed capsule; the consumer renames it, and calls the deleter."""
 
 
 class _DLTensor(ctypes.Structure):
@@ -42,7 +42,7 @@ class _DLManagedTensor(ctypes.Structure):
     pass
 
 
-# Prototypes of our own: the functions of ctypes.pythonapi are shared with everybody in the process.
+# Separate prototypes, because the functions of ctypes.pythonapi are shared by the whole process.
 _is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
 _get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
@@ -52,16 +52,16 @@ _Destructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _DLManagedTensor._fields_ = (("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
 
 _given: dict[int, tuple[object, ...]] = {}
-"""By the address of a managed tensor, what must live until its deleter is called."""
+"""The objects that must live until the deleter of a managed tensor is called, by the tensor's address."""
 
 
 def _delete(managed: Any) -> None:
-    """Called by whoever took a capsule, when done with it."""
+    """Called by the consumer of a capsule when it is done."""
     _given.pop(ctypes.addressof(managed.contents), None)
 
 
 def _destroy(capsule: int) -> None:
-    """Called when a capsule goes; nobody else frees what it holds if nobody took it."""
+    """Called when a capsule is destroyed; frees its contents if it was never consumed."""
     if _is_valid(capsule, CAPSULE):
         _given.pop(_get_pointer(capsule, CAPSULE), None)
 
@@ -73,7 +73,7 @@ _deleter, _destructor = _Deleter(_delete), _Destructor(_destroy)  # as C calls t
 
 
 class DeviceArray:
-    """An array [...] in row-major order. Its memory lives as long as this object or anything that was made of it.
+    """An array [...] in row-major order. Its memory lives as long as this object or any array made from it.
 
     >>> torch.from_dlpack(sample.images_device)  # doctest: +SKIP
     """
@@ -86,12 +86,12 @@ class DeviceArray:
         return f"<DeviceArray {self.dtype} {list(self.shape)} on {self._device.name}>"
 
     def numpy(self) -> npt.NDArray[Any]:
-        """A copy on the host."""
+        """Copy the array to the host."""
         with self._device.lock:
             return self._device.download(self._buffer.address, self.shape, self.dtype)
 
     def __getattr__(self, name: str) -> Any:
-        """`__cuda_array_interface__`, which an array on the host must not have."""
+        """Provide `__cuda_array_interface__` for arrays on a GPU only."""
         if name != "__cuda_array_interface__" or self._device.kind != "cuda":
             raise AttributeError(f"{type(self).__name__} has no attribute {name}")
         with self._device.lock:
@@ -111,10 +111,10 @@ class DeviceArray:
     def __dlpack__(
         self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: bool | None = None
     ) -> Any:
-        """A DLPack capsule over this memory; all work on it is done, so that any stream may go on.
+        """A DLPack capsule over this memory; all work on it is complete, so that any stream may use it.
 
         Raises:
-            BufferError: when a copy or another device is asked for.
+            BufferError: when a copy or another device is requested.
         """
         if copy or (dl_device is not None and tuple(dl_device) != self.__dlpack_device__()):
             raise BufferError("this array is given where it lies, without a copy")
@@ -139,7 +139,7 @@ class DeviceArray:
 
 
 class OnGpu(Protocol):
-    """What lies on a GPU and says so: PyTorch's tensors there, arrays of CuPy, a `DeviceArray`."""
+    """An array on a GPU: a PyTorch tensor, a CuPy array, a `DeviceArray`."""
 
     @property
     def __cuda_array_interface__(self) -> Mapping[str, Any]:
@@ -147,7 +147,7 @@ class OnGpu(Protocol):
 
 
 def to_host(device: Device, given: object) -> object:
-    """A copy on the host of an array in the device's memory, whoever's; anything else comes back as it is.
+    """Copy an array in the device's memory, from any library, to the host; return anything else unchanged.
 
     Raises:
         InputError: for an array whose elements do not lie in row-major order.
@@ -161,7 +161,7 @@ def to_host(device: Device, given: object) -> object:
     if strides is not None and tuple(strides) != np.empty(shape, dtype).strides:
         raise InputError(f"an array on the GPU must be contiguous, got strides {tuple(strides)}", hint=".contiguous()")
     with device.lock:
-        device.synchronize(everything=True)  # whoever made it may have done so on a stream of theirs
+        device.synchronize(everything=True)  # it may have been made on another library's stream
         return device.download(interface["data"][0], shape, dtype)
 
 

@@ -1,6 +1,6 @@
 """`CudaDevice`: an NVIDIA GPU through cuda-python's runtime API: memory, one stream, graphs captured from it.
 
-Every status is checked. Nothing else of CUDA is used here: no kernel of our own, no other package.
+Every status is checked. No custom kernels and no other CUDA packages are used.
 
 Source: CUDA Runtime API, memory management, stream management, graph management.
 """
@@ -24,19 +24,19 @@ LOCK: Final = threading.RLock()
 """The `lock` of all devices: ONNX Runtime records in CUDA's global mode, in which no other thread may allocate."""
 
 _unused: Final[deque[tuple[Callable[[Any], object], Any]]] = deque()
-"""What nobody holds any more, and how it is freed. Owners may go in any thread and at any time, also while a graph is
-recorded, which freeing would spoil: `_free_unused` does it later."""
+"""Handles without an owner, and how to free them. Owners may be destroyed in any thread at any time, even while a graph
+is recorded, when freeing would invalidate it: `_free_unused` frees the handles later."""
 
 
 def _free_unused() -> None:
-    """Free what nobody holds any more; the caller has the lock and records nothing."""
+    """Free handles without an owner; the caller has the lock and is not recording."""
     while _unused:
         free, handle = _unused.popleft()
         free(handle)
 
 
 def _free_with(owner: object, free: Callable[[Any], object], handle: Any) -> None:
-    """Have `handle` freed when `owner` goes; at exit the driver frees everything itself."""
+    """Free `handle` after `owner` is destroyed; at exit the driver frees everything itself."""
     weakref.finalize(owner, _unused.append, (free, handle)).atexit = False
 
 
@@ -61,15 +61,15 @@ class CudaReplay:
         _free_with(self, runtime.cudaGraphExecDestroy, self._graph)
 
     def replay(self) -> None:
-        """Launch the graph."""
+        """Launch the graph on its stream."""
         checked(self._runtime, self._runtime.cudaGraphLaunch(self._graph, self._stream))
 
 
 class CudaDevice:
-    """GPU number `ordinal` of those that CUDA shows this process.
+    """GPU number `ordinal` of those visible to this process.
 
     Raises:
-        EngineError: when there is no cuda-python, driver or GPU.
+        EngineError: when cuda-python, the driver or the GPU is missing.
     """
 
     kind = "cuda"
@@ -90,11 +90,11 @@ class CudaDevice:
 
     @property
     def stream(self) -> int:
-        """The handle of the stream, for libraries that take one."""
+        """The handle of the stream, for libraries that accept one."""
         return int(self._stream)
 
     def allocate(self, nbytes: int) -> CudaBuffer:
-        """Zeroed memory."""
+        """Allocate memory, set to zero."""
         self._use()
         _free_unused()
         buffer = CudaBuffer(self._runtime, nbytes)
@@ -110,7 +110,7 @@ class CudaDevice:
         self.transfers.uploaded_bytes += array.nbytes
 
     def download(self, address: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """Copy an array to the host, after all work before."""
+        """Copy an array to the host, after all earlier work."""
         array = np.empty(shape, dtype)
         self._copy(array.ctypes.data, address, array.nbytes, "cudaMemcpyDeviceToHost")
         self.synchronize()
@@ -132,12 +132,12 @@ class CudaDevice:
         )
 
     def zero(self, address: int, nbytes: int) -> None:
-        """Set memory to zero."""
+        """Set a range of memory to zero."""
         self._use()
         self._checked(self._runtime.cudaMemsetAsync(address, 0, nbytes, self._stream))
 
     def capture(self, launch: Callable[[], None]) -> CudaReplay:
-        """Record what `launch` puts on the stream.
+        """Record the work that `launch` puts on the stream.
 
         Other threads may use CUDA meanwhile, but not this device's stream: hold `lock`.
         """
@@ -145,7 +145,7 @@ class CudaDevice:
         runtime = self._runtime
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         collects = gc.isenabled()
-        gc.disable()  # what a library frees in this thread would end the capture
+        gc.disable()  # a library that frees memory in this thread would end the capture
         try:
             self._checked(runtime.cudaStreamBeginCapture(self._stream, mode))
             try:

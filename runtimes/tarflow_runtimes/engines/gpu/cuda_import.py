@@ -1,6 +1,6 @@
-"""`import_cuda`: NVIDIA's runtime API, found, with a driver that it fits and a GPU to run on; `checked`, its statuses.
+"""`import_cuda`: import NVIDIA's runtime API and check driver and GPU; `checked`: check the status of its calls.
 
-No package, no driver, a driver that is too old and no GPU are four different errors, each with what mends it.
+A missing package, a missing driver, an old driver and a missing GPU are four different errors, each with a remedy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ INSTALL: Final = 'pip install "cuda-python>=12.9"'
 
 @functools.cache
 def import_cuda() -> Any:
-    """The module of the CUDA runtime, on a machine that has a GPU for it.
+    """The module of the CUDA runtime, on a machine with a usable GPU.
 
     Raises:
         EngineError: when the package, the driver or the GPU is missing, or the driver too old for the package.
@@ -30,7 +30,7 @@ def import_cuda() -> Any:
     if name == "cudaErrorInsufficientDriver":
         needed = checked(runtime, runtime.cudaRuntimeGetVersion())
         raise EngineError(
-            f"the NVIDIA driver knows CUDA {dotted(supported)}, cuda-python is of CUDA {dotted(needed)}",
+            f"the NVIDIA driver supports CUDA {dotted(supported)}, cuda-python needs CUDA {dotted(needed)}",
             hint=f'pip install "cuda-python=={supported // 1000}.*", or update the driver',
         )
     if name == "cudaErrorNoDevice" or (name == "cudaSuccess" and not count):
@@ -40,7 +40,7 @@ def import_cuda() -> Any:
 
 
 def cuda_runtime() -> Any:
-    """The module of the CUDA runtime, whatever the machine has.
+    """The module of the CUDA runtime, without checking the machine.
 
     Raises:
         EngineError: when cuda-python is not installed.
@@ -53,7 +53,7 @@ def cuda_runtime() -> Any:
 
 
 def driver_version() -> int:
-    """The newest CUDA that the driver knows, 1000 * major + 10 * minor; 0 where no driver is loaded.
+    """The newest CUDA that the driver supports, 1000 * major + 10 * minor; 0 if no driver is loaded.
 
     Raises:
         EngineError: when cuda-python is not installed.
@@ -67,7 +67,7 @@ def driver_version() -> int:
 
 
 def checked(runtime: Any, answer: tuple[Any, ...]) -> Any:
-    """The result of a call of the runtime, which answers (status, result, ...).
+    """The result of a call of the runtime API, which returns (status, result, ...).
 
     Raises:
         EngineError: with the name of the status, unless it is cudaSuccess.
@@ -87,5 +87,5 @@ _HINTS: Final = {
 
 
 def dotted(version: int) -> str:
-    """13040 -> 13.4."""
+    """Format a version, as 13.4 for 13040."""
     return f"{version // 1000}.{version % 1000 // 10}"

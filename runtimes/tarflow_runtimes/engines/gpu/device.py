@@ -1,7 +1,7 @@
-"""What a device is: `Device` holds memory, `Program` is a graph built for it. The loop knows these two and no more.
+"""`Device` holds memory, `Program` is a graph built for a device. The decode loop uses only these two interfaces.
 
-Work is asynchronous and runs in the order in which it was asked for (CUDA: on one stream). An address is a number; a
-`Buffer` owns what lies there. One thread at a time asks: whoever uses a device holds its `lock` meanwhile.
+Work is asynchronous and runs in the order in which it was submitted (CUDA: on one stream). An address is a number; a
+`Buffer` owns the memory there. One thread at a time uses a device, and holds its `lock` meanwhile.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import numpy as np
 import numpy.typing as npt
 
 ALIGNMENT: Final = 256
-"""Bytes; where buffers, and the parts of one, start is a multiple."""
+"""Buffers, and the parts of a buffer, start at multiples of this many bytes."""
 
 
 class Buffer(Protocol):
-    """Memory of a device, zeroed when it was allocated; freed when the last reference to the object goes."""
+    """Memory of a device, initialised to zero; freed when the last reference to the object is gone."""
 
     @property
     def address(self) -> int:
-        """Where it starts, in the device's address space."""
+        """The start address in the device's address space."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
 
 
 @dataclasses.dataclass(slots=True)
 class Transfers:
-    """Copies between host and device that were made through a `Device`, and their bytes."""
+    """The number of copies between host and device made through a `Device`, and their bytes."""
 
     uploads: int = 0
     downloads: int = 0
@@ -41,36 +41,36 @@ class Transfers:
 
 
 class Replay(Protocol):
-    """Recorded launches."""
+    """A recording of several launches."""
 
     def replay(self) -> None:
-        """Launch them again, on the addresses of their recording; asynchronous."""
+        """Replay the launches on the recorded addresses; asynchronous."""
 
 
 class Device(Protocol):
-    """Memory of a processor, and the order of what is done with it.
+    """The memory of a processor, and an ordered queue of work.
 
     Raises:
         EngineError: from any method, with the name of the status, when the device refuses.
     """
 
     name: str
-    """As the device calls itself."""
+    """The name reported by the device."""
     kind: str
     """`cpu` or `cuda`."""
     ordinal: int
-    """Its number among those of its kind."""
+    """The number of the device among those of its kind."""
     lock: threading.RLock
     transfers: Transfers
 
     def allocate(self, nbytes: int) -> Buffer:
-        """Zeroed memory that starts at a multiple of ALIGNMENT."""
+        """Allocate memory at a multiple of ALIGNMENT, set to zero."""
 
     def upload(self, address: int, array: npt.NDArray[Any]) -> None:
         """Copy an array to the device; the caller may change it afterwards. Counted."""
 
     def download(self, address: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """Wait for all work before, and copy an array to the host. Counted."""
+        """Wait for all earlier work, and copy an array to the host. Counted."""
 
     def copy(
         self, target: int, source: int, nbytes: int, *, rows: int = 1, target_step: int = 0, source_step: int = 0
@@ -78,33 +78,33 @@ class Device(Protocol):
         """Copy `rows` times `nbytes` within the device; from one row to the next the addresses grow by the steps."""
 
     def zero(self, address: int, nbytes: int) -> None:
-        """Set memory to zero."""
+        """Set a range of memory to zero."""
 
     def capture(self, launch: Callable[[], None]) -> Replay:
-        """Record what `launch` asks the device for, without running it."""
+        """Record the work that `launch` submits, without running it."""
 
     def synchronize(self, *, everything: bool = False) -> None:
-        """Wait for all work asked for so far; with `everything`, also for that of others in this process."""
+        """Wait for all work submitted so far; with `everything`, also for that of other libraries in this process."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape and dtype of an input or output; `kv_length`, whose length is free, is given its longest."""
+    """Shape and dtype of an input or output; for `kv_length`, whose length varies, the longest."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     @property
     def nbytes(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
 class Bound(Protocol):
-    """A program with every input and output at an address, which the caller keeps alive."""
+    """A program with an address for every input and output; the caller keeps the memory alive."""
 
     def launch(self) -> None:
-        """Run the graph once on what lies there; asynchronous."""
+        """Run the graph once on the bound memory; asynchronous."""
 
 
 class Program(Protocol):
@@ -116,24 +116,24 @@ class Program(Protocol):
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
-        """By name."""
+        """The inputs by name."""
 
     @property
     def outputs(self) -> Mapping[str, TensorSpec]:
-        """By name."""
+        """The outputs by name."""
 
     def bind(self, addresses: Mapping[str, int], *, kv_length: int | None = None) -> Bound:
-        """Give every input and output an address; an output that is an input updated in place has the input's.
+        """Bind every input and output to an address; an output that updates an input in place has the input's address.
 
         `kv_length` is the length of the input of that name in this binding, where there is one.
         """
 
     def record(self, launches: Sequence[Bound]) -> Replay:
-        """Make a graph of some launches of this program, to be replayed as one where its runtime can."""
+        """Record several launches of this program, to be replayed as one graph if the runtime supports it."""
 
 
 class ProgramMaker(Protocol):
-    """Builds the programs of a bundle for its device: all in which one device engine differs from another.
+    """Builds the programs of a bundle for its device; it contains everything in which device engines differ.
 
     Methods may take long at first (a build) and are called by one thread at a time.
 
@@ -146,7 +146,7 @@ class ProgramMaker(Protocol):
     provider: str
     """The provider whose run-ready graphs it builds, as in the bundle."""
     precision: str
-    """What linear layers and caches are computed in: the bundle's precision, or tf32."""
+    """The precision of linear layers and caches: that of the bundle, or tf32."""
     device: Device
 
     def program(self, block: int, kind: str, *, images: int, branches: int = 1, window: int = 1) -> Program:
@@ -156,4 +156,4 @@ class ProgramMaker(Protocol):
         """
 
     def report(self) -> Mapping[str, Any]:
-        """What builds and runs the graphs: versions, libraries and files. JSON values."""
+        """Versions, libraries and files of the software that builds and runs the graphs, as JSON values."""

@@ -1,7 +1,7 @@
-"""`DeviceEngine`: a bundle on a device, whatever builds its programs: the engine of `ort-cuda`, `trt` and `trt-rtx`.
+"""`DeviceEngine`: a bundle on a device, the engine behind `ort-cuda`, `trt` and `trt-rtx`.
 
-Inverses stay on the device (`_device/loop.py`). Density and gradient go there and back once per block: per image, not
-per step.
+Inverses stay on the device (`loop.py`). Density and gradient are transferred to and from the device once per block: per
+image, not per step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def density_images(config: ModelConfig) -> int:
 
 
 class _Call:
-    """A program with buffers of its own, called with arrays."""
+    """A program with its own buffers, called with arrays."""
 
     def __init__(self, device: Device, program: Program) -> None:
         self._device, self._program = device, program
@@ -59,7 +59,7 @@ class _Call:
 
 
 class DeviceEngine:
-    """The programs of `maker` as an `Engine`; everything about the device is the maker's."""
+    """The programs of `maker` as an `Engine`; everything specific to the device is in the maker."""
 
     def __init__(self, bundle: Bundle, maker: ProgramMaker) -> None:
         self.name, self.provider, self.precision = maker.name, maker.provider, maker.precision
@@ -72,17 +72,17 @@ class DeviceEngine:
 
     @property
     def to_device(self) -> Callable[[npt.NDArray[Any]], DeviceArray]:
-        """Copies an array to the device, for others to take; it holds the device and nothing of this."""
+        """Copies an array to the device, for other libraries; it references the device but not this engine."""
         return functools.partial(to_device, self.device)
 
     def to_host(self, given: object) -> object:
-        """A copy on the host of an array in the device's memory, whoever's; anything else comes back as it is."""
+        """Copy an array in the device's memory, from any library, to the host; return anything else unchanged."""
         return to_host(self.device, given)
 
     def invert(
         self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
     ) -> tuple[Floats, tuple[BlockReport, ...]]:
-        """Invert blocks one after the other, each from what the one before made: noise -> patches, and how."""
+        """Invert blocks one after another, each from the result of the one before: noise -> patches, and reports."""
         return self._decoder.invert(turns, noise, conditions, on_step)
 
     def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
@@ -97,7 +97,7 @@ class DeviceEngine:
         return vjp_recomputed(self.forward, self._gradient, blocks, patches, labels, cotangent)
 
     def report(self) -> Mapping[str, Any]:
-        """Engine, precision, device and what the maker says of itself."""
+        """The engine, precision and device, and the report of the maker."""
         return {
             "engine": self.name,
             "weights": self.precision,
@@ -106,12 +106,12 @@ class DeviceEngine:
         }
 
     def close(self) -> None:
-        """Let programs and memory go; calls under way end as they would have."""
+        """Free programs and memory; running calls finish normally."""
         with self.device.lock:
             self._closed = True
             self._calls.clear()
         self._decoder.close()
-        with self.device.lock, contextlib.suppress(EngineError):  # a device that has failed gives nothing back
+        with self.device.lock, contextlib.suppress(EngineError):  # a failed device frees nothing
             self.device.synchronize()
 
     def _gradient(self, block: int, patches: Floats, cotangent: Floats, labels: Integers | None) -> Floats:
@@ -120,7 +120,7 @@ class DeviceEngine:
         return self._run(block, "gradient", arrays)["gradient"]
 
     def _run(self, block: int, kind: str, arrays: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
-        """Run a forward or gradient program on a batch, in pieces of one size; the last piece is filled up."""
+        """Run a forward or gradient program on a batch, in pieces of equal size; the last piece is padded."""
         batch = len(arrays["patches"])
         size = min(batch, density_images(self._config))
         given = {name: array for name, array in arrays.items() if array is not None}
@@ -132,7 +132,7 @@ class DeviceEngine:
         return {name: np.concatenate([one[name] for one in made])[:batch] for name in made[0]}
 
     def _call(self, block: int, kind: str, images: int) -> _Call:
-        """The program of that kind for so many images; those used longest ago go when many are kept."""
+        """The program of that kind for so many images; the least recently used are freed when many are kept."""
         if self._closed:
             raise EngineError("the engine is closed", hint="load the bundle again")
         key = (block, kind, images)

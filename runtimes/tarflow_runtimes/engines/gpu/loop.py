@@ -1,12 +1,12 @@
-"""`DeviceDecoder`: the sampler's loop for an engine with memory of its own. Nothing crosses between the steps.
+"""`DeviceDecoder`: the decode loop for an engine with its own memory, without transfers between steps.
 
-A graph's outputs are its inputs' next values (docs/BUNDLE.md, the decode loop), so that the host only launches: the
-state of the images, positions among it, alternates between two places, and everything large is updated where it is.
-Latents go to the device once and images come back once. Sequential blocks need no look at the device; parallel ones
-look at the positions after every LOOK launches.
+The outputs of a graph are the next values of its inputs (docs/BUNDLE.md, the decode loop), so that the host only
+launches. The small state of the images, such as positions, is double-buffered, and everything large is updated in
+place. Latents are uploaded once and images downloaded once. Sequential blocks download nothing else; parallel ones
+download the positions after every LOOK launches.
 
-Attention reads the first `kv_length` cache entries: the host knows a bound of the positions, which it raises in eighths
-of N.
+Attention reads the first `kv_length` cache entries: the host knows an upper bound of the positions, which it raises in
+eighths of N.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ GROUP: Final = 16
 """Sequential steps that are recorded together; progress and cancellation come between groups."""
 
 LOOK: Final = 4
-"""Launches of a parallel block between two looks at the positions."""
+"""Launches of a parallel block between two downloads of the positions."""
 
 KV_LENGTHS: Final = 8
-"""Lengths of cache that attention may read: multiples of N / 8. Each has its own recordings."""
+"""Cache lengths that attention may read are multiples of N / 8. Each has its own recordings."""
 
 SHAPES: Final = 2
 """Shapes (images, branches) whose programs and memory are kept."""
@@ -43,7 +43,7 @@ SHAPES: Final = 2
 
 @dataclasses.dataclass(slots=True)
 class _Shape:
-    """What is kept for runs of one shape: programs by block and window, and workspaces that nobody uses now."""
+    """Kept for runs of one shape: programs by block and window, and unused workspaces."""
 
     programs: dict[tuple[int, int], Program] = dataclasses.field(default_factory=dict)
     idle: list[Workspace] = dataclasses.field(default_factory=list)
@@ -51,7 +51,7 @@ class _Shape:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Job:
-    """One run: its shape and workspace, and what it is told of progress."""
+    """One run: its shape and workspace, and its progress callback."""
 
     shape: _Shape
     workspace: Workspace
@@ -72,7 +72,7 @@ class DeviceDecoder:
     def invert(
         self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
     ) -> tuple[Floats, tuple[BlockReport, ...]]:
-        """As of an `Engine`; after an error the decoder stays usable."""
+        """See `Engine.invert`; after an error the decoder stays usable."""
         with self._job(len(noise), conditions.branches) as job:
             self._begin(job, noise, conditions)
             reports = []
@@ -81,7 +81,7 @@ class DeviceDecoder:
                 def on_done(done: int, number: int = number) -> None:
                     if on_step is not None:
                         with self._device.lock:
-                            self._device.synchronize()  # else it would be told of steps that are only asked for
+                            self._device.synchronize()  # otherwise it would report steps that are only submitted
                         on_step(number, done)
 
                 reports.append(self._invert(job, turn, on_done))
@@ -91,14 +91,14 @@ class DeviceDecoder:
         return x, tuple(reports)
 
     def close(self) -> None:
-        """Let programs and memory go; runs under way end as they would have."""
+        """Free programs and memory; running calls finish normally."""
         with self._lock:
             self._closed = True
             self._shapes.clear()
 
     @contextmanager
     def _job(self, images: int, branches: int) -> Iterator[_Job]:
-        """A workspace for one run, given back when the run ends, however it ends."""
+        """A workspace for one run, returned when the run ends, also after errors."""
         key = (images, branches)
         with self._lock:
             if self._closed:
@@ -118,24 +118,24 @@ class DeviceDecoder:
                     shape.idle.append(workspace)
 
     def _workspace(self, images: int) -> Workspace:
-        """A new one, with what is the same in every run."""
+        """A new workspace, with the contents that are the same in every run."""
         workspace = Workspace(self._device, images)
         with self._device.lock:
-            self._tell(workspace, "kv_positions", np.arange(self._config.patches))
+            self._upload(workspace, "kv_positions", np.arange(self._config.patches))
         return workspace
 
     def _begin(self, job: _Job, noise: Floats, conditions: Conditions) -> None:
-        """Bring what a run starts from to the device: three or four uploads."""
+        """Upload the inputs of a run to the device: three or four transfers."""
         workspace = job.workspace
         with self._device.lock:
             workspace.clear_caches()
-            self._tell(workspace, "finished", noise)
-            self._tell(workspace, "guidance", conditions.guidance)
-            self._tell(workspace, "inverse_temperature", conditions.inverse_temperature)
+            self._upload(workspace, "finished", noise)
+            self._upload(workspace, "guidance", conditions.guidance)
+            self._upload(workspace, "inverse_temperature", conditions.inverse_temperature)
             if conditions.labels is not None:
-                self._tell(workspace, "labels", conditions.labels)
+                self._upload(workspace, "labels", conditions.labels)
 
-    def _tell(self, workspace: Workspace, name: str, array: npt.NDArray[Any]) -> None:
+    def _upload(self, workspace: Workspace, name: str, array: npt.NDArray[Any]) -> None:
         self._device.upload(workspace.address(name, array.nbytes), array)
 
     def _invert(self, job: _Job, turn: Turn, on_done: Callable[[int], None]) -> BlockReport:
@@ -171,7 +171,7 @@ class DeviceDecoder:
         )
 
     def _sequential(self, job: _Job, block: int, steps: int, on_done: Callable[[int], None]) -> None:
-        """The first `steps` of a block."""
+        """Run the first `steps` steps of a block."""
         with self._device.lock:
             program = self._program(job, block, 1)
             self._start(job, block, size=1)
@@ -182,14 +182,14 @@ class DeviceDecoder:
     def _parallel(
         self, job: _Job, turn: Turn, strategy: Parallel, on_done: Callable[[int], None]
     ) -> tuple[Integers, float, tuple[int, ...]]:
-        """Iterate a block until every image is finished: calls [B], the residual, and images that were not finite."""
+        """Iterate a block until every image is finished; returns calls [B], the residual, and non-finite images."""
         block, last = turn.block, self._config.patches - 1
         size = min(strategy.window or last, last)
         with self._device.lock:
             program = self._program(job, block, size)
-            self._tell(job.workspace, "tolerance", np.array([strategy.tolerance], np.float32))
+            self._upload(job.workspace, "tolerance", np.array([strategy.tolerance], np.float32))
             self._start(job, block, size=size, init=strategy.init if turn.start is None else turn.start)
-        # Every launch settles a patch of every image that is not finished; those of one that is do nothing.
+        # Every launch settles at least one patch of every unfinished image; finished images do not change.
         enough = -(-last // LOOK) * LOOK
         farthest, calls, residual = 0, np.zeros(job.images, np.int64), np.zeros(job.images, np.float32)
         for _, count in _groups(enough if turn.steps is None else min(turn.steps, last), LOOK):
@@ -222,7 +222,7 @@ class DeviceDecoder:
                 job.workspace.recorded(program, block, size, kv_length, count).replay()
 
     def _start(self, job: _Job, block: int, *, size: int, init: Init | Floats = "noise") -> None:
-        """Make the block's noise of what `finished` holds, and its state: patches as `init` says, position 0."""
+        """Make the block's noise from `finished`, and its initial state: patches as `init` says, position 0."""
         config, workspace, device = self._config, job.workspace, self._device
         is_reversed, last = self._bundle.blocks[block].is_reversed, config.patches - 1
         patch = self._patch_bytes(job) // job.images
@@ -255,7 +255,7 @@ class DeviceDecoder:
         return job.shape.programs[key]
 
     def _patch_bytes(self, job: _Job) -> int:
-        """Bytes of one patch of all images."""
+        """Size in bytes of one patch of all images."""
         return 4 * job.images * self._config.patch_values
 
 

@@ -1,4 +1,4 @@
-"""`OrtMaker`: programs made by ONNX Runtime for the GPU, the graphs of `ort-cuda` with every axis frozen.
+"""`OrtMaker`: programs of ONNX Runtime on the GPU, made from the graphs of `ort-cuda` with every axis fixed.
 
 Inputs and outputs are bound to addresses of the device; nothing is copied. ONNX Runtime works on the device's stream
 and does not wait for it, no node may run on the CPU, and recordings are ONNX Runtime's own CUDA graphs, one per
@@ -35,20 +35,20 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "tensor(bfloat16)": np.dtype(np.uint16),  # NumPy has none
     "tensor(int64)": np.dtype(np.int64),
 }
-"""ONNX Runtime's names of the types that our graphs have."""
+"""ONNX Runtime's names of the types in our graphs."""
 
 BFLOAT16: Final = 16
-"""TensorProto.DataType, which a binding takes where NumPy has no type."""
+"""TensorProto.DataType, which a binding accepts for types that NumPy lacks."""
 
 LOOPS: Final = ("step", "window")
-"""The kinds of graphs that are launched again and again."""
+"""The kinds of graphs that are launched repeatedly."""
 
 NO_GRAPH: Final = -1
 """The graph id with which ONNX Runtime neither records nor replays."""
 
 MAPS: Final = Path("/proc/self/maps")
 LIBRARIES: Final = ("libcuda.", "libcudart.", "libcublas", "libcudnn", "libcurand.", "onnxruntime")
-"""Where Linux lists what a process has loaded, and what to look for in the names."""
+"""The file in which Linux lists the libraries of a process, and the names to search for."""
 
 
 class OrtBound:
@@ -83,7 +83,7 @@ class OrtReplay:
     launches: Sequence[OrtBound]
 
     def replay(self) -> None:
-        """Launch each of them."""
+        """Launch each of the bindings."""
         self.program.on_thread(self._run)
 
     def _run(self) -> None:
@@ -111,12 +111,12 @@ class OrtProgram:
         return OrtBound(self, binding, NO_GRAPH)
 
     def record(self, launches: Sequence[Bound]) -> Replay:
-        """The same bindings, each under a graph id of its own; without CUDA graphs the launches themselves."""
+        """The same bindings, each under its own graph id; without CUDA graphs, the launches themselves."""
         bounds = [bound for bound in launches if isinstance(bound, OrtBound)]
         return OrtReplay(self, [self._with_graph(bound) if self._graphs else bound for bound in bounds])
 
     def on_thread(self, work: Callable[[], None]) -> None:
-        """Do something in the thread that runs all sessions of the maker; it is done, however this ends."""
+        """Run a function in the thread of all sessions of the maker; it completes even if the caller is interrupted."""
         doing = self._thread.submit(work)
         try:
             doing.result()
@@ -129,7 +129,7 @@ class OrtProgram:
 
 
 def _element_type(spec: TensorSpec) -> Any:
-    """What a binding calls a dtype."""
+    """The name of a dtype in a binding."""
     return BFLOAT16 if spec.dtype == np.uint16 else spec.dtype.type
 
 
@@ -139,7 +139,7 @@ def _spec(value: Any) -> TensorSpec:
 
 
 class OrtMaker:
-    """ONNX Runtime on a device, through an execution provider of its own, `execution`, with its `options`.
+    """ONNX Runtime on a device, through the execution provider `execution` with its `options`.
 
     Raises:
         EngineError: when the bundle has no graphs for this engine, or ONNX Runtime refuses one, would run a node of it
@@ -148,7 +148,7 @@ class OrtMaker:
 
     name = provider = NAME
     required: ClassVar[Mapping[str, str]] = {"session.disable_cpu_ep_fallback": "1"}
-    """Entries of every session but the one that finds out which nodes would run on the CPU."""
+    """Options of every session, except the one that finds which nodes would run on the CPU."""
 
     def __init__(
         self, bundle: Bundle, device: Device, *, precision: str, execution: str, options: Mapping[str, str]
@@ -159,7 +159,7 @@ class OrtMaker:
         self._bundle, self._execution, self._options = bundle, execution, dict(options)
         self._without_graphs = ""
         self._in_place = False
-        # For every thread that runs it, a session has handles and recordings of its own, as long as it lives.
+        # A session keeps separate handles and recordings for every thread that runs it, as long as it lives.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tarflow-ort")
 
     def program(self, block: int, kind: str, *, images: int, branches: int = 1, window: int = 1) -> OrtProgram:
@@ -226,8 +226,8 @@ class OrtMaker:
 
     def _session_options(self, block: int, sizes: Mapping[str, int]) -> Any:
         options = self._ort.SessionOptions()
-        options.log_severity_level = 4  # refusals are raised
-        options.intra_op_num_threads = 1  # nothing runs on the host, and every session has threads of its own
+        options.log_severity_level = 4  # errors are raised
+        options.intra_op_num_threads = 1  # nothing runs on the host, and every session has its own threads
         folder = self._bundle.blocks[block].weights.parent
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         for axis, size in sizes.items():

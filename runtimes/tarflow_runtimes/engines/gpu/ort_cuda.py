@@ -18,7 +18,7 @@ PROVIDER: Final = "CUDAExecutionProvider"
 
 
 def open_ort_cuda(bundle: Bundle, *, tf32: bool = False) -> DeviceEngine:
-    """The engine; with `tf32` the factors of a float32 bundle's products may be rounded to 11 bits.
+    """Open the engine; with `tf32` the inputs of a float32 bundle's matrix products may be rounded to 11 bits.
 
     Raises:
         EngineError: when ONNX Runtime is missing or built without CUDA, there is no driver or GPU, or the bundle has no

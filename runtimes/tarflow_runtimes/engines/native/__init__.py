@@ -1,1 +1,1 @@
-"""The native kernel (runtimes/native) as an engine: its C ABI through ctypes, and the loop around it."""
+"""The engine `native`: the C ABI of the native kernel (runtimes/native) through ctypes, and the loop around it."""

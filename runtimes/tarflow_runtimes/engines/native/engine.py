@@ -1,4 +1,4 @@
-"""`NativeEngine`: sequential decoding in the native kernel, one call a block; everything else on ONNX Runtime.
+"""`NativeEngine`: sequential decoding in the native kernel, one call per block; everything else on ONNX Runtime.
 
 The kernel takes all steps of all images of a block in one call, outside the interpreter. Its bits depend on the
 weights, the noise and the conditions of an image alone: not on the batch, the threads or the processor.
@@ -24,14 +24,14 @@ from tarflow_runtimes.engines.ort_cpu.engine import OrtCpuEngine
 from tarflow_runtimes.errors import EngineError
 
 PACKED_BYTES: Final = 4 << 30
-"""Packed blocks that are kept; models that are larger pack each block anew in its turn."""
+"""Limit of packed blocks that are kept; larger models pack each block again whenever it is used."""
 
 LOOK: Final = 0.02
-"""Seconds between two looks at the progress of a call."""
+"""Seconds between two checks of the progress of a call."""
 
 
 class NativeEngine:
-    """The native kernel on the CPU. What it does not do, `forward`, `vjp` and windows, is ONNX Runtime's.
+    """The native kernel on the CPU; ONNX Runtime runs `forward`, `vjp` and windows.
 
     Raises:
         EngineError: when the library is not there, or the bundle is of a precision that the kernel does not read.
@@ -56,13 +56,13 @@ class NativeEngine:
         self._rest: OrtCpuEngine | None = None
 
     def to_host(self, given: object) -> object:
-        """What was given."""
+        """Return the argument: all arrays are on the host."""
         return given
 
     def invert(
         self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
     ) -> tuple[Floats, tuple[BlockReport, ...]]:
-        """Invert blocks one after the other, each from what the one before made."""
+        """Invert blocks one after another, each from the result of the one before."""
         x, reports = noise, []
         for number, turn in enumerate(turns):
             on_done = None if on_step is None else functools.partial(on_step, number)
@@ -95,7 +95,7 @@ class NativeEngine:
         }
 
     def close(self) -> None:
-        """Free the packed blocks and the sessions; calls that are running end as they would have."""
+        """Free the packed blocks and the sessions; running calls finish normally."""
         with self._lock:
             self._closed = True
             self._blocks.clear()
@@ -142,7 +142,7 @@ class NativeEngine:
         return x, BlockReport(block=turn.block, strategy=turn.strategy, calls=(steps,) * len(noise))
 
     def _block(self, number: int) -> Block:
-        """A packed block; those used longest ago go when many are kept."""
+        """A packed block; the least recently used are dropped when many are kept."""
         with self._lock:
             if self._closed:
                 raise EngineError("the engine is closed", hint="load the bundle again")
@@ -153,7 +153,7 @@ class NativeEngine:
             return block
 
     def _ort_cpu(self) -> OrtCpuEngine:
-        """What runs the rest, opened when first needed."""
+        """The ONNX Runtime engine for everything else, opened when first needed."""
         with self._lock:
             if self._closed:
                 raise EngineError("the engine is closed", hint="load the bundle again")
@@ -163,7 +163,7 @@ class NativeEngine:
 
 
 def _watched(run: Callable[..., Floats], images: int, on_done: Callable[[int], object]) -> Floats:
-    """Run a call of the kernel in a thread; tell of its steps from this one, and end it when this is interrupted."""
+    """Run a call of the kernel in a thread; report its steps from this thread, and cancel it on an interrupt."""
     watch, made, failed = Watch(), [], []
 
     def call() -> None:
@@ -177,18 +177,18 @@ def _watched(run: Callable[..., Floats], images: int, on_done: Callable[[int], o
     try:
         while runs:
             thread.join(LOOK)
-            runs = thread.is_alive()  # asked before the progress, so that the last of it is told
+            runs = thread.is_alive()  # read before the progress, so that the last steps are reported
             done = int(watch.progress[0]) // images
             if done > told:
                 told = done
                 on_done(done)
-    except BaseException:  # Ctrl-C, or what on_done raises: no kernel may go on after the call has ended
+    except BaseException:  # Ctrl-C, or an exception of on_done: no kernel may continue after the call has ended
         watch.cancel[0] = 1
         thread.join()
         raise
     if failed:
         error = failed[0]
         if isinstance(error, NativeError) and error.status == CANCELLED:
-            raise EngineError("the native kernel was cancelled by nobody", hint="report this") from error
+            raise EngineError("the native kernel stopped without a request to cancel", hint="report this") from error
         raise error
     return made[0]

@@ -22,10 +22,10 @@ ABI: Final = 1
 """TARFLOW_NATIVE_ABI of the header that the structures here follow."""
 
 ALIGNMENT: Final = 64
-"""Bytes; where packed weights and workspaces begin is a multiple."""
+"""Packed weights and workspaces begin at multiples of this many bytes."""
 
 CANCELLED: Final = 1
-"""The status of a call that its `cancel` flag has ended."""
+"""The status of a call that was cancelled by its `cancel` flag."""
 
 
 class NativeError(EngineError):
@@ -37,7 +37,7 @@ class NativeError(EngineError):
 
 
 class Shape(ctypes.Structure):
-    """`tarflow_native_shape`."""
+    """The C struct `tarflow_native_shape`."""
 
     _fields_ = [
         (name, ctypes.c_int64) for name in ("patches", "values", "width", "layers", "head_dim", "classes", "nvp")
@@ -45,7 +45,7 @@ class Shape(ctypes.Structure):
 
 
 class Tensor(ctypes.Structure):
-    """`tarflow_native_tensor`."""
+    """The C struct `tarflow_native_tensor`."""
 
     _fields_ = [
         ("name", ctypes.c_char_p),
@@ -57,7 +57,7 @@ class Tensor(ctypes.Structure):
 
 
 class Run(ctypes.Structure):
-    """`tarflow_native_run`."""
+    """The C struct `tarflow_native_run`."""
 
     _fields_ = [
         ("struct_size", ctypes.c_size_t),
@@ -81,7 +81,7 @@ class Run(ctypes.Structure):
 
 
 def aligned_bytes(count: int) -> npt.NDArray[np.uint8]:
-    """Room that begins at a multiple of ALIGNMENT."""
+    """Memory that begins at a multiple of ALIGNMENT."""
     room = np.empty(count + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
     return room[start : start + count]
@@ -89,7 +89,7 @@ def aligned_bytes(count: int) -> npt.NDArray[np.uint8]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Block:
-    """A packed block."""
+    """The packed weights of a block."""
 
     shape: Shape
     packed: npt.NDArray[np.uint8]
@@ -97,7 +97,7 @@ class Block:
 
 @dataclasses.dataclass(eq=False)
 class Watch:
-    """What other threads read and write while a block is inverted."""
+    """State shared with other threads while a block is inverted."""
 
     cancel: npt.NDArray[np.int32] = dataclasses.field(default_factory=lambda: np.zeros(1, np.int32))
     progress: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(1, np.int64))
@@ -124,22 +124,22 @@ class Library:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """Those that run on this machine, the best first."""
+        """The kernels that run on this machine, fastest first."""
         names: list[str] = []
         while (name := self._library.tarflow_native_kernel(len(names))) is not None:
             names.append(name.decode())
         return tuple(names)
 
     def packed_bytes(self, shape: Shape, precision: str) -> int:
-        """Of a block; 0 for what cannot be packed."""
+        """Size in bytes of a packed block; 0 if it cannot be packed."""
         return int(self._library.tarflow_native_packed_bytes(ctypes.byref(shape), precision.encode()))
 
     def workspace_bytes(self, shape: Shape, batch: int, branches: int, threads: int) -> int:
-        """What inverting needs; 0 for what is out of range."""
+        """Size in bytes of the workspace; 0 if an argument is out of range."""
         return int(self._library.tarflow_native_workspace_bytes(ctypes.byref(shape), batch, branches, threads))
 
     def pack(self, bundle: Bundle, block: int) -> Block:
-        """A block of an opened bundle."""
+        """Pack a block of an opened bundle."""
         table = {name: (tensor.dtype, tensor.shape, tensor.offset) for name, tensor in bundle.tensors.items()}
         weights = np.memmap(bundle.blocks[block].weights, np.uint8, "r")
         return self.pack_tensors(shape_of(bundle.config), bundle.precision, table, weights)
@@ -240,7 +240,7 @@ class Library:
 
 @functools.cache
 def open_library() -> Library:
-    """The library that was built into the package, or that TARFLOW_NATIVE_LIBRARY names.
+    """The library built into the package, or the one given by TARFLOW_NATIVE_LIBRARY.
 
     Raises:
         EngineError: when there is none, it does not load, or it was built from other sources.

@@ -1,1 +1,1 @@
-"""ONNX Runtime on the CPU."""
+"""The engine `ort-cpu`: ONNX Runtime on the CPU."""

@@ -1,4 +1,4 @@
-"""`usable_cpus`: how many processors this process may use (containers and schedulers make them fewer); `cpu_name`."""
+"""`usable_cpus`: how many processors this process may use (containers and schedulers limit them); `cpu_name`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 def usable_cpus(cgroup: Path = CGROUP) -> int:
-    """The CPUs of the affinity mask, cut to the quota of the control group; at least 1."""
+    """The CPUs of the affinity mask, limited by the quota of the control group; at least 1."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(cgroup)
     return max(1, min(cpus, math.ceil(quota)) if quota else cpus)
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it, or its architecture."""
+    """The processor's name as reported by the system, or its architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,8 +1,8 @@
 """`OrtCpuEngine`: ONNX Runtime on the CPU, the default engine.
 
-Sessions are opened when first needed and share one arena. A batch is cut over single-threaded runs in threads of this
-process rather than over threads inside each operator: the parts then never wait for each other, and what a part keeps
-in its caches stays near one core.
+Sessions are opened when first needed and share one arena. A batch is split into single-threaded runs in threads of this
+process rather than over threads inside each operator: the parts then never wait for each other, and the data of a part
+stay in the caches of one core.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ ROWS_PER_PART: Final = 16
 of the MNIST shape. A step of 128 rows on two cores took 2030, 1905, 1963 us in parts of 8, 16, 32 rows."""
 
 LEAST_ROWS_PER_PART: Final = 6
-"""Below, a second thread brings less than it costs: 8 rows of the MNIST shape took 246 us whole and 261 us cut in two,
-12 rows 345 and 267."""
+"""With fewer, a second thread does not pay: 8 rows of the MNIST shape took 246 us whole, 261 us in two parts;
+12 rows 345 and 267 us."""
 
 PART_CACHE_BYTES: Final = 16 << 20
 """Attention caches of one part at most, as far as LEAST_ROWS_PER_PART allows: what all parts read per step should stay
 in the last-level cache. At 1.6 MB a row, 64 rows took 3314, 3700, 3894 us in parts of 8, 16, 32 rows."""
 
 OPERATOR_THREADS_BYTES: Final = 16 << 20
-"""Weights of a block from which a batch is not cut, and the threads work inside the operators: each part would read all
+"""Weights of a block from which a batch is not split, and threads work inside the operators: each part would read all
 weights from memory again. At 50 MB and 16 rows a step took 5.4 ms so, and 6.9 ms cut in two; at 13 MB 1.8 and 1.7."""
 
 ALONE_THREADS_BYTES: Final = 4 << 20
@@ -61,12 +61,12 @@ ACTIVATION_BYTES: Final = 128 << 20
 """Activations of one run of a forward or gradient graph; larger batches are run in pieces."""
 
 SPINNING: Final = ("step", "window")
-"""How the kinds of graphs begin whose threads wait actively: the next run comes at once."""
+"""Prefixes of the kinds of graphs whose threads spin while they wait, because the next run follows immediately."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Bytes that an engine may keep: of activations that the ways back of all blocks need, and of the open sessions.
+    """Bytes that an engine may keep: activations for the backward passes of all blocks, and open sessions.
 
     Models of which one image needs more activations recompute instead. Each session holds a copy of its block's
     weights, laid out for its operators.
@@ -85,7 +85,7 @@ class _Part:
 
     @property
     def branches(self) -> int:
-        """G."""
+        """G, the number of branches."""
         return 2 if self.form else 1
 
 
@@ -116,13 +116,13 @@ class OrtCpuEngine:
         self._operator_threads = self._threads if self._wide else 1
 
     def to_host(self, given: object) -> object:
-        """What was given."""
+        """Return the argument: all arrays are on the host."""
         return given
 
     def invert(
         self, turns: Sequence[Turn], noise: Floats, conditions: Conditions, on_step: OnTurn | None = None
     ) -> tuple[Floats, tuple[BlockReport, ...]]:
-        """Invert blocks one after the other, each from what the one before made."""
+        """Invert blocks one after another, each from the result of the one before."""
         x, reports = noise, []
         for number, turn in enumerate(turns):
             on_done = None if on_step is None else functools.partial(on_step, number)
@@ -172,7 +172,7 @@ class OrtCpuEngine:
         return np.concatenate(z), np.concatenate(gradient)
 
     def report(self) -> Mapping[str, Any]:
-        """Version, threads and device."""
+        """The version of ONNX Runtime, threads and device."""
         return {
             "engine": self.name,
             "onnxruntime": self._version,
@@ -182,7 +182,7 @@ class OrtCpuEngine:
         }
 
     def close(self) -> None:
-        """Free the sessions; calls that are running end as they would have."""
+        """Free the sessions; running calls finish normally."""
         with self._lock:
             self._closed = True
             self._sessions.clear()
@@ -279,7 +279,7 @@ class OrtCpuEngine:
     def _half(
         self, block: int, patches: Floats, labels: Integers | None, threads: int
     ) -> tuple[Floats, Callable[[Floats], Floats]]:
-        """Z of a block and its way back, to be called once; what passes between the two is never copied."""
+        """Z of a block and its backward pass, to be called once; the saved activations are not copied."""
         ahead = self._open(block, self.provider, "vjp_forward", threads)
         backward = self._open(block, self.provider, "vjp_backward", threads)
         kept = ahead.run_values({}, ahead.outputs, _given(patches=patches, labels=labels))
@@ -298,7 +298,7 @@ class OrtCpuEngine:
         return self._run(block, "gradient", {"gradient": patches.shape}, patches, labels, cotangent=cotangent)[0]
 
     def _threads_of(self, alone: bool) -> int:
-        """Threads inside the operators of a part that runs alone or beside others."""
+        """The threads inside operators, for a part that runs alone or alongside others."""
         return self._threads if alone and self.bundle.block_bytes >= ALONE_THREADS_BYTES else self._operator_threads
 
     def _run(
@@ -329,7 +329,7 @@ class OrtCpuEngine:
         return [session.checked(name, array, outputs[name]) for name, array in zip(outputs, made, strict=True)]
 
     def _open(self, block: int, provider: str, kind: str, threads: int) -> Session:
-        """The session of a graph of a block; the one used longest ago goes when many are open."""
+        """The session of a graph of a block; the least recently used one is closed when many are open."""
         key = (block, f"{provider}/{kind}", threads)
         with self._lock:
             if self._closed:
@@ -353,7 +353,7 @@ class OrtCpuEngine:
 
 
 def _forms(conditions: Conditions) -> npt.NDArray[np.str_]:
-    """What the name of the graph that takes each image ends with, [B]."""
+    """The name suffix of the graph for each image, [B]."""
     guided = conditions.guidance.any(axis=(1, 2)) & (conditions.branches == 2)
     tempered = (conditions.inverse_temperature != 1.0).any(axis=0)
     return np.where(guided, np.where(tempered, "_tempered", "_guided"), "")

@@ -28,9 +28,9 @@ def aligned_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[A
 
 @functools.cache
 def share_allocator() -> bool:
-    """Register one arena for all sessions of the process that ask for it; False when another library has done so.
+    """Register one shared arena for all sessions of the process; False when another library has done so.
 
-    Sessions that each keep an arena of their own hold three times the memory over the blocks of a model.
+    Sessions with separate arenas use three times the memory over the blocks of a model.
     """
     ort = import_onnxruntime()
     try:
@@ -42,7 +42,7 @@ def share_allocator() -> bool:
 
 
 class Session:
-    """One graph, ready to run: serialised, its external data in `folder`; `name` is the graph's in errors.
+    """One graph, ready to run. `folder` contains its external data; errors call it `name`.
 
     Raises:
         EngineError: when ONNX Runtime refuses the graph.
@@ -67,7 +67,7 @@ class Session:
         self.outputs: list[str] = [value.name for value in self.session.get_outputs()]
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """One run with new arrays for `outputs`."""
+        """Run once, with new arrays for `outputs`."""
         try:
             return list(self.session.run(list(outputs), dict(feeds)))
         except Exception as error:
@@ -76,7 +76,7 @@ class Session:
     def run_values(
         self, values: Mapping[str, Any], outputs: Sequence[str], arrays: Mapping[str, npt.NDArray[Any]] | None = None
     ) -> dict[str, Any]:
-        """One run from ONNX Runtime's own values and some arrays to such values by name, which are not copied."""
+        """Run once on ONNX Runtime's own values and some arrays; returns such values by name, without copies."""
         made = import_onnxruntime().OrtValue.ortvalue_from_numpy
         feeds = {**values, **{name: made(array) for name, array in (arrays or {}).items()}}
         try:
@@ -86,10 +86,10 @@ class Session:
         return dict(zip(outputs, results, strict=True))
 
     def checked(self, output: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """What a run returned, float32 of that shape.
+        """Check that an output of a run is float32 of that shape, and return it.
 
         Raises:
-            EngineError: when it is not.
+            EngineError: when the dtype or shape differs.
         """
         if array.dtype != np.float32 or array.shape != shape:
             raise EngineError(
@@ -102,7 +102,7 @@ class Session:
 class BoundRun:
     """A session with every input and output bound once to arrays that the caller writes and reads in place.
 
-    An array may be bound as an input and as an output: the caches are. The arrays are kept alive here.
+    An array may be bound as both input and output, as the caches are. The session keeps the arrays alive.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class BoundRun:
         self._binding = binding._iobinding
 
     def __call__(self) -> None:
-        """Run once on what the arrays hold now."""
+        """Run once on the current contents of the arrays."""
         try:
             self._run(self._binding, None)
         except Exception as error:
@@ -129,5 +129,5 @@ class BoundRun:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without its details."""
+    """The first line of an error message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

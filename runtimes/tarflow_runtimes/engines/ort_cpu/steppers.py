@@ -1,7 +1,7 @@
-"""The steps and windows of ONNX Runtime on the CPU, on the run-ready graphs `step` and `window` of provider `ort-cpu`.
+"""Steps and windows of ONNX Runtime on the CPU, using the run-ready graphs `step` and `window` of provider `ort-cpu`.
 
-Embeddings, noise and guidance of a step are looked up here. The graphs' attention reads the written entries of the
-caches alone, so that these may come from a pool as they are.
+Embeddings, noise and guidance of a step are looked up here. Attention reads only the written entries of the caches, so
+that caches from a pool need not be cleared.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from tarflow_runtimes.engines.ort_cpu.session import BoundRun, Session, aligned_
 Arrays = dict[str, npt.NDArray[Any]]
 
 CACHES: Final = ("key_", "value_")
-"""How the names of the caches begin."""
+"""The prefixes of the names of caches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Tables:
-    """Rows that the graphs are given, float32: pos_embed [N, W] in block order, class_embed [classes + 1, W]."""
+    """Embeddings as inputs of the graphs, float32: pos_embed [N, W] in block order, class_embed [classes + 1, W]."""
 
     pos_embed: Floats
     class_embed: Floats | None
 
     @classmethod
     def of(cls, bundle: Bundle, block: int) -> Tables:
-        """Those of a block."""
+        """The embeddings of a block."""
         pos_embed = bundle.tensor(block, "pos_embed")
         if bundle.blocks[block].is_reversed:
             pos_embed = np.ascontiguousarray(pos_embed[::-1])
@@ -43,7 +43,7 @@ class Tables:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepInputs:
-    """What an inverse of one block starts from: noise [B, N, D] in block order, and the conditions of these images."""
+    """The inputs of the inverse of one block: noise [B, N, D] in block order, and the conditions of these images."""
 
     bundle: Bundle
     tables: Tables
@@ -57,7 +57,7 @@ class StepInputs:
         return np.repeat(by_step if config.nvp else by_step[:, :, 1:], config.patch_values, axis=2)
 
     def class_rows(self) -> Floats | float:
-        """The rows of the labels, [R, W]; 0 on models without classes."""
+        """The embeddings of the labels, [R, W]; 0 for models without classes."""
         if self.tables.class_embed is None or self.conditions.labels is None:
             return 0.0
         rows: Floats = self.tables.class_embed[self.conditions.labels.ravel()]
@@ -74,7 +74,7 @@ class StepInputs:
 
 
 class SequentialStepper:
-    """One inverse of one block for B images that are all at one position: a `_sequential.Stepper`."""
+    """The inverse of one block for B images at the same position: a `decode.sequential.Stepper`."""
 
     def __init__(self, session: Session, inputs: StepInputs, pool: CachePool) -> None:
         config = inputs.bundle.config
@@ -117,7 +117,7 @@ class SequentialStepper:
         self._run = BoundRun(session, arrays, {"next": self._next, **_updated(caches)})
 
     def advance(self) -> None:
-        """Finish the next patch."""
+        """Compute the next patch of all images."""
         step = self._step
         np.add(self._class_rows, self._pos_embed[step], out=self._embedding)
         self._lengths.fill(step)
@@ -131,14 +131,14 @@ class SequentialStepper:
             self._branch_rows[1] = self._next
 
     def result(self) -> Floats:
-        """The patches [B, N, D] in block order; those not finished yet hold their noise."""
+        """The patches [B, N, D] in block order; unfinished patches still hold their noise."""
         return self._finished.transpose(1, 0, 2)
 
 
 class ImageWindows:
-    """One inverse of one block for one image that is evaluated on windows of patches: a `_parallel.Windows`.
+    """The inverse of one block for one image, evaluated on windows of patches: a `decode.parallel.Windows`.
 
-    Row g * S + j of every input is patch j of branch g. For every length S the arrays are bound when first needed.
+    Row g * S + j of every input is patch j of branch g. The arrays for a length S are bound when first needed.
     """
 
     def __init__(self, session: Session, inputs: StepInputs) -> None:
@@ -154,7 +154,7 @@ class ImageWindows:
         self._runs: dict[int, tuple[Arrays, Floats, BoundRun]] = {}
 
     def evaluate(self, first: int, patches: Floats) -> Floats:
-        """Patches first .. first + S - 1 in block order, [S, D] -> the patches one further, [S, D]."""
+        """Patches first .. first + S - 1 in block order, [S, D] -> the patches one position further, [S, D]."""
         length = len(patches)
         here, further = slice(first, first + length), slice(first + 1, first + length + 1)
         arrays, output, run = self._bound(length)

@@ -1,8 +1,8 @@
-"""`build`: an engine, built in a process of its own.
+"""`build`: build an engine in a separate process.
 
-The library answers a cancel when it likes: one stage of a photo model's gradient takes seconds. And where it does not
-understand a graph it may end the process. A process can be ended at any time, and its end is an error like others. It
-gets a job and a model on stdin; its stdout has a line of JSON for every report, and after the last one the engine.
+The library reacts to cancellation only between stages: one stage of a photo model's gradient takes seconds. It may also
+abort on a graph that it does not support. A separate process can be ended at any time, and its crash is an ordinary
+error. It reads a job and a model from stdin, and writes one line of JSON per report to stdout, then the engine.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ OnBuild = Callable[[float], object]
 WORKER: Final = "tarflow_runtimes.engines.trt.worker"
 
 POLL_SECONDS: Final = 0.1
-"""How often the callback is asked."""
+"""Seconds between two calls of the callback."""
 
 CHUNK: Final = 1 << 20
-"""Bytes that are read at once."""
+"""Number of bytes that are read at once."""
 
 
 def build(
@@ -47,7 +47,7 @@ def build(
     timing_cache: Path | None = None,
     on_build: OnBuild | None = None,
 ) -> Built:
-    """What `compile_engine` makes of these.
+    """Run `compile_engine` with these arguments.
 
     Raises:
         EngineError: when TensorRT cannot parse or build the graph, or its process ends without an answer.
@@ -61,7 +61,7 @@ def build(
         "workspace": workspace,
         "timing_cache": None if timing_cache is None else str(timing_cache),
     }
-    path = os.pathsep.join(filter(None, sys.path))  # what this process imports, the other finds
+    path = os.pathsep.join(filter(None, sys.path))  # the other process has the same import path
     with tempfile.TemporaryFile() as talk:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", WORKER],
@@ -103,7 +103,7 @@ def _converse(
     """The last report and what follows it; None when the callback cancels."""
     assert process.stdin is not None
     assert process.stdout is not None
-    with contextlib.suppress(BrokenPipeError):  # it has ended, and what it said before says why
+    with contextlib.suppress(BrokenPipeError):  # it has ended, and its earlier output says why
         process.stdin.write(question)
         process.stdin.close()
     head: dict[str, Any] = {"share": 0.0}

@@ -1,7 +1,7 @@
-"""`EngineCache`: the engines of a folder, found by what they are, kept whole, and removed when they are too many.
+"""`EngineCache`: the engines in a folder, found by their identity and removed when they become too large.
 
-An engine's files are `KEY.engine` and its sidecar `KEY.json`, which is written last: an engine without one is not
-there. What a process that was killed leaves behind is never loaded, and is removed by the next `prune`.
+The files of an engine are `KEY.engine` and its sidecar `KEY.json`, which is written last: an engine without one does
+not exist. Leftovers of a killed process are never loaded, and are removed by the next `prune`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tarflow_runtimes.engines.trt.sidecar import Sidecar, Source, Verification, 
 from tarflow_runtimes.errors import EngineError
 
 MAX_BYTES: Final = 20 << 30
-"""What the engines of a folder may take; beyond it those that were not used for longest go."""
+"""Size limit of the engines in a folder; beyond it the least recently used are removed."""
 
 _OURS = re.compile(r"\.?(?P<key>[0-9a-f]{32})\.(engine|json|lock|(engine|json)\.partial)")
 
@@ -50,7 +50,7 @@ class EngineCache:
         self.path = self._folder.path
 
     def entries(self) -> list[Sidecar]:
-        """All engines, the one used last first."""
+        """All engines, most recently used first."""
         found = []
         for path in self.path.glob("*.json"):
             sidecar = self._read(path.stem)
@@ -72,7 +72,7 @@ class EngineCache:
             return 0.0
 
     def explain(self, wanted: Wanted, source: Source, gpu: Gpu | None = None) -> Explanation:
-        """The engine for this, or why there is none; one that failed its verification on this GPU is none."""
+        """The engine for a request, or why there is none; one that failed its verification on this GPU is excluded."""
 
         def failed(sidecar: Sidecar) -> bool:
             return gpu is not None and sidecar.failed_on(gpu.name, gpu.driver)
@@ -80,7 +80,7 @@ class EngineCache:
         return explain(wanted, source, self.entries(), damage=self.damage, failed=failed)
 
     def damage(self, sidecar: Sidecar) -> str:
-        """What is wrong with an engine's file as far as its size tells, or nothing."""
+        """What is wrong with the size of an engine's file, or an empty string."""
         try:
             size = (self.path / f"{sidecar.key}.engine").stat(follow_symlinks=False).st_size
         except OSError:
@@ -88,10 +88,10 @@ class EngineCache:
         return "" if size == sidecar.size else f"its file has {size} bytes, not {sidecar.size}"
 
     def load(self, sidecar: Sidecar) -> bytes:
-        """The engine, as it was stored; from now on it was used last.
+        """Load an engine, and mark it as most recently used.
 
         Raises:
-            EngineError: when its file is not what was stored.
+            EngineError: when its file has changed since it was stored.
         """
         try:
             engine = self._folder.read(f"{sidecar.key}.engine")
@@ -116,9 +116,9 @@ class EngineCache:
         max_bytes: int,
         keep: Collection[str] = (),
     ) -> Sidecar:
-        """Keep an engine under the key of what it was made for, whose lock is held; others may have to go.
+        """Store an engine under its key, whose lock is held; other engines may be removed.
 
-        Those of `keep`, by key, stay.
+        Engines whose keys are in `keep` are not removed.
 
         Raises:
             EngineError: when the disk refuses.
@@ -132,7 +132,7 @@ class EngineCache:
         return sidecar
 
     def load_beside(self, name: str) -> bytes:
-        """What was kept under that name beside the engines, if it is there and whole."""
+        """Other data stored under that name next to the engines, if it exists and is complete."""
         try:
             data = self._folder.read(name)
         except OSError:
@@ -141,7 +141,7 @@ class EngineCache:
         return blob if hashlib.sha256(blob).digest() == digest else b""
 
     def store_beside(self, name: str, blob: bytes) -> None:
-        """Keep what makes the next run quicker; where the disk refuses, the next run is slower."""
+        """Store data that make the next run faster; a disk error only makes the next run slower."""
         with contextlib.suppress(EngineError):
             self._folder.write(name, hashlib.sha256(blob).digest() + blob)
 
@@ -149,7 +149,7 @@ class EngineCache:
         self._folder.write(f"{sidecar.key}.json", (json.dumps(sidecar.to_json(), indent=2) + "\n").encode())
 
     def record_verification(self, sidecar: Sidecar, verification: Verification) -> Sidecar:
-        """Write into the sidecar what verification found; an engine that failed is refused from then on."""
+        """Write the result of a verification into the sidecar; an engine that failed is refused from then on."""
         with self.lock(sidecar.key):
             changed = (self._read(sidecar.key) or sidecar).verified(verification)
             self._write(changed)
@@ -164,18 +164,18 @@ class EngineCache:
         self._folder.remove(f"{key}.json", f"{key}.engine")
 
     def nbytes(self, sidecar: Sidecar) -> int:
-        """What an engine's files take."""
+        """Size in bytes of an engine's files."""
         return sum(path.stat().st_size for path in self.path.glob(f"{sidecar.key}.*"))
 
     def prune(self, max_bytes: int = MAX_BYTES) -> Pruned:
-        """Remove what belongs to no engine and is not being written, then engines until the others fit."""
+        """Remove files that belong to no engine and are not being written, then engines until the others fit."""
         leftovers, freed = [], 0
         for path in sorted(self.path.iterdir()):
             ours = _OURS.fullmatch(path.name)
             if ours is None or self._is_of_engine(path, ours["key"]):
                 continue
             with self._folder.lock_if_free(ours["key"]) as free:
-                # Looked at again, for whoever held the lock may have finished an engine.
+                # Checked again, because the holder of the lock may have finished an engine.
                 if free and path.exists() and not self._is_of_engine(path, ours["key"]):
                     freed += path.stat().st_size
                     self._folder.remove(path.name)
@@ -184,12 +184,12 @@ class EngineCache:
         return Pruned(engines=evicted, leftovers=tuple(leftovers), nbytes=freed + bytes_of_engines)
 
     def _is_of_engine(self, path: Path, key: str) -> bool:
-        """Whether a file is of an engine that is there and whole."""
+        """Whether a file belongs to a complete engine."""
         sidecar = self._read(key)
         return not path.name.startswith(".") and sidecar is not None and not self.damage(sidecar)
 
     def _evict(self, max_bytes: int, keep: Collection[str]) -> tuple[tuple[Sidecar, ...], int]:
-        """Remove the engines not used for longest until the others take at most `max_bytes`."""
+        """Remove the least recently used engines until the others take at most `max_bytes`."""
         entries = self.entries()
         sizes = {sidecar.key: self.nbytes(sidecar) for sidecar in entries}
         total, evicted = sum(sizes.values()), []

@@ -1,4 +1,4 @@
-"""`compile_engine`: a graph -> an engine as bytes, in this process; `_build` runs it in one of its own."""
+"""`compile_engine`: a graph -> an engine as bytes, in this process; `build` runs it in a separate one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ OnShare = Callable[[float], object]
 """Called in threads of the library with the share of a build that is done, 0 to 1; returning False cancels."""
 
 DROPPED: Final = "Unused Input"
-"""How TensorRT warns that it leaves an input out, which changes what is computed."""
+"""TensorRT's warning that it drops an input, which changes the result."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
-    """An engine and how it came about: layers of the network, warnings, and the seconds of parsing and building."""
+    """An engine and facts about its build: layers of the network, warnings, and seconds of parsing and building."""
 
     engine: bytes
     layers: int
@@ -54,7 +54,7 @@ def compile_engine(
     timing_cache: Path | None = None,
     on_share: OnShare | None = None,
 ) -> Built:
-    """Build an engine that takes these profiles; `targets` are for packages that build ahead, the others ignore them.
+    """Build an engine for these profiles; only packages that build ahead of time use `targets`.
 
     `workspace` bounds the scratch memory of a layer, in bytes. `timing_cache` is read and written by packages that
     time kernels.
@@ -91,7 +91,7 @@ def compile_engine(
 def _configured(package: Package, graph: Graph, network: Network, workspace: int | None) -> Any:
     trt = package.module
     config = network.builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # set unless cleared, and it rounds float32 products to 10 bits
+    config.clear_flag(trt.BuilderFlag.TF32)  # set by default, and rounds the inputs of float32 products to 10 bits
     for flag in builder_flags(package, graph.precision):
         config.set_flag(getattr(trt.BuilderFlag, flag))
     if workspace is not None:
@@ -101,7 +101,7 @@ def _configured(package: Package, graph: Graph, network: Network, workspace: int
 
 @contextlib.contextmanager
 def _timings(package: Package, config: Any, path: Path | None) -> Iterator[None]:
-    """Let builds share the times of kernels in a file; one that is of another GPU or version is started anew."""
+    """Let builds share kernel timings in a file; a file of another GPU or version is replaced."""
     if package.ahead or path is None:
         yield
         return
@@ -119,7 +119,7 @@ def _timings(package: Package, config: Any, path: Path | None) -> Iterator[None]
 @functools.cache
 def _monitor(module: Any) -> Any:
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
-        """Nested phases, each of a number of steps, as one share; the library calls it from its own threads."""
+        """Combines the progress of nested phases into one share; the library calls it from its own threads."""
 
         def __init__(self, on_share: OnShare) -> None:
             module.IProgressMonitor.__init__(self)

@@ -52,7 +52,7 @@ def open_trt(
 
 
 def record_verification(engine: Engine, *, passed: bool, facts: Mapping[str, Any]) -> int:
-    """Write into the sidecars of the engines that this one has used what verification found, if it is TensorRT's.
+    """Write the result of a verification into the sidecars of the engines used, if this is a TensorRT engine.
 
     `facts` are JSON values for people. An engine that failed is refused from then on, on this GPU and driver. Returns
     the number of sidecars.
@@ -114,7 +114,7 @@ class TrtMaker:
         }
 
     def record_verification(self, *, passed: bool, facts: Mapping[str, Any]) -> int:
-        """Write into the sidecars of all engines used so far what verification found; failed ones are refused."""
+        """Write the result of a verification into the sidecars of all engines used so far; failed ones are refused."""
         verification = Verification(gpu=self.gpu.name, driver=self.gpu.driver, passed=passed, facts=facts)
         for key, sidecar in self._used.items():
             self._used[key] = self._supply.cache.record_verification(sidecar, verification)
@@ -167,7 +167,7 @@ class TrtProgram:
 
 
 class TrtBound:
-    """An execution context that nothing changes once it is made: recordings depend on its state.
+    """An execution context that is never changed once it is made, because recordings depend on its state.
 
     Raises:
         EngineError: when TensorRT refuses a shape or an address, or yields other shapes than the graph says.

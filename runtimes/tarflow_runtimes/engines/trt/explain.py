@@ -25,7 +25,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    """The engine that does, if there is one; else the nearest and its differences, and why in one line.
+    """The engine that matches, if there is one; else the nearest one with its differences, and a one-line reason.
 
     `barred` says that the nearest would do, had it not failed its verification.
     """
@@ -37,7 +37,7 @@ class Explanation:
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values."""
+        """The explanation as JSON values."""
         return {
             "hit": None if self.hit is None else self.hit.key,
             "nearest": None if self.nearest is None else self.nearest.key,
@@ -47,7 +47,7 @@ class Explanation:
 
 
 def differences(made: Wanted, wanted: Wanted) -> tuple[Difference, ...]:
-    """Every field that stands against using an engine for what is wanted."""
+    """Every field that prevents the use of an engine for a request."""
     have, want = made.identity.to_json(), wanted.identity.to_json()
     if have["precision"] != want["precision"]:
         del want["graph_digest"], want["flags"]  # they follow from the precision
@@ -107,7 +107,7 @@ def explain(
 
 
 def _reason(made: Wanted, wanted: Wanted, found: Sequence[Difference], broken: str) -> str:
-    """One line; an engine of another version or for another GPU is told as a whole, other fields one by one."""
+    """One line; a different version or GPU is reported as a whole, other fields one by one."""
     elsewhere = [one for one in found if one.field in {"version", "targets", "host"}]
     parts = [str(one) for one in found if one not in elsewhere]
     if elsewhere:
@@ -120,7 +120,7 @@ def _place(wanted: Wanted) -> str:
 
 
 def unusable(sidecar: Sidecar, version: str, gpu: Gpu, damage: str) -> str:
-    """Why an engine cannot run with that version of its package on that GPU, whatever it is wanted for; or nothing."""
+    """Why an engine can never run with that version of its package on that GPU, or an empty string."""
     here = dataclasses.replace(
         sidecar.made,
         identity=dataclasses.replace(sidecar.made.identity, version=version, host=host()),

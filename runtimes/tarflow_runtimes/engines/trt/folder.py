@@ -18,7 +18,7 @@ from typing import Final
 from tarflow_runtimes.errors import EngineError
 
 LOCK_SECONDS: Final = 0.1
-"""How often a process that waits for another one's build looks."""
+"""Seconds between two checks of a process that waits for another one's build."""
 
 
 def default_folder() -> Path:
@@ -85,7 +85,7 @@ class EngineFolder:
 
     @contextlib.contextmanager
     def lock(self, key: str, on_wait: Callable[[], object] | None = None) -> Iterator[None]:
-        """Hold the lock of that name, of this folder and all processes; `on_wait` is called again and again before.
+        """Hold the lock of that name across all processes; `on_wait` is called repeatedly while waiting.
 
         Raises:
             EngineError: when the folder cannot be written to.
@@ -114,7 +114,7 @@ class EngineFolder:
 
     @contextlib.contextmanager
     def lock_if_free(self, key: str) -> Iterator[bool]:
-        """Hold the lock of that name if nobody else does, and say whether."""
+        """Take the lock of that name if it is free; yields whether it was."""
 
         def give_up() -> None:
             raise _HeldError
@@ -138,7 +138,7 @@ class _HeldError(Exception):
 
 
 def _locked(descriptor: int) -> bool:
-    """Take the lock of an open file if nobody has it; closing the file, or the end of the process, gives it back."""
+    """Take the lock of an open file if it is free; closing the file, or the end of the process, releases it."""
     import fcntl  # which Windows does not have
 
     try:

@@ -12,7 +12,7 @@ from tarflow_runtimes.errors import EngineError
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """Its name, the target that its engines are for, and the newest CUDA that its driver knows."""
+    """A GPU: its name, the target of its engines, and the newest CUDA that its driver supports."""
 
     name: str
     target: str
@@ -20,13 +20,13 @@ class Gpu:
 
 
 def gpu_of(device: CudaDevice) -> Gpu:
-    """The GPU behind a device."""
+    """The GPU of a device."""
     major, minor = device.capability
     return Gpu(name=device.name, target=f"sm_{major}{minor}", driver=f"CUDA {dotted(driver_version())}")
 
 
 def present_gpu() -> Gpu | None:
-    """The GPU of this machine; None where there is none, no driver, or no package to ask."""
+    """The GPU of this machine; None if the GPU, the driver or the package is missing."""
     try:
         return gpu_of(CudaDevice())
     except EngineError:
@@ -34,7 +34,7 @@ def present_gpu() -> Gpu | None:
 
 
 def gpu_for(package: Package) -> Gpu | None:
-    """The GPU to build for: that of this machine; a package that builds ahead can do without.
+    """The GPU to build for, that of this machine; packages that build ahead of time do not need one.
 
     Raises:
         EngineError: when the package needs one and there is none, with what is missing.

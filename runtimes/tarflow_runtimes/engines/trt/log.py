@@ -1,7 +1,7 @@
-"""`listen`: what TensorRT says while it parses, builds or loads, as lines.
+"""`listen`: collect the messages that TensorRT logs while it parses, builds or loads, as lines.
 
-A process has one logger: the first that a builder or runtime was given. Hence one for each package, for ever, that
-hands what it hears to whoever listens. What comes while nobody listens is dropped.
+A process has one logger: the first one given to a builder or runtime. Hence each package has one permanent logger that
+forwards messages to active `listen` blocks. Other messages are dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final
 from tarflow_runtimes.engines.trt.package import Package
 
 ROUTINE: Final = ("has Int64 binding", "differs from one already registered")
-"""Warnings that say nothing about our graphs: we bind int64 as int64, and the logger is always the same."""
+"""Warnings that are irrelevant for our graphs: we bind int64 as int64, and the logger is always the same."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -33,7 +33,7 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def listen() -> Iterator[Heard]:
-    """Collect what is said, by any thread, until the end of the block."""
+    """Collect messages from all threads until the end of the block."""
     heard = Heard()
     with _lock:
         _listening.append(heard)

@@ -1,6 +1,6 @@
-"""`parse`: a graph of a bundle -> a strongly typed network, or an error with the first line that says why.
+"""`parse`: a graph of a bundle -> a strongly typed network, or an error with TensorRT's first message.
 
-An input that no layer reads is an error: TensorRT for RTX 1.7 drops an operand that it does not support, and goes on.
+An input that no layer reads is an error: TensorRT for RTX 1.7 silently drops operands that it does not support.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Graph:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Description of the graph for messages."""
         return f"{self.kind} graph of block {self.block} in {self.precision}"
 
 
@@ -82,7 +82,7 @@ def parse(package: Package, graph: Graph) -> Network:
 
 
 def _check_inputs(package: Package, graph: Graph, network: Any) -> None:
-    """Every input is read by a layer, and none is wanted in the host's memory."""
+    """Check that every input is read by a layer, and that none must be in host memory."""
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     read = {tensor.name for layer in layers for i in range(layer.num_inputs) if (tensor := layer.get_input(i))}
@@ -94,7 +94,7 @@ def _check_inputs(package: Package, graph: Graph, network: Any) -> None:
 
 
 def _check_updates(package: Package, graph: Graph, network: Any) -> None:
-    """Every tensor that the graph updates in place is updated from a network input to a network output."""
+    """Check that every tensor updated in place is updated from a network input to a network output."""
     layers = (network.get_layer(i) for i in range(network.num_layers))
     updates = [layer for layer in layers if layer.type == package.module.LayerType.KV_CACHE_UPDATE]
     direct = sum(layer.get_input(0).is_network_input and layer.get_output(0).is_network_output for layer in updates)

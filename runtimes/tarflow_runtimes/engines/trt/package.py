@@ -1,4 +1,4 @@
-"""`import_package`: TensorRT or TensorRT for RTX, found and of a version that fits, and in what the two differ."""
+"""`import_package`: import TensorRT or TensorRT for RTX, check its version, and describe how the two differ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tarflow_runtimes.errors import EngineError
 ENGINES: Final = ("trt", "trt-rtx")
 
 PORTABLE_TARGETS: Final = ("sm_80", "sm_86", "sm_89", "sm_120")
-"""What an engine of TensorRT for RTX is built for where no GPU says what is needed."""
+"""Default targets of TensorRT for RTX if there is no GPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,12 +44,12 @@ class Profile:
         }
 
     def to_json(self) -> dict[str, int]:
-        """As it stands in a sidecar."""
+        """The profile as JSON values for a sidecar."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(value: Any) -> Profile:
-        """The way back; KeyError, TypeError or ValueError on anything else."""
+        """The inverse of `to_json`; KeyError, TypeError or ValueError on invalid values."""
         return Profile(**{field.name: int(value[field.name]) for field in dataclasses.fields(Profile)})
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ def joined(profiles: Iterable[Profile]) -> tuple[Profile, ...]:
 
 
 def uncovered(wanted: Iterable[Profile], have: Iterable[Profile]) -> list[Profile]:
-    """Those of the wanted of which some shapes are in none of the others."""
+    """The wanted profiles with shapes that the others do not cover."""
     ranges = joined(have)
     return [
         profile

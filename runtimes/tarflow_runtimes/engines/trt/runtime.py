@@ -1,4 +1,4 @@
-"""`LoadedEngine`: an engine on the GPU, checked against what the device loop expects of it.
+"""`LoadedEngine`: an engine on the GPU, checked for the requirements of the device loop.
 
 Launches are captured into CUDA graphs, and a captured graph must be what it was compared with. Hence kernels for a
 shape are compiled when the shape is first met, not in the background, and TensorRT captures no graphs of its own.
@@ -97,7 +97,7 @@ class LoadedEngine:
         return int(self.engine.device_memory_size_v2)
 
     def refused(self, what: str, heard: Heard) -> EngineError:
-        """The error for something that TensorRT would not do, with the first line it said."""
+        """The error for a failure of TensorRT, with its first message."""
         why = next(iter(heard.errors), "no reason given")
         return EngineError(
             f"{self.package.name} cannot {what} the engine of {self.sidecar.name}: {why}",
@@ -118,7 +118,7 @@ class LoadedEngine:
         return config
 
     def _check_tensors(self) -> None:
-        """All tensors lie on the GPU, and exactly the outputs that should share the memory of an input do."""
+        """Check that all tensors are on the GPU, and that exactly the in-place outputs share memory with an input."""
         trt = self.package.module
         for name, is_input in self.tensors():
             if self.engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
@@ -138,7 +138,7 @@ class LoadedEngine:
 class Kernels:
     """TensorRT for RTX: the kernels that were compiled on this GPU. All engines share them: blocks differ in weights.
 
-    They are read from a file beside the engines, and written when nobody uses them any more. They must outlive every
+    They are read from a file beside the engines, and written when they are no longer used. They must outlive every
     context that was made with them.
     """
 

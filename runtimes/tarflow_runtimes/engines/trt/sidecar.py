@@ -1,4 +1,4 @@
-"""`Sidecar`: the JSON file beside an engine, which says what the engine is, for whom, and how it came about."""
+"""`Sidecar`: the JSON file next to an engine with its identity, its targets and facts about its build."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEMA_VERSION: Final = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """What must be equal for an engine to be the one that is wanted; see `Graph` for the last three.
+    """The fields that must be equal for an engine to be reused; see `Graph` for the last three.
 
     `engine` and `version` are those of the package, `host` is the operating system and processor.
     """
@@ -34,13 +34,13 @@ class Identity:
     graph_digest: str
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a sidecar."""
+        """The identity as JSON values for a sidecar."""
         return dataclasses.asdict(self) | {"flags": list(self.flags)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """An engine that is wanted: its identity, and the targets and profiles that it must cover."""
+    """A request for an engine: its identity, and the targets and profiles that it must cover."""
 
     identity: Identity
     targets: tuple[str, ...]
@@ -80,7 +80,7 @@ class Source:
     block: int
 
     def alike(self, other: Source) -> bool:
-        """Whether both are the same block of what is likely the same bundle, perhaps exported again or renamed."""
+        """Whether both are the same block of probably the same bundle, perhaps exported again or renamed."""
         return self.block == other.block and (self.bundle == other.bundle or self.digest == other.digest)
 
 
@@ -96,7 +96,7 @@ class Verification:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sidecar:
-    """All that is known of an engine.
+    """Everything known about an engine.
 
     `made` is what it was made for, `source` where its graph was first met, `size` and `sha256` are those of the file
     of the engine, `built` holds facts for people: versions, GPU, driver, seconds, layers, warnings.
@@ -116,7 +116,7 @@ class Sidecar:
 
     @property
     def name(self) -> str:
-        """For people: what it computes."""
+        """Description for people of what the engine computes."""
         identity = self.made.identity
         return f"{self.source.bundle} block {self.source.block} {identity.graph} {identity.precision}"
 
@@ -131,7 +131,7 @@ class Sidecar:
         return dataclasses.replace(self, verifications=(*others, verification))
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the file."""
+        """The sidecar as JSON values for its file."""
         return {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,

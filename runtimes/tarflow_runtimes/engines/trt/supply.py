@@ -1,4 +1,4 @@
-"""`Supply`: the engines of one bundle, from the cache, or built and put there."""
+"""`Supply`: the engines of one bundle, loaded from the cache or built and stored there."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class Supply:
             raise Cancelled(f"the build of the {graph.name} was cancelled")
 
     def _unbarred(self, found: Explanation) -> Explanation:
-        """Refuse rather than build what failed here once more, without being asked."""
+        """Refuse an engine that failed its verification here, instead of rebuilding it unasked."""
         if found.barred and found.nearest is not None and self.gpu is not None:
             raise EngineError(
                 f"the engine of {found.nearest.name} failed its verification on this {self.gpu.name} with"
@@ -192,7 +192,7 @@ class Supply:
 
 
 def targets_of(package: Package, gpu: Gpu | None, targets: Sequence[str] | None) -> tuple[str, ...]:
-    """What to build for: the targets asked for, else the GPU's, else those of PORTABLE_TARGETS.
+    """The targets to build for: those requested, else the GPU's, else PORTABLE_TARGETS.
 
     Raises:
         EngineError: when the package cannot build for one of them.

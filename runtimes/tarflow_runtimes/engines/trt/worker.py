@@ -1,4 +1,4 @@
-"""The process in which an engine is built; see `_build`."""
+"""The process in which an engine is built; see `build`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tarflow_runtimes.errors import TarFlowError
 def main() -> None:
     """Answer the question on stdin."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the library prints is no answer
+    os.dup2(2, 1)  # output of the library must not mix with answers
     job = json.loads(sys.stdin.buffer.readline())
     try:
         built = _answer(job, sys.stdin.buffer.read(), answers)
@@ -38,7 +38,7 @@ def _answer(job: dict[str, Any], model: bytes, answers: BinaryIO) -> Built:
         try:
             _say(answers, {"share": share})
         except OSError:
-            os._exit(1)  # nobody listens any more
+            os._exit(1)  # the parent process has gone away
 
     return compile_engine(
         import_package(job["engine"]),
