@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from rooms import Bundle, open_bundle
 from tarflow_runtimes.engines.open import ENGINES, Options
 from tarflow_runtimes.engines.ort_cpu.engine import OrtCpuEngine
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rooms import open_bundle
 from tarflow_export import _export
 from tarflow_export._report import Stages
-from tarflow_runtimes.bundle.reader import open_bundle
 from tarflow_sdk import load_checkpoint, save_checkpoint
 from tarflow_sdk.testing import random_model, tiny_config
 

@@ -16,11 +16,11 @@ import torch
 import tarflow_export._export
 import tarflow_export._target
 import tarflow_export._verify
+from rooms import open_bundle
 from tarflow_export import ExportError, ExportReport, export_bundle
 from tarflow_export._source import bundle_config
 from tarflow_export._verify import extent_of
-from tarflow_runtimes.bundle.reader import open_bundle
-from tarflow_runtimes.errors import VerificationError
+from tarflow_runtimes import VerificationError
 from tarflow_sdk import CheckpointError, FlowConfig, save_checkpoint
 from tarflow_sdk.testing import random_model, tiny_config
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflow_runtimes.bundle.reader import open_bundle
+from rooms import open_bundle
 from tarflow_sdk import save_checkpoint
 from tarflow_sdk.testing import random_model, tiny_config
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from rooms import open_bundle
 from tarflow_export import ExportError, convert_bundle, export_bundle
-from tarflow_runtimes.bundle.reader import open_bundle
-from tarflow_runtimes.errors import BundleError
+from tarflow_runtimes import BundleError
 from tarflow_sdk.testing import random_model, tiny_config
 
 

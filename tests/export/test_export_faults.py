@@ -17,7 +17,7 @@ import tarflow_export._export
 import tarflow_export._plan
 from tarflow_export import convert_bundle, export_bundle
 from tarflow_export._graphs import BUILDERS, PRECISIONS
-from tarflow_runtimes.errors import VerificationError
+from tarflow_runtimes import VerificationError
 from tarflow_sdk.testing import random_model, tiny_config
 
 SMALLEST = tiny_config(blocks=1, layers=1)

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from rooms import Bundle, Conditions, Turn, open_bundle
 from tarflow_export import convert_bundle, export_bundle
-from tarflow_runtimes.bundle.reader import Bundle, open_bundle  # the table of tensors is no public name
 from tarflow_runtimes.decode.plan import Sequential
-from tarflow_runtimes.decode.turn import Conditions, Turn  # what both sides are given, an engine's protocol
 from tarflow_runtimes.engines.native.library import Block, Library  # what is tested
 from tarflow_runtimes.engines.open import Options, open_engine
 from tarflow_sdk import FlowConfig, TarFlow

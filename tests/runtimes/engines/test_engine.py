@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
+from rooms import Conditions, Turn
 from tarflow_runtimes.decode.plan import Parallel, Sequential
-from tarflow_runtimes.decode.turn import Conditions, Turn
 from tarflow_runtimes.doctor import choose, gather, verdicts
 from tarflow_runtimes.engines import onnxruntime as _ort_import
 from tarflow_runtimes.engines.ort_cpu.cpus import usable_cpus

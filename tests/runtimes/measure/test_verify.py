@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rooms import Bundle, open_bundle
 from tarflow_export import export_bundle
-from tarflow_runtimes.bundle.reader import Bundle, open_bundle
 from tarflow_runtimes.bundle.tolerances import (
     FLOOR_FACTOR,
     GPU_ENGINES,

@@ -11,8 +11,8 @@ import onnx
 import pytest
 
 import tarflow_runtimes as tfr
+from rooms import Bundle, open_bundle
 from tarflow_export import convert_bundle, export_bundle
-from tarflow_runtimes.bundle.reader import Bundle, open_bundle
 from tarflow_runtimes.engines.trt import build as _build
 from tarflow_runtimes.engines.trt import network as _network
 from tarflow_runtimes.engines.trt.build import build

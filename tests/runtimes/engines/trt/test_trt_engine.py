@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import fake_tensorrt as fake
 import tarflow_runtimes as tfr
-from tarflow_runtimes.bundle.reader import open_bundle
+from host_device import HostDevice
+from rooms import open_bundle
 from tarflow_runtimes.engines.trt import engine as engine_module
 from tarflow_runtimes.engines.trt import package as _package
 from tarflow_runtimes.engines.trt import supply as _supply
@@ -22,11 +22,6 @@ from tarflow_runtimes.engines.trt.gpu import Gpu
 from tarflow_runtimes.engines.trt.package import import_package
 from tarflow_runtimes.engines.trt.profiles import Profile
 from tarflow_runtimes.engines.trt.supply import Building
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import fake_tensorrt as fake
-from host_device import HostDevice
 
 GPU = Gpu(name="Host GPU", target="sm_89", driver="CUDA 13.0")
 MIXED = tfr.Guidance(weight=1.0, attention_temperature=0.5)
