@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import tensorrt_rtx
 
 import fake_tensorrt
 from fake_cuda import FakeCuda, installed
@@ -90,6 +89,8 @@ def test_explain_says_what_differs(tarflow: Callable, kept: Path, own_bundle: Pa
     assert [one["hit"] is not None for one in explained(tarflow, kept, own_bundle, *QUICK, "--batch", "1")] == [
         True
     ] * 6
+    import tensorrt_rtx
+
     version = tensorrt_rtx.__version__
     later = ModuleType("tensorrt_rtx")
     later.__dict__.update(vars(tensorrt_rtx), __version__="1.8.0")
