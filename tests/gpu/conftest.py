@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import command_line
 import fake_tensorrt
 import host_device
 import tarflow_runtimes as tfr
@@ -42,7 +43,7 @@ STAND_INS = [pytest.param(Target(engine, "float32", stands_in=True), id=f"{engin
 @functools.cache
 def found() -> dict[str, Any]:
     """What `tarflow doctor` says of each engine on this machine."""
-    command = [Path(sys.executable).with_name("tarflow"), "doctor", "--json"]
+    command = [command_line.script("tarflow"), "doctor", "--json"]
     engines = json.loads(subprocess.run(command, capture_output=True, check=False).stdout)["engines"]
     return {engine: engines[engine] for engine in ENGINES}
 

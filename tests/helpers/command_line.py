@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.metadata
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +29,24 @@ def run(capsys: pytest.CaptureFixture[str], command: str, *arguments: object) ->
     written = capsys.readouterr()
     assert isinstance(ended.value.code, int)
     return Result(ended.value.code, written.out, written.err)
+
+
+LOADED = """
+import atexit, sys
+from importlib.metadata import entry_points
+(entry,) = entry_points(group="console_scripts", name=sys.argv[0])
+atexit.register(lambda: print(*sys.modules, file=sys.stderr))
+entry.load()()
+"""
+
+
+def loaded_by(command: str, *arguments: str) -> set[str]:
+    """The modules that a command has imported when it ends well."""
+    code = f"import sys; sys.argv = {[command, *arguments]!r}\n{LOADED}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return set(done.stderr.split())
+
+
+def script(command: str) -> Path:
+    """The file that a shell finds under that name."""
+    return Path(sys.executable).with_name(command)

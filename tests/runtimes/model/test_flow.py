@@ -433,3 +433,9 @@ def test_closing_while_another_thread_runs(exported):
     thread.join(60)
     assert not thread.is_alive()
     assert len(outcome) == 1
+
+
+def test_the_shipped_bundle_is_named_when_it_is_missing(monkeypatch):
+    monkeypatch.setattr("tarflow_runtimes.model.flow.SHIPPED", "none.tarflow")
+    with pytest.raises(tfr.BundleError, match="comes with the package"):
+        tfr.load()
