@@ -1,6 +1,5 @@
 """`tarflow export` as a user meets it: what it leaves behind, and what it refuses."""
 
-import json
 import pickle
 import signal
 from collections.abc import Callable
@@ -57,12 +56,6 @@ def test_a_bundle_and_nothing_else(tarflow: Callable, checkpoints: Path) -> None
     assert open_bundle("good.tarflow").manifest["verification"]["status"] == "passed"
 
 
-def test_dry_run_writes_nothing(tarflow: Callable, checkpoints: Path) -> None:
-    result = tarflow("export", checkpoints / "good.safetensors", "--dry-run", "--json")
-    assert (result.code, list(Path.cwd().iterdir())) == (0, [])
-    assert json.loads(result.out)["bytes"] > 0
-
-
 def test_overwrite(tarflow: Callable, checkpoints: Path) -> None:
     options = ("export", checkpoints / "good.safetensors", "--no-verify", "-o", "x.tarflow")
     assert tarflow(*options).code == 0
@@ -92,8 +85,10 @@ def test_overwrite(tarflow: Callable, checkpoints: Path) -> None:
         (("mnist_model_4_64_2_2_0.10.pth", "--head-dim", 32, "--noise-std", -1), "noise"),
         (("good.safetensors", "--dtype", "int8"), "dtype must be one of"),
         (("good.safetensors", "--labels", "none.txt"), "none.txt"),
-        (("good.safetensors", "--labels", "two.txt"), "2"),
+        (("good.safetensors", "--labels", "two.txt"), "2 label names for 3 classes"),
         (("good.safetensors", "--labels", "binary.txt"), "not UTF-8 text"),
+        (("good.safetensors", "--labels", "gap.txt"), "empty line"),
+        (("good.safetensors", "--noise-std", "0.5"), "noise_std"),
         (("good.safetensors", "-o", "no/x.tarflow"), "does not exist"),
         (("good.safetensors", "-o", "here.tarflow"), "exists already"),
         (("good.safetensors", "-o", "here.tarflow", "--overwrite"), "is not a bundle"),
@@ -106,6 +101,7 @@ def test_bad_input(refused: Callable, checkpoints: Path, arguments: tuple[object
     Path("here.tarflow/thesis.tex").touch()
     Path("file.tarflow").touch()
     Path("two.txt").write_text("ant\nbee\n")
+    Path("gap.txt").write_text("ant\n\nbee\n")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00")
     checkpoint, *options = arguments
     assert message in refused("export", checkpoints / str(checkpoint), *options, hinted=False).err

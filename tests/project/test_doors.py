@@ -43,7 +43,7 @@ PRIVATE = {
 
 
 def room(path: Path) -> str:
-    """The module whose parts a test file may name; nothing begins with the empty room's."""
+    """The module whose parts a test file may name; `tarflow_nothing` where there is none."""
     folder, *below = path.relative_to(TESTS).parent.parts or ("",)
     return "tarflow_" + (".".join((folder, *below)) if folder == "runtimes" else ROOMS.get(folder, "nothing"))
 

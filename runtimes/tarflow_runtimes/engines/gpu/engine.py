@@ -1,6 +1,6 @@
 """`DeviceEngine`: a bundle on a device, whatever builds its programs: the engine of `ort-cuda`, `trt` and `trt-rtx`.
 
-Inverses stay on the device (`_device/loop.py`). Density and gradient go there and back once per block: per image, not
+Inverses stay on the device (`loop.py`). Density and gradient go there and back once per block: per image, not
 per step.
 """
 
