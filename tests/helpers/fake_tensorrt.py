@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import importlib.machinery
 import pickle
 import sys
 import types
@@ -373,6 +374,7 @@ GPU = Gpu(name="Host GPU", target="sm_89", driver="CUDA 13.0")
 def module(engine: str) -> types.ModuleType:
     """The module behind engine `trt` or `trt-rtx`."""
     made = types.ModuleType(MODULES[engine])
+    made.__spec__ = importlib.machinery.ModuleSpec(made.__name__, None)  # PyTorch looks whether it is installed
     made.__version__ = "11.4.0" if engine == "trt" else "1.7.1"
     only = {"trt": {"NetworkDefinitionCreationFlag"}, "trt-rtx": {"ComputeCapability", "CudaGraphStrategy"}}
     only["trt-rtx"].add("DynamicShapesKernelSpecializationStrategy")
