@@ -44,8 +44,8 @@ PRIVATE = {
 
 def room(path: Path) -> str:
     """The module whose parts a test file may name; `tarflow_nothing` where there is none."""
-    folder, *below = path.relative_to(TESTS).parent.parts or ("",)
-    return "tarflow_" + (".".join((folder, *below)) if folder == "runtimes" else ROOMS.get(folder, "nothing"))
+    folder, *below = path.relative_to(TESTS).parts[:-1] or ("",)
+    return "tarflow_" + (".".join((folder, *below)) if folder == "runtimes" and below else ROOMS.get(folder, "nothing"))
 
 
 @functools.cache
