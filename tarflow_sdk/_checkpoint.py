@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tarflow_sdk._claims import Claims, claim_metadata, infer_config
@@ -140,7 +140,7 @@ def save_checkpoint(model: TarFlow, path: str | Path, *, dtype: torch.dtype = to
         tensors[name] = converted
     with replacing(path) as partial:
         if path.suffix == ".safetensors":
-            save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(model.config.to_json())})
+            safetensors.torch.save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(model.config.to_json())})
             return
         patches = model.config.patches
         for k in range(model.config.blocks):

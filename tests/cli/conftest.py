@@ -1,6 +1,6 @@
 """The commands in this process, on tiny bundles."""
 
-import dataclasses
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -9,18 +9,10 @@ from typing import Any
 
 import pytest
 
-from tarflow_runtimes.cli.main import dispatch
+import command_line
+from command_line import Result
 
 ANIMALS = ("ant", "bee", "cat")
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a command left behind: exit code, stdout, stderr."""
-
-    code: int
-    out: str
-    err: str
 
 
 Tarflow = Callable[..., Result]
@@ -38,15 +30,7 @@ def tarflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
-    def run(*arguments: object) -> Result:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            dispatch([str(argument) for argument in arguments])
-        written = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Result(ended.value.code, written.out, written.err)
-
-    return run
+    return functools.partial(command_line.run, capsys, "tarflow")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`tarflow bench`: tables, files, and what it refuses."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tarflow_runtimes.measure import bench as _bench
-from tarflow_runtimes.measure import ceilings as _ceilings
+import tarflow_runtimes as tfr
 
 QUICK = ("--rounds", "1", "--no-ceilings", "--batch", "1")
 
@@ -42,18 +42,19 @@ def test_tables_and_files(tarflow: Callable, class_bundle: Path) -> None:
     assert "\u2026" not in result.out  # nothing is cut
 
 
-def test_ceilings_stand_beside(tarflow: Callable, class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = _ceilings.Rates(gemm_gflops=1e-3, gemv_gbs=1e6, copy_gbs=3.0)
-    given = _ceilings.Ceilings(blas="a library", threads=2, one_thread=rates, all_threads=rates)
-    monkeypatch.setattr(_bench, "measure_ceilings", lambda: given)
-    result = tarflow("bench", class_bundle, "--rounds", "1", "--batch", "1", "--decode", "sequential")
+def test_ceilings_stand_beside(tarflow: Callable, class_bundle: Path) -> None:
+    options = ("--rounds", "1", "--batch", "1", "--decode", "sequential", "--json", "b.json")
+    result = tarflow("bench", class_bundle, *options)
+    document = json.loads(Path("b.json").read_text())
+    measured, [case] = document["ceilings"], document["cases"]
     ceilings = [line for line in result.out.splitlines() if line.startswith("ceilings")]
-    assert [line.split()[1] for line in ceilings] == ["1", "2"]
-    assert all("a library" in line for line in ceilings)
+    assert [int(line.split()[1]) for line in ceilings] == [1, measured["threads"]]
+    assert all(measured["blas"] in line for line in ceilings)
     row = [line for line in result.out.splitlines() if line.startswith("  ort-cpu")][1]
-    assert row.rstrip().endswith("(0%)")
-    assert row.count("%)") == 2
-    assert result.err == ""
+    rates = measured["all_threads"]
+    shares = (case["gflops"] / rates["gemm_gflops"], case["gbs"] / rates["gemv_gbs"])
+    assert re.findall(r"\((\d+)%\)", row) == [f"{100 * share:.0f}" for share in shares]
+    assert result.err == "wrote b.json\n"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_files_that_exist_are_kept(
     Path("b.json").write_text("old")
     Path("b.png").write_text("old")
     with monkeypatch.context() as patched:
-        patched.setattr(_bench, "bench", lambda *_, **__: pytest.fail("the work began"))
+        patched.setattr(tfr.Flow, "sample", lambda *_, **__: pytest.fail("the work began"))
         assert "exists already" in refused("bench", class_bundle, "--json", "b.json").err
         assert "exists already" in refused("bench", class_bundle, "--plot", "b.png").err
     options = (*QUICK, "--decode", "sequential", "--json", "b.json", "--plot", "b.png", "--overwrite")
@@ -103,15 +104,17 @@ def test_files_that_exist_are_kept(
 
 
 def test_an_interrupt_leaves_nothing(tarflow: Callable, class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = _bench._Runner.draw
+    sample, drawn = tfr.Flow.sample, []
 
-    def interrupted(self: Any, number: int, **options: Any) -> Any:
-        if self.seconds:
+    def interrupted(flow: tfr.Flow, n: int, **options: Any) -> tfr.Sample:
+        drawn.append(n)
+        if len(drawn) == 10:
             raise KeyboardInterrupt
-        return draw(self, number, **options)
+        return sample(flow, n, **options)
 
-    monkeypatch.setattr(_bench._Runner, "draw", interrupted)
+    monkeypatch.setattr(tfr.Flow, "sample", interrupted)
     result = tarflow("bench", class_bundle, "--no-ceilings", "--json", "b.json", "--plot", "b.png")
     assert (result.code, result.out) == (130, "")
     assert result.err == "interrupted; nothing was written\n"
+    assert len(drawn) == 10
     assert list(Path().iterdir()) == []

@@ -9,17 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from tarflow_runtimes.engines.gpu import cuda_import
-from tarflow_runtimes.engines.trt import gpu as _gpu
-from tarflow_runtimes.engines.trt import package as _package
-from tarflow_runtimes.engines.trt.cache import EngineCache
-from tarflow_runtimes.engines.trt.gpu import Gpu
-from tarflow_runtimes.errors import EngineError
-from tarflow_runtimes.model.flow import shipped_bundle
+import fake_tensorrt
+import tarflow_runtimes as tfr
+from fake_cuda import FakeCuda, installed
 
 QUICK = ("--engine", "trt-rtx", "--batch", "2", "--window", "1", "--guidance", "0", "--target", "sm_89")
 
@@ -54,13 +49,12 @@ def test_a_second_build_finds_everything(tarflow: Callable, class_bundle: Path, 
     assert "6 built, 0 were there" in again.err
 
 
-def test_a_gpu_here_is_the_target(tarflow: Callable, class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu(name="GPU", target="sm_86", driver="CUDA 13.0")
-    monkeypatch.setattr(_gpu, "present_gpu", lambda: gpu)
-    facts = json.loads(tarflow("build", class_bundle, *QUICK[:-2], "--tf32", "--json").out)
+def test_a_gpu_here_is_the_target(tarflow: Callable, class_bundle: Path) -> None:
+    with installed(FakeCuda(capability=(8, 6))):
+        facts = json.loads(tarflow("build", class_bundle, *QUICK[:-2], "--tf32", "--json").out)
     assert (facts["targets"], facts["precision"]) == (["sm_86"], "tf32")
-    monkeypatch.setattr(_gpu, "present_gpu", lambda: Gpu(name="H200", target="sm_90", driver="CUDA 13.0"))
-    result = tarflow("build", class_bundle, *QUICK[:-2])
+    with installed(FakeCuda(capability=(9, 0))):
+        result = tarflow("build", class_bundle, *QUICK[:-2])
     assert result.code == 2
     assert "cannot build for sm_90" in result.err
     assert "ort-cuda or trt" in result.err
@@ -95,34 +89,19 @@ def test_what_a_bundle_cannot_be_computed_in(refused: Callable, class_bundle: Pa
     assert "tarflow convert" in err
 
 
-def test_tensorrt_builds_on_its_gpu(refused: Callable, class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(_: str) -> object:
-        raise ModuleNotFoundError("No module named 'tensorrt'")
-
-    _package._import.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(_package, "import_module", missing)
-        result = refused("build", class_bundle, "--engine", "trt")
+def test_tensorrt_builds_on_its_gpu(refused: Callable, class_bundle: Path) -> None:
+    options = ("build", class_bundle, "--engine", "trt")
+    with fake_tensorrt.package("trt", None):
+        result = refused(*options)
         assert "engine trt needs TensorRT, which is not installed" in result.err
         assert 'hint: pip install "tarflow-sdk[trt]"' in result.err
-
-    class Module:
-        __version__ = "11.4.0"
-        Builder = object
-
-    def no_driver() -> object:
-        raise EngineError("no NVIDIA driver is loaded on this machine", hint="install it")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_package, "import_module", lambda _: Module)
-        patch.setattr(_gpu, "CudaDevice", no_driver)
-        assert "no NVIDIA driver is loaded" in refused("build", class_bundle, "--engine", "trt").err
-        patch.setattr(_gpu, "CudaDevice", object)
-        patch.setattr(_gpu, "gpu_of", lambda _: Gpu(name="H200", target="sm_90", driver="CUDA 13.0"))
-        result = refused("build", class_bundle, "--engine", "trt", "--target", "sm_89")
+    with fake_tensorrt.package("trt", fake_tensorrt.module("trt")):
+        with installed(FakeCuda(driver=0)):
+            assert "no NVIDIA driver is loaded" in refused(*options).err
+        with installed(FakeCuda(capability=(9, 0))):
+            result = refused(*options, "--target", "sm_89")
         assert "TensorRT builds on the GPU that runs the engine, and this one is sm_90" in result.err
         assert "trt-rtx, which needs no GPU" in result.err
-    _package._import.cache_clear()
 
 
 LACKING = {
@@ -134,25 +113,11 @@ LACKING = {
 
 @pytest.mark.parametrize("engine", ["trt", "trt-rtx"])
 @pytest.mark.parametrize("lacking", LACKING)
-def test_what_infer_lacks_is_one_line_and_a_remedy(
-    refused: Callable, monkeypatch: pytest.MonkeyPatch, engine: str, lacking: str
-) -> None:
-    def import_module(_: str) -> object:
-        if lacking == "library":
-            raise ModuleNotFoundError("No module named 'tensorrt'")
-        return SimpleNamespace(__version__="99.0", Builder=object)
-
-    def forget() -> None:
-        _package._import.cache_clear()
-        cuda_import.import_cuda.cache_clear()
-
-    no_device = SimpleNamespace(name="cudaErrorNoDevice")
-    monkeypatch.setattr(_package, "import_module", import_module)
-    monkeypatch.setattr(cuda_import, "cuda_runtime", lambda: SimpleNamespace(cudaGetDeviceCount=lambda: (no_device, 0)))
-    monkeypatch.setattr(cuda_import, "driver_version", lambda: 0 if lacking == "driver" else 13000)
-    forget()
-    err = refused("infer", "--engine", engine, "-n", "1").err
-    forget()
+def test_what_infer_lacks_is_one_line_and_a_remedy(refused: Callable, engine: str, lacking: str) -> None:
+    found = None if lacking == "library" else fake_tensorrt.module(engine)
+    cuda = FakeCuda(driver=0 if lacking == "driver" else 13000, devices=0)
+    with fake_tensorrt.package(engine, found), installed(cuda):
+        err = refused("infer", "--engine", engine, "-n", "1").err
     for expected in LACKING[lacking]:
         assert expected.format(engine) in err
 
@@ -211,7 +176,7 @@ def test_two_processes_that_build_the_same_build_it_once(class_bundle: Path, fol
 @pytest.fixture
 def building(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """A process in the middle of a build that takes ten seconds."""
-    process = start(shipped_bundle(), "--engine", "trt-rtx")
+    process = start(tfr.load().bundle.path, "--engine", "trt-rtx")
     try:
         until(lambda: list(folder.glob(".*.lock")))
         time.sleep(1.0)
@@ -221,19 +186,18 @@ def building(folder: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def test_a_process_that_is_killed_leaves_nothing_that_loads(building: subprocess.Popen[str], folder: Path) -> None:
+def test_a_process_that_is_killed_leaves_nothing_that_loads(
+    tarflow: Callable, building: subprocess.Popen[str], folder: Path
+) -> None:
     (worker,) = Path(f"/proc/{building.pid}/task/{building.pid}/children").read_text().split()
     building.send_signal(signal.SIGKILL)
     building.communicate()
     until(lambda: not Path("/proc", worker).exists())
     (left,) = folder.iterdir()
     assert left.suffix == ".lock"
-    cache = EngineCache()
-    assert cache.entries() == []
-    with cache.lock(left.name[1:-5]):
-        pass
+    assert json.loads(tarflow("cache", "list", "--json").out)["engines"] == []
     left.touch()
-    assert cache.prune().leftovers == (left.name,)
+    assert json.loads(tarflow("cache", "prune", "--json").out)["leftovers"] == [left.name], "nobody holds it"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -247,11 +211,3 @@ def test_an_interrupt_ends_a_build_within_two_seconds(
     assert building.returncode == 130
     assert err.splitlines()[-1] == "error: interrupted; the 0 engines that were finished are kept"
     assert list(folder.iterdir()) == []
-
-
-def test_the_gpu_is_none_where_it_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
-        raise EngineError("no NVIDIA driver is loaded on this machine")
-
-    monkeypatch.setattr(_gpu, "CudaDevice", refuse)
-    assert _gpu.present_gpu() is None

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fake_tensorrt
 import tarflow_runtimes as tfr
-from tarflow_runtimes.bundle.reader import Bundle, open_bundle
-from tarflow_runtimes.engines.open import ENGINES, Options
-from tarflow_runtimes.engines.ort_cpu.engine import OrtCpuEngine
+from rooms import open_bundle
 
 
 def test_inspect(tarflow: Callable, class_bundle: Path) -> None:
@@ -88,37 +87,23 @@ def test_verify_fails_when_a_tolerance_is_missed(tarflow: Callable, own_bundle: 
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_verify_tells_the_engines_of_tensorrt(
-    tarflow: Callable, own_bundle: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
-) -> None:
-    """Passed or not, the outcome goes to where those engines are kept; the engine of the CPU stands in for one here."""
+def test_verify_tells_the_engines_of_tensorrt(tarflow: Callable, own_bundle: Path, *, damaged: bool) -> None:
+    """Passed or not, the outcome goes to where those engines are kept."""
     if damaged:
         scale_weights(own_bundle, 1.1)
-
-    class Engine(OrtCpuEngine):
-        name = "trt"
-
-    def opened(bundle: Bundle, _: Options) -> Engine:
-        return Engine(bundle)
-
-    monkeypatch.setitem(ENGINES, "trt", opened)
-    told: list[tuple[bool, Any]] = []
-    monkeypatch.setattr(
-        "tarflow_runtimes.engines.trt.engine.record_verification",
-        lambda _, *, passed, facts: told.append((passed, facts)),
-    )
-    result = tarflow("verify", own_bundle, "--engine", "trt", "--json")
+    with fake_tensorrt.stand_in("trt"):
+        result = tarflow("verify", own_bundle, "--engine", "trt", "--engine-dir", "engines", "--json")
     assert result.code == int(damaged)
     report = json.loads(result.out)
     assert (report["engine"], report["precision"], report["passed"]) == ("trt", "float32", not damaged)
-    [(passed, facts)] = told
-    assert passed is not damaged
-    assert facts == {
-        "bundle": open_bundle(own_bundle).digest,
-        "comparisons": len(report["records"]),
-        "missed": [record["name"] for record in report["records"] if not record["passed"]],
-    }
-    assert bool(facts["missed"]) == damaged
+    missed = [record["name"] for record in report["records"] if not record["passed"]]
+    assert bool(missed) == damaged
+    found = {"bundle": report["digest"], "comparisons": len(report["records"]), "missed": missed}
+    told = [json.loads(path.read_text())["verifications"] for path in Path("engines").glob("*.json")]
+    assert len(told) >= 8, "four graphs of two blocks"
+    for [verification] in told:
+        assert verification["passed"] is not damaged
+        assert verification["facts"] == found
 
 
 def test_tokens(tarflow: Callable, token_bundle: Path) -> None:

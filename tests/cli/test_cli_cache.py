@@ -7,13 +7,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
-from tarflow_runtimes.engines.trt import gpu as _gpu
-from tarflow_runtimes.engines.trt import package as _package
-from tarflow_runtimes.engines.trt.cache import EngineCache
-from tarflow_runtimes.engines.trt.gpu import Gpu
+import fake_tensorrt
+from fake_cuda import FakeCuda, installed
+from tarflow_runtimes.cli.build import build_engines
+from tarflow_runtimes.cli.options import shapes_of
 
 SHAPES = ("--batch", "2", "--window", "1", "--guidance", "0", "--target", "sm_89")
 QUICK = ("--engine", "trt-rtx", *SHAPES)
@@ -27,18 +29,15 @@ def _user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def built(class_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the six engines of the class bundle."""
-    from tarflow_runtimes.cli.build import build_engines
-    from tarflow_runtimes.cli.options import shapes_of
-
     folder = tmp_path_factory.mktemp("built") / "engines"
     build_engines(class_bundle, "trt-rtx", shapes=shapes_of("2", "0", "1"), targets=["sm_89"], engine_dir=folder)
     return folder
 
 
 @pytest.fixture
-def kept(built: Path, tmp_path: Path) -> EngineCache:
+def kept(built: Path, tmp_path: Path) -> Path:
     """A copy of that folder, named by --engine-dir."""
-    return EngineCache(Path(shutil.copytree(built, tmp_path / "engines")))
+    return Path(shutil.copytree(built, tmp_path / "engines"))
 
 
 @pytest.fixture
@@ -47,22 +46,28 @@ def own_bundle(class_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(class_bundle, tmp_path / "own" / class_bundle.name))
 
 
-def explained(tarflow: Callable, kept: EngineCache, bundle: Path, *options: str) -> list[dict[str, str]]:
-    result = tarflow("cache", "explain", bundle, *(options or QUICK), "--engine-dir", kept.path, "--json")
+def explained(tarflow: Callable, kept: Path, bundle: Path, *options: str) -> list[dict[str, str]]:
+    result = tarflow("cache", "explain", bundle, *(options or QUICK), "--engine-dir", kept, "--json")
     assert result.code == 0, result.err
     engines: list[dict[str, str]] = json.loads(result.out)["engines"]
     return engines
 
 
-def test_list(tarflow: Callable, kept: EngineCache) -> None:
-    result = tarflow("cache", "list", "--engine-dir", kept.path)
+def listed(tarflow: Callable, kept: Path) -> list[dict[str, Any]]:
+    engines: list[dict[str, Any]] = json.loads(tarflow("cache", "list", "--engine-dir", kept, "--json").out)["engines"]
+    return engines
+
+
+def test_list(tarflow: Callable, kept: Path) -> None:
+    result = tarflow("cache", "list", "--engine-dir", kept)
     lines = result.out.splitlines()
     assert lines[0].startswith("tiny.tarflow block 1 gradient float32, TensorRT for RTX 1.7")
     assert lines[0].endswith("MB, not verified")
     assert lines[-1].startswith("6 engines, ")
-    facts = json.loads(tarflow("cache", "list", "--engine-dir", kept.path, "--json").out)
-    assert [one["key"] for one in facts["engines"]] == [one.key for one in kept.entries()]
-    assert all(one["bytes"] > 10_000 for one in facts["engines"])
+    engines = listed(tarflow, kept)
+    assert {one["key"] for one in engines} == {path.stem for path in kept.glob("*.engine")}
+    for one in engines:
+        assert one["bytes"] == sum(path.stat().st_size for path in kept.glob(f"{one['key']}.*")) > 10_000
 
 
 def test_an_empty_cache(tarflow: Callable) -> None:
@@ -71,9 +76,7 @@ def test_an_empty_cache(tarflow: Callable) -> None:
     assert tarflow("cache", "prune").out == "removed 0 engines and 0 other files, 0.0 MB\n"
 
 
-def test_explain_says_what_differs(
-    tarflow: Callable, kept: EngineCache, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_explain_says_what_differs(tarflow: Callable, kept: Path, own_bundle: Path) -> None:
     assert [one["reason"] for one in explained(tarflow, kept, own_bundle)] == ["built for this"] * 6
     for options, reason in (
         (("--tf32",), "precision: built float32, wanted tf32"),
@@ -86,20 +89,18 @@ def test_explain_says_what_differs(
     assert [one["hit"] is not None for one in explained(tarflow, kept, own_bundle, *QUICK, "--batch", "1")] == [
         True
     ] * 6
-    package = _package.import_package("trt-rtx")
-    monkeypatch.setattr(
-        _package,
-        "_import",
-        lambda _: _package.Package(engine="trt-rtx", title=package.title, module=package.module, version="1.8.0"),
-    )
-    found = explained(tarflow, kept, own_bundle)
+    import tensorrt_rtx
+
+    version = tensorrt_rtx.__version__
+    later = ModuleType("tensorrt_rtx")
+    later.__dict__.update(vars(tensorrt_rtx), __version__="1.8.0")
+    with fake_tensorrt.package("trt-rtx", later):
+        found = explained(tarflow, kept, own_bundle)
     assert all("this is 1.8.0 for sm_89" in one["reason"] for one in found)
-    assert all(f"built with {package.version} for sm_89" in one["reason"] for one in found)
+    assert all(f"built with {version} for sm_89" in one["reason"] for one in found)
 
 
-def test_a_flipped_byte_of_a_graph_is_a_miss_of_that_graph(
-    tarflow: Callable, kept: EngineCache, own_bundle: Path
-) -> None:
+def test_a_flipped_byte_of_a_graph_is_a_miss_of_that_graph(tarflow: Callable, kept: Path, own_bundle: Path) -> None:
     path = own_bundle / "block_01" / "forward.onnx"
     data = path.read_bytes()
     assert b"layer_0" in data
@@ -111,48 +112,44 @@ def test_a_flipped_byte_of_a_graph_is_a_miss_of_that_graph(
     missed = [(one["block"], one["graph"]) for one in found if not one["hit"]]
     assert missed == [(1, "forward")]
     assert next(one for one in found if not one["hit"])["reason"].startswith("graph_digest: built ")
-    result = tarflow("build", own_bundle, *QUICK, "--engine-dir", kept.path)
+    result = tarflow("build", own_bundle, *QUICK, "--engine-dir", kept)
     assert "1 built, 5 were there" in result.err
 
 
-def test_a_truncated_engine_is_a_miss_and_built_again(tarflow: Callable, kept: EngineCache, own_bundle: Path) -> None:
-    sidecar = next(one for one in kept.entries() if one.source.block == 0 and one.made.identity.graph == "step")
-    path = kept.path / f"{sidecar.key}.engine"
-    path.write_bytes(path.read_bytes()[:100])
+def test_a_truncated_engine_is_a_miss_and_built_again(tarflow: Callable, kept: Path, own_bundle: Path) -> None:
+    key = next(one["key"] for one in listed(tarflow, kept) if "block 0 step" in one["name"])
+    path = kept / f"{key}.engine"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
     found = explained(tarflow, kept, own_bundle)
-    assert found[0]["reason"] == f"its file has 100 bytes, not {sidecar.size}"
+    assert found[0]["reason"] == f"its file has 100 bytes, not {len(whole)}"
     assert [one["hit"] is not None for one in found] == [False] + [True] * 5
-    result = tarflow("build", own_bundle, *QUICK, "--engine-dir", kept.path)
-    assert f"(its file has 100 bytes, not {sidecar.size})" in result.err
-    assert kept.load(kept.entries()[-1])
+    result = tarflow("build", own_bundle, *QUICK, "--engine-dir", kept)
+    assert f"(its file has 100 bytes, not {len(whole)})" in result.err
+    assert [one["reason"] for one in explained(tarflow, kept, own_bundle)] == ["built for this"] * 6
 
 
-def test_explain_without_a_bundle_asks_this_machine(
-    tarflow: Callable, kept: EngineCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ("cache", "explain", "--engine-dir", kept.path)
-    monkeypatch.setattr(_gpu, "present_gpu", lambda: None)
-    assert all(line.endswith("there is no GPU here to use it on") for line in tarflow(*options).out.splitlines())
-    monkeypatch.setattr(_gpu, "present_gpu", lambda: Gpu(name="GPU", target="sm_89", driver="CUDA 13.0"))
-    assert all(
-        line.endswith("float32: can be used here") or "can be used here" in line
-        for line in tarflow(*options).out.splitlines()
-    )
-    monkeypatch.setattr(_gpu, "present_gpu", lambda: Gpu(name="GPU", target="sm_120", driver="CUDA 13.0"))
-    facts = json.loads(tarflow(*options, "--json").out)
+def test_explain_without_a_bundle_asks_this_machine(tarflow: Callable, kept: Path) -> None:
+    options = ("cache", "explain", "--engine-dir", kept)
+    with installed(FakeCuda(driver=0)):
+        assert all(line.endswith("there is no GPU here to use it on") for line in tarflow(*options).out.splitlines())
+    with installed(FakeCuda(capability=(8, 9))):
+        assert all(line.endswith("float32: can be used here") for line in tarflow(*options).out.splitlines())
+    with installed(FakeCuda(capability=(12, 0))):
+        facts = json.loads(tarflow(*options, "--json").out)
     assert len(facts["engines"]) == 6
     assert all("for sm_120" in one["reason"] for one in facts["engines"])
 
 
-def test_prune(tarflow: Callable, kept: EngineCache) -> None:
-    (kept.path / f".{'0' * 32}.engine.partial").write_bytes(bytes(10))
-    largest = max(map(kept.nbytes, kept.entries()))
-    result = tarflow("cache", "prune", "--max-size", largest, "--engine-dir", kept.path)
+def test_prune(tarflow: Callable, kept: Path) -> None:
+    (kept / f".{'0' * 32}.engine.partial").write_bytes(bytes(10))
+    largest = max(one["bytes"] for one in listed(tarflow, kept))
+    result = tarflow("cache", "prune", "--max-size", largest, "--engine-dir", kept)
     assert "removed tiny.tarflow block 0 step float32" in result.out
     assert "and 1 other files" in result.out
-    facts = json.loads(tarflow("cache", "prune", "--max-size", "0", "--engine-dir", kept.path, "--json").out)
+    facts = json.loads(tarflow("cache", "prune", "--max-size", "0", "--engine-dir", kept, "--json").out)
     assert facts["bytes"] <= largest
-    assert kept.entries() == []
+    assert listed(tarflow, kept) == []
 
 
 @pytest.mark.parametrize(

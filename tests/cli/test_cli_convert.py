@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes.bundle.reader import open_bundle
+from rooms import open_bundle
 
 
 @pytest.mark.parametrize("option", [("--weights", "int8"), ("--dtype", "float16")])

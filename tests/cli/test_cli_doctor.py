@@ -7,27 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tarflow_runtimes import doctor
-from tarflow_runtimes.doctor.facts import Driver, Facts, Gpu, Library, Module, Native, Provider
+from fake_machine import Driver, Gpu, Library, Module, Provider, finding, here
 
 GPU = Gpu(name="NVIDIA H200", capability=(9, 0), memory=150_000_000_000, free=149_000_000_000)
 
 
-@pytest.fixture(scope="module")
-def here() -> Facts:
-    """This machine as if the native kernel had not been built."""
-    return dataclasses.replace(doctor.gather(), native=Native())
-
-
 @pytest.fixture
-def found(here: Facts, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let the doctor find this machine with other facts."""
-
-    def change(**facts: object) -> None:
-        changed = dataclasses.replace(here, **facts)
-        monkeypatch.setattr(doctor, "gather", lambda: changed)
-
-    return change
+    return finding(monkeypatch)
 
 
 def test_this_machine(tarflow: Callable) -> None:
@@ -53,14 +41,14 @@ def test_this_machine(tarflow: Callable) -> None:
     assert words["auto"] == f"takes {report['auto']['engine']}"
 
 
-def test_a_machine_with_a_gpu(tarflow: Callable, found: Callable, here: Facts) -> None:
+def test_a_machine_with_a_gpu(tarflow: Callable, found: Callable) -> None:
     found(
         driver=Driver(version="580.65.06", cuda=(13, 1)),
         gpus=(GPU, dataclasses.replace(GPU, free=None)),
         provider=Provider(built=True, cuda="13.0"),
-        modules=here.modules | {"cuda.bindings": Module(version="13.4.4", file="f"), "tensorrt": Module()},
+        modules=here().modules | {"cuda.bindings": Module(version="13.4.4", file="f"), "tensorrt": Module()},
         owners={"onnxruntime": ("onnxruntime-gpu 1.31.1",)},
-        libraries={name: Library(file=name) for name in here.libraries},
+        libraries={name: Library(file=name) for name in here().libraries},
     )
     result = tarflow("doctor")
     assert result.code == 0
@@ -72,9 +60,9 @@ def test_a_machine_with_a_gpu(tarflow: Callable, found: Callable, here: Facts) -
     assert result.out.endswith("auto                takes ort-cuda\n")
 
 
-def test_the_default_engine_is_not_ready(tarflow: Callable, found: Callable, here: Facts) -> None:
+def test_the_default_engine_is_not_ready(tarflow: Callable, found: Callable) -> None:
     owners = {"onnxruntime": ("onnxruntime 1.32.0", "onnxruntime-gpu 1.31.1")}
-    found(modules=here.modules | {"tensorrt": Module(problem="libnvinfer.so.11: \x1b[31m")}, owners=owners)
+    found(modules=here().modules | {"tensorrt": Module(problem="libnvinfer.so.11: \x1b[31m")}, owners=owners)
     result = tarflow("doctor")
     assert result.code == 1
     assert "not ready: installed packages overwrite each other" in result.out
@@ -88,11 +76,10 @@ def test_the_default_engine_is_not_ready(tarflow: Callable, found: Callable, her
 
 @pytest.mark.parametrize("engine", ["ort-cuda", "trt", "trt-rtx"])
 def test_asking_for_an_engine_that_is_not_ready(
-    refused: Callable, here: Facts, class_bundle: Path, engine: str
+    tarflow: Callable, refused: Callable, class_bundle: Path, engine: str
 ) -> None:
     """One line with what is missing and one with what mends it, exit code 2, and nothing runs instead."""
-    fault = doctor.verdicts(here)[engine]
-    if fault is None:
+    if json.loads(tarflow("doctor", "--json").out)["engines"][engine]["ready"]:
         pytest.skip(f"engine {engine} is ready here: tests/gpu runs it")
     result = refused("infer", class_bundle, "--engine", engine)
     error, hint = result.err.splitlines()

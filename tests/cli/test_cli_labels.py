@@ -2,8 +2,8 @@
 
 import pytest
 
+from tarflow_runtimes import InputError
 from tarflow_runtimes.cli.labels import check_labels, label_name, parse_labels, spread
-from tarflow_runtimes.errors import InputError
 
 ANIMALS = ["cat", "dog", "wild"]
 

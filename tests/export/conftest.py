@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 
-import tarflow_export._write  # to plant wrong weights where they are written
-from tarflow_export import convert_bundle, export_bundle
+from tarflow_export import _export, _plan, _write, convert_bundle, export_bundle
 from tarflow_sdk import FlowConfig, TarFlow
 from tarflow_sdk.testing import random_model, tiny_config, tiny_token_config
 
@@ -126,7 +126,7 @@ def tiny(request: pytest.FixtureRequest, exported: Export) -> Exported:
 @pytest.fixture
 def wrong_weight(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Let the exporter write wrong numbers into the tensor of that name of every block."""
-    original = tarflow_export._write.block_tensors
+    original = _write.block_tensors
 
     def plant(name: str) -> None:
         def tensors(*args: Any, **options: Any) -> Any:
@@ -138,6 +138,38 @@ def wrong_weight(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                     array.flat[array.size // 2] += 0.5
                 yield tensor, array
 
-        monkeypatch.setattr(tarflow_export._write, "block_tensors", tensors)
+        monkeypatch.setattr(_write, "block_tensors", tensors)
 
     return plant
+
+
+@pytest.fixture
+def wrong_graph(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`wrong_graph(provider, kind, change)`: let the exporter write one graph with that change."""
+    original = _plan._plan_graph
+
+    def plant(provider: str, kind: str, change: Callable[[onnx.ModelProto], None]) -> None:
+        def planted(*given: Any) -> Any:
+            plan = original(*given)
+            if (plan.provider, plan.kind) != (provider, kind):
+                return plan
+            model = onnx.load_from_string(plan.serialized)
+            change(model)
+            return dataclasses.replace(plan, serialized=model.SerializeToString())
+
+        monkeypatch.setattr(_plan, "_plan_graph", planted)
+
+    return plant
+
+
+@pytest.fixture
+def wrong_prior(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the exporter write a prior that is wide by a hundredth."""
+    original = _export.load
+
+    def load(*given: Any, **options: Any) -> Any:
+        loaded = original(*given, **options)
+        prior = loaded.contents.prior * np.float32(1.01)
+        return dataclasses.replace(loaded, contents=dataclasses.replace(loaded.contents, prior=prior))
+
+    monkeypatch.setattr(_export, "load", load)

@@ -10,10 +10,10 @@ import onnx
 import pytest
 import torch
 
-from tarflow_export._graphs import BUILDERS, PRECISIONS  # the table of every graph that a bundle can hold
+import graphs
 
-KINDS = ("forward", "step", "gradient")
-RUN_READY = [(provider, kind) for provider in BUILDERS if provider != "portable" for kind in BUILDERS[provider]]
+KINDS = graphs.KINDS["portable"]
+RUN_READY = [(provider, kind) for provider, kinds in graphs.KINDS.items() if provider != "portable" for kind in kinds]
 
 
 @pytest.mark.parametrize("images", [1, 3, 17])
@@ -118,13 +118,13 @@ def test_the_graphs_of_all_blocks_are_the_same_bytes(exported: Any, kind: str) -
     assert len({(tiny.folder / f"block_{k:02d}" / f"{kind}.onnx").read_bytes() for k in range(3)}) == 1
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", graphs.PROVIDERS)
 def test_a_bundle_has_the_graphs_of_its_precision(exported: Any, precision: str) -> None:
     tiny = exported("class", precision)
-    graphs = tiny.manifest["graphs"]
-    assert tuple(graphs) == PRECISIONS[precision]
-    for provider, kinds in graphs.items():
-        assert set(kinds) == set(BUILDERS[provider])
+    listed_graphs = tiny.manifest["graphs"]
+    assert tuple(listed_graphs) == graphs.PROVIDERS[precision]
+    for provider, kinds in listed_graphs.items():
+        assert set(kinds) == set(graphs.KINDS[provider])
         for kind, graph in kinds.items():
             file = f"block_00/{kind}.onnx" if provider == "portable" else graph["file"]
             model = onnx.load(tiny.folder / file, load_external_data=False)
@@ -159,7 +159,7 @@ def test_run_ready_graphs_keep_their_tensors_in_the_weights(
 
 @pytest.mark.parametrize(
     ("precision", "provider", "kind"),
-    [(one, *graph) for one in PRECISIONS for graph in RUN_READY if graph[0] in PRECISIONS[one]],
+    [(one, *graph) for one, providers in graphs.PROVIDERS.items() for graph in RUN_READY if graph[0] in providers],
 )
 def test_run_ready_graphs_are_valid(exported: Any, tmp_path: Path, precision: str, provider: str, kind: str) -> None:
     """Beside the weights, where the checker looks for them; it knows no types of ONNX Runtime's own operators."""
@@ -174,7 +174,7 @@ def test_run_ready_graphs_are_valid(exported: Any, tmp_path: Path, precision: st
 
 def test_the_steps_of_the_cpu_have_no_portable_attention(exported: Any) -> None:
     tiny = exported("class")
-    for kind in BUILDERS["ort-cpu"]:
+    for kind in graphs.KINDS["ort-cpu"]:
         if kind.startswith("vjp"):
             continue
         model = onnx.load(tiny.folder / "graphs" / "ort-cpu" / f"{kind}.onnx", load_external_data=False)

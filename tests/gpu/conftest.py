@@ -6,8 +6,11 @@ GPU alone can show (that its kernels are right) is then still open, and is what 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,19 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import tarflow_runtimes as tfr
-from tarflow_runtimes import doctor
-from tarflow_runtimes.engines.gpu import ort_cuda
-from tarflow_runtimes.engines.trt import engine as trt
-from tarflow_runtimes.engines.trt import package as _package
-from tarflow_runtimes.engines.trt import supply as _supply
-from tarflow_runtimes.engines.trt.gpu import Gpu
-from tarflow_runtimes.model.flow import shipped_bundle
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "runtimes"))
-
+import command_line
 import fake_tensorrt
-from host_device import HostDevice, open_host
+import host_device
+import tarflow_runtimes as tfr
 
 ENGINES = ("ort-cuda", "trt", "trt-rtx")
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
@@ -46,23 +40,18 @@ class Target:
 STAND_INS = [pytest.param(Target(engine, "float32", stands_in=True), id=f"{engine}-on-the-host") for engine in ENGINES]
 
 
-class HostGpu(HostDevice):
-    """The host's memory under a GPU's name."""
-
-    stream = 7
-    capability = (8, 9)
-
-
 @functools.cache
-def found() -> dict[str, doctor.Fault | None]:
-    """What is in the way of each engine on this machine."""
-    return {engine: fault for engine, fault in doctor.verdicts(doctor.gather()).items() if engine in ENGINES}
+def found() -> dict[str, Any]:
+    """What `tarflow doctor` says of each engine on this machine."""
+    command = [command_line.script("tarflow"), "doctor", "--json"]
+    engines = json.loads(subprocess.run(command, capture_output=True, check=False).stdout)["engines"]
+    return {engine: engines[engine] for engine in ENGINES}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test on the engines that are ready; `test_ready` says of the others, once, what is missing."""
     if "target" in metafunc.fixturenames:
-        ready = [engine for engine, fault in found().items() if fault is None]
+        ready = [engine for engine, verdict in found().items() if verdict["ready"]]
         on_gpu = [
             pytest.param(Target(engine, precision, stands_in=False), id=f"{engine}-{precision}", marks=pytest.mark.gpu)
             for engine in ready
@@ -72,7 +61,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def faults() -> dict[str, doctor.Fault | None]:
+def verdicts() -> dict[str, Any]:
     return found()
 
 
@@ -91,12 +80,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The shipped digits in a precision."""
     from tarflow_export import convert_bundle
 
+    with tfr.load() as flow:
+        shipped = flow.bundle.path
+
     @functools.cache
     def get(precision: str) -> Path:
         if precision in {"float32", "tf32"}:
-            return shipped_bundle()
+            return shipped
         path = tmp_path_factory.mktemp("digits") / f"{precision}.tarflow"
-        convert_bundle(shipped_bundle(), path, precision=precision)
+        convert_bundle(shipped, path, precision=precision)
         return path
 
     return get
@@ -120,26 +112,13 @@ def engine_dir(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path
 def open_flow(target: Target, bundle: Path, engine_dir: Path) -> Iterator[Callable[..., tfr.Flow]]:
     """Open the bundle on the target."""
     options: dict[str, Any] = {"engine": target.engine, "tf32": target.precision == "tf32", "engine_dir": engine_dir}
-    with pytest.MonkeyPatch.context() as patched:
-        if target.stands_in:
-            stand_in(target.engine, patched)
+    with stand_in(target.engine) if target.stands_in else contextlib.nullcontext():
         yield lambda **more: tfr.load(bundle, **options, **more)
-    if target.stands_in:
-        _package._import.cache_clear()
 
 
-def stand_in(engine: str, patched: pytest.MonkeyPatch) -> None:
+def stand_in(engine: str) -> contextlib.AbstractContextManager[None]:
     """Put the host's memory in place of the GPU, and under an engine what runs there."""
-    if engine == "ort-cuda":
-        patched.setattr(ort_cuda, "open_ort_cuda", open_host)
-        return
-    module = fake_tensorrt.module(engine)
-    patched.setattr(_package, "import_module", {module.__name__: module}.__getitem__)
-    patched.setattr(_package, "owners", lambda _: [])
-    patched.setattr(_supply, "build", fake_tensorrt.build)
-    patched.setattr(trt, "CudaDevice", HostGpu)
-    patched.setattr(trt, "gpu_of", lambda _: Gpu(name="Host GPU", target="sm_89", driver="CUDA 13.0"))
-    _package._import.cache_clear()
+    return host_device.stand_in() if engine == "ort-cuda" else fake_tensorrt.stand_in(engine)
 
 
 @pytest.fixture(scope="module")

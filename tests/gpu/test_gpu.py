@@ -11,13 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import command_line
 import tarflow_runtimes as tfr
-from tarflow_runtimes.bundle.tolerances import require_passed
-from tarflow_runtimes.cli.main import dispatch
-from tarflow_runtimes.doctor import Fault
 from tarflow_runtimes.engines.gpu.device import Replay
 from tarflow_runtimes.engines.gpu.workspace import Workspace
-from tarflow_runtimes.measure.verify import verify
 
 pytestmark = pytest.mark.timeout(3600)  # TensorRT builds engines in minutes
 
@@ -44,11 +41,11 @@ def draw(flow: tfr.Flow, count: int = IMAGES, **options: Any) -> tfr.Sample:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("engine", ENGINES)
-def test_ready(engine: str, faults: Mapping[str, Fault | None]) -> None:
+def test_ready(engine: str, verdicts: Mapping[str, Any]) -> None:
     """The other tests run on the engines that are."""
-    fault = faults[engine]
-    if fault is not None:
-        pytest.skip(f"engine {engine} is not ready: {fault.problem}; {fault.remedy}")
+    verdict = verdicts[engine]
+    if not verdict["ready"]:
+        pytest.skip(f"engine {engine} is not ready: {verdict['problem']}; {verdict['remedy']}")
 
 
 @every_way
@@ -69,10 +66,6 @@ def test_density(flow: tfr.Flow, cpu: tfr.Flow, target: Any) -> None:
     images = draw(cpu).images
     bound = {"float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 1e-1}[target.precision]
     np.testing.assert_allclose(flow.bits_per_dim(images, LABELS), cpu.bits_per_dim(images, LABELS), atol=bound)
-
-
-def test_the_verification_that_travels(flow: tfr.Flow) -> None:
-    require_passed(verify(flow.bundle, flow.engine))
 
 
 def test_nothing_crosses_per_step(flow: tfr.Flow) -> None:
@@ -181,11 +174,9 @@ def test_verify_and_its_record(bundle: Path, target: Any, engine_dir: Path, caps
     """`tarflow verify` passes, and the engines that it used know it."""
 
     def run(*arguments: object) -> Any:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            dispatch([str(argument) for argument in arguments])
-        assert ended.value.code == 0, capsys.readouterr().err
-        return json.loads(capsys.readouterr().out)
+        result = command_line.run(capsys, "tarflow", *arguments)
+        assert result.code == 0, result.err
+        return json.loads(result.out)
 
     place = ("--engine-dir", engine_dir, "--json")
     tf32 = ["--tf32"] if target.precision == "tf32" else []

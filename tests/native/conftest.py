@@ -15,12 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+import tarflow_runtimes as tfr
+from rooms import Bundle, Conditions, Turn, open_bundle
 from tarflow_export import convert_bundle, export_bundle
-from tarflow_runtimes.bundle.reader import Bundle, open_bundle  # the table of tensors is no public name
-from tarflow_runtimes.decode.plan import Sequential
-from tarflow_runtimes.decode.turn import Conditions, Turn  # what both sides are given, an engine's protocol
 from tarflow_runtimes.engines.native.library import Block, Library  # what is tested
-from tarflow_runtimes.engines.open import Options, open_engine
 from tarflow_sdk import FlowConfig, TarFlow
 from tarflow_sdk.testing import random_model, tiny_config, tiny_token_config
 
@@ -89,12 +87,9 @@ class Model:
         return invert_blocks(self.library, self.blocks, self.bundle, noise, conditions, **options)
 
     def ort(self, noise: np.ndarray[Any, Any], conditions: Conditions) -> np.ndarray[Any, Any]:
-        engine, _ = open_engine("ort-cpu", self.bundle, Options(tf32=False, engine_dir=None, on_building=None))
-        turns = [Turn(block=block, strategy=Sequential()) for block in reversed(range(self.config.blocks))]
-        try:
-            return engine.invert(turns, noise, conditions)[0]
-        finally:
-            engine.close()
+        turns = [Turn(block=block, strategy=tfr.Sequential()) for block in reversed(range(self.config.blocks))]
+        with tfr.load(self.bundle.path) as flow:
+            return flow.engine.invert(turns, noise, conditions)[0]
 
     @torch.no_grad()
     def exact(self, noise: np.ndarray[Any, Any], conditions: Conditions) -> np.ndarray[Any, Any]:

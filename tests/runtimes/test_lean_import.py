@@ -29,7 +29,7 @@ def run(code: str) -> str:
 
 
 def test_every_module_imports_without_the_training_stack():
-    assert "tarflow_runtimes.engines.ort_cpu.engine" in MODULES
+    assert len(MODULES) > 80
     run(f"""
 import importlib, sys
 for name in {BLOCKED!r}:

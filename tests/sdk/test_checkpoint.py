@@ -540,7 +540,7 @@ def test_a_folder_that_is_missing(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "writer"), [(".pth", "torch.save"), (".safetensors", "tarflow_sdk._checkpoint.save_file")]
+    ("suffix", "writer"), [(".pth", "torch.save"), (".safetensors", "safetensors.torch.save_file")]
 )
 def test_an_interrupted_save_leaves_the_old_file(
     suffix: str, writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -111,5 +111,5 @@ def test_tiny_configs_take_overrides() -> None:
 
 
 def test_the_configuration_does_not_load_torch() -> None:
-    code = "import sys, tarflow_sdk._config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys; from tarflow_sdk import FlowConfig; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,21 +1,25 @@
 """`tarflow-train` as a shell sees it: what it writes, what it refuses, how it stops."""
 
 import contextlib
+import functools
 import os
+import re
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tarflow_sdk import _train as trainer_module
-from tarflow_sdk import load_checkpoint
-from tarflow_sdk._train_cli import main
+import command_line
+from tarflow_sdk import load_checkpoint, save_checkpoint
+from tarflow_sdk.testing import random_model, tiny_config
 
+Train = Callable[..., command_line.Result]
 TINY = "--width 32 --head-dim 16 --layers 1 --blocks 2 --batch-size 8 --epochs 2 --evaluate-every 1 --precision float32"
 
 
@@ -27,60 +31,56 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The exit code of `tarflow-train ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["tarflow-train", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
+@pytest.fixture
+def train(capsys: pytest.CaptureFixture[str]) -> Train:
+    """Run `tarflow-train ARGUMENTS`."""
+    return functools.partial(command_line.run, capsys, "tarflow-train")
 
 
-def test_a_run_and_its_continuation(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_and_its_continuation(data: Path, tmp_path: Path, train: Train) -> None:
     folder, holdout = tmp_path / "run", tmp_path / "holdout.txt"
     holdout.write_text("0\n1\n2\n3\n")
     arguments = [data, "-o", folder, *TINY.split(), "--holdout", holdout, "--augment", "flip", "--seed", 3]
-    assert run(monkeypatch, *arguments) == 0
-    out, err = capsys.readouterr()
-    assert [line.split()[:4] for line in out.splitlines()] == [["epoch", "1", "step", "4"], ["epoch", "2", "step", "8"]]
-    assert "bits_per_dim" in out
-    assert "accuracy" in out
-    assert err == ""
+    done = train(*arguments)
+    assert (done.code, done.err) == (0, "")
+    rows = [line.split()[:4] for line in done.out.splitlines()]
+    assert rows == [["epoch", "1", "step", "4"], ["epoch", "2", "step", "8"]]
+    assert "bits_per_dim" in done.out
+    assert "accuracy" in done.out
     model = load_checkpoint(folder / "model.safetensors")
     assert model.config.classes == 3
     assert model.config.labels == ("0", "1", "2")
     assert model.config.noise_std == 0.1
     assert len(list((folder / "samples").iterdir())) == 2
 
-    assert run(monkeypatch, *arguments) == 2
-    assert f"error: {folder} already holds a run\nhint: add --resume" in capsys.readouterr().err
-    assert run(monkeypatch, *arguments, "--resume") == 0
-    assert capsys.readouterr().out == ""
-    assert run(monkeypatch, *arguments, "--resume", "--learning-rate", "0.01") == 2
-    assert "train.learning_rate 0.0001 -> 0.01" in capsys.readouterr().err
+    refused = train(*arguments)
+    assert refused.code == 2
+    assert f"error: {folder} already holds a run\nhint: add --resume" in refused.err
+    assert train(*arguments, "--resume") == command_line.Result(0, "", "")
+    refused = train(*arguments, "--resume", "--learning-rate", "0.01")
+    assert refused.code == 2
+    assert "train.learning_rate 0.0001 -> 0.01" in refused.err
 
 
-def test_starts_from_the_weights_of_a_checkpoint(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_starts_from_the_weights_of_a_checkpoint(data: Path, tmp_path: Path, train: Train) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     weights = first / "model.safetensors"
-    assert run(monkeypatch, data, "-o", first, *TINY.split()) == 0
+    assert train(data, "-o", first, *TINY.split()).code == 0
     options = [*TINY.split(), "--epochs", 1, "--learning-rate", 1e-9, "--weight-decay", 0, "--init", weights]
-    assert run(monkeypatch, data, "-o", second, *options) == 0
+    assert train(data, "-o", second, *options).code == 0
     before, after = load_checkpoint(weights).state_dict(), load_checkpoint(second / "model.safetensors").state_dict()
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-5)
 
-    assert run(monkeypatch, data, "-o", tmp_path / "third", *options, "--width", 64) == 2
-    assert "is another model: width 32 (here 64)" in capsys.readouterr().err
+    refused = train(data, "-o", tmp_path / "third", *options, "--width", 64)
+    assert refused.code == 2
+    assert "is another model: width 32 (here 64)" in refused.err
 
 
-def test_other_kinds_of_models(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_kinds_of_models(data: Path, tmp_path: Path, train: Train) -> None:
     options = [*TINY.split(), "--epochs", 1]
-    assert run(monkeypatch, data, "-o", tmp_path / "a", *options, "--unconditional", "--uniform-noise", "--no-nvp") == 0
+    done = train(data, "-o", tmp_path / "a", *options, "--unconditional", "--uniform-noise", "--no-nvp")
+    assert done.code == 0
     config = load_checkpoint(tmp_path / "a" / "model.safetensors").config
     assert (config.classes, config.labels, config.noise, config.noise_std, config.nvp) == (
         0,
@@ -89,7 +89,7 @@ def test_other_kinds_of_models(data: Path, tmp_path: Path, monkeypatch: pytest.M
         None,
         False,
     )
-    assert run(monkeypatch, data, "-o", tmp_path / "b", *options, "--noise-std", "0.05") == 0
+    assert train(data, "-o", tmp_path / "b", *options, "--noise-std", "0.05").code == 0
     assert load_checkpoint(tmp_path / "b" / "model.safetensors").config.noise_std == 0.05
 
 
@@ -120,19 +120,14 @@ REFUSED = {
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
 def test_bad_input(
-    arguments: list[str],
-    message: str,
-    data: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str, data: Path, monkeypatch: pytest.MonkeyPatch, train: Train
 ) -> None:
     monkeypatch.chdir(data.parent)
     (data.parent / "all.txt").write_text("\n".join(map(str, range(40))))
     before = sorted(data.parent.rglob("*"))
-    assert run(monkeypatch, *arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    first, *rest = err.splitlines()
+    refused = train(*arguments)
+    assert (refused.code, refused.out) == (2, "")
+    first, *rest = refused.err.splitlines()
     assert first.startswith("error: ")
     assert message in first
     assert len(rest) <= 1
@@ -140,55 +135,67 @@ def test_bad_input(
     assert sorted(data.parent.rglob("*")) == before
 
 
-def test_divergence_is_exit_code_1(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(trainer_module, "add_noise", lambda x, *_: x * torch.nan)
-    assert run(monkeypatch, data, "-o", tmp_path / "run", *TINY.split()) == 1
-    assert "error: loss nan" in capsys.readouterr().err
+def test_divergence_is_exit_code_1(data: Path, tmp_path: Path, train: Train) -> None:
+    model = random_model(tiny_config(width=32, head_dim=16, layers=1, labels=("0", "1", "2")))
+    with torch.no_grad():
+        model.flow_blocks[0].proj_out.bias[:] = -200.0
+    save_checkpoint(model, tmp_path / "spoilt.safetensors")
+    result = train(data, "-o", tmp_path / "run", *TINY.split(), "--init", tmp_path / "spoilt.safetensors")
+    assert result.code == 1
+    assert re.search("^error: loss (nan|inf)", result.err)
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`signalled(step, *signals)`: send this process signals while the optimiser takes that step, from 1."""
+
+    def plant(step: int, *numbers: int) -> None:
+        taken, take = [], torch.optim.AdamW.step
+
+        def interrupted(self: torch.optim.AdamW, *given: Any, **options: Any) -> Any:
+            taken.append(self)
+            if len(taken) == step:
+                for number in numbers:
+                    signal.raise_signal(number)
+            return take(self, *given, **options)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+
+    return plant
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_saves_the_state(
-    number: signal.Signals,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals, data: Path, tmp_path: Path, train: Train, signalled: Callable[..., None]
 ) -> None:
-    folder, handler, optimise = tmp_path / "run", signal.getsignal(number), trainer_module.Trainer.optimise
-
-    def interrupted(self: trainer_module.Trainer) -> trainer_module.Progress:
-        if self.step == 2:
-            signal.raise_signal(number)
-        return optimise(self)
-
-    monkeypatch.setattr(trainer_module.Trainer, "optimise", interrupted)
-    assert run(monkeypatch, data, "-o", folder, *TINY.split()) == 130
-    assert capsys.readouterr().err == f"interrupted; the state is in {folder}, continue with --resume\n"
+    folder, handler = tmp_path / "run", signal.getsignal(number)
+    signalled(3, number)
+    result = train(data, "-o", folder, *TINY.split())
+    assert result.code == 130
+    assert result.err == f"interrupted; the state is in {folder}, continue with --resume\n"
     assert torch.load(folder / "state.pt", weights_only=True)["step"] == 3
     assert load_checkpoint(folder / "model.safetensors").config.classes == 3
     assert signal.getsignal(number) is handler
 
 
-def test_a_second_signal_stops_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: trainer_module.Trainer) -> None:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(trainer_module.Trainer, "optimise", interrupted)
-    assert run(monkeypatch, data, "-o", tmp_path / "run", *TINY.split()) == 130
+def test_a_second_signal_stops_at_once(
+    data: Path, tmp_path: Path, train: Train, signalled: Callable[..., None]
+) -> None:
+    signalled(1, signal.SIGINT, signal.SIGINT)
+    assert train(data, "-o", tmp_path / "run", *TINY.split()).code == 130
     assert not (tmp_path / "run" / "state.pt").exists()
 
 
 def test_ctrl_c_in_a_process_of_its_own(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = [*TINY.split(), "--epochs", "100000", "--evaluate-every", "100000"]
-    command = [sys.executable, "-c", "from tarflow_sdk._train_cli import main; main()"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, data, "-o", folder, *options], stderr=subprocess.PIPE, text=True, env=one_thread
+        [command_line.script("tarflow-train"), data, "-o", folder, *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=one_thread,
     )
     try:
         deadline = time.monotonic() + 60
@@ -205,8 +212,8 @@ def test_ctrl_c_in_a_process_of_its_own(data: Path, tmp_path: Path) -> None:
     assert not list(folder.glob(".*"))
 
 
-def test_help_lists_the_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--help") == 0
-    out = capsys.readouterr().out
+def test_help_lists_the_options(train: Train) -> None:
+    result = train("--help")
+    assert result.code == 0
     for option in ("--log-dir", "--holdout", "--augment", "--label-dropout", "--resume", "--uniform-noise", "--no-nvp"):
-        assert option in out
+        assert option in result.out

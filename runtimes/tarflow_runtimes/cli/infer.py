@@ -175,7 +175,7 @@ def infer(
         target,
         sample.images,
         names=names,
-        columns=_columns(count, period=len(listed or [0])),
+        columns=grid_columns(count, period=len(listed or [0])),
         captions=words if captions else None,
         text={f"tarflow:{name}": value for name, value in sample.metadata.items()},
         arrays={"labels": classes or [-1] * count} | ({} if sample.seed is None else {"seed": sample.seed}),
@@ -200,7 +200,7 @@ def infer(
     note(f"wrote {target.path}: {counted(count, config.data)}, {source}, {flow.engine_name}, {pace}")
 
 
-def _columns(count: int, *, period: int) -> int | None:
+def grid_columns(count: int, *, period: int) -> int | None:
     """Columns of a near-square grid in which repeated labels are aligned vertically; None if there is none."""
     side = math.sqrt(count)
     columns = period * max(1, round(side / period))

@@ -150,7 +150,7 @@ def _draw_bars(pen: _Pen, cases: Sequence[CaseResult], *, top: float) -> None:
         x -= 32
     first = top + 36
     bottom = first + BAR * len(cases)
-    ticks = _ticks(longest)
+    ticks = round_ticks(longest)
     for tick in ticks:
         x = left + (right - left) * tick / longest
         pen.line([(x, first - 4), (x, bottom)], RULE)
@@ -223,11 +223,11 @@ def _draw_panel(pen: _Pen, panel: Panel, *, left: float, top: float, width: floa
     def at(x: float, y: float) -> tuple[float, float]:
         return x0 + (x1 - x0) * x / max(most_x, 1), y0 + (y1 - y0) * y / most_y
 
-    for tick in _ticks(most_y):
+    for tick in round_ticks(most_y):
         y = at(0, tick)[1]
         pen.line([(x0, y), (x1, y)], RULE)
         pen.text(x0 - 7, y, _number(tick), size=12, colour=GREY, anchor="rm")
-    for tick in _ticks(most_x, whole=True):
+    for tick in round_ticks(most_x, whole=True):
         x = at(tick, 0)[0]
         pen.text(x, y0 + 5, _number(tick), size=12, colour=GREY, anchor="ma")
     pen.text(x1, y0 + 20, panel.across, size=12, colour=GREY, anchor="ra")
@@ -250,7 +250,7 @@ def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def _ticks(most: float, *, whole: bool = False) -> list[float]:
+def round_ticks(most: float, *, whole: bool = False) -> list[float]:
     """Round numbers from 0 to `most`, about six: 1, 2, 2.5 or 5 times a power of ten apart."""
     rough = max(most, 1e-9) / 6
     power = 10.0 ** math.floor(math.log10(rough))

@@ -48,17 +48,13 @@ class Package:
         return {f"sm_{name[2:]}": member for name, member in members.items() if re.fullmatch(r"SM\d+", name)}
 
 
+@functools.cache
 def import_package(engine: str) -> Package:
     """The package behind engine `trt` or `trt-rtx`.
 
     Raises:
         EngineError: when it is missing, without its libraries, too old, or not for this operating system.
     """
-    return _import(engine)
-
-
-@functools.cache
-def _import(engine: str) -> Package:
     described = PACKAGES[engine]
     install = f'pip install "tarflow-sdk[{engine}]"'
     if sys.platform != "linux":

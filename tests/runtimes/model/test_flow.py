@@ -395,40 +395,6 @@ def test_ctrl_c_ends_the_run_and_its_threads(exported):
     assert done.stdout == "interrupted 1 True\n", done.stderr
 
 
-def test_a_failing_part_stops_the_others(flows, monkeypatch):
-    flow = flows("class_n16")
-    engine, started = flow._engine, []
-    monkeypatch.setattr(engine, "_workers", 3)
-    monkeypatch.setattr("tarflow_runtimes.engines.ort_cpu.engine.ROWS_PER_PART", 1)
-    monkeypatch.setattr("tarflow_runtimes.engines.ort_cpu.engine.LEAST_ROWS_PER_PART", 1)
-    opened = engine._open_step
-
-    def open_step(*given, **options):
-        started.append(threading.get_ident())
-        if len(started) == 2:
-            raise tfr.EngineError("out of order")
-        return opened(*given, **options)
-
-    monkeypatch.setattr(engine, "_open_step", open_step)
-    threads = threading.active_count()
-    for plan in (None, tfr.Parallel()):
-        started.clear()
-        with pytest.raises(tfr.EngineError, match="out of order"):
-            flow.sample(6, seed=0, plan=plan)
-        assert threading.active_count() == threads
-        assert len(started) <= 6
-
-
-def test_parts_in_threads_give_the_same_images(flows, monkeypatch):
-    flow = flows("class_n16")
-    options = {"labels": [i % 3 for i in range(12)], "seed": 3, "guidance": 1.0}
-    expected = flow.sample(12, **options).images
-    for workers in (1, 2, 5):
-        monkeypatch.setattr(flow._engine, "_workers", workers)
-        monkeypatch.setattr("tarflow_runtimes.engines.ort_cpu.engine.ROWS_PER_PART", 2)
-        np.testing.assert_allclose(flow.sample(12, **options).images, expected, rtol=0, atol=1e-5)
-
-
 def test_threads_may_share_a_flow(exported):
     source = exported("class_n16")
     images, labels = source.images(3), source.labels(3)
@@ -467,3 +433,9 @@ def test_closing_while_another_thread_runs(exported):
     thread.join(60)
     assert not thread.is_alive()
     assert len(outcome) == 1
+
+
+def test_the_shipped_bundle_is_named_when_it_is_missing(monkeypatch):
+    monkeypatch.setattr("tarflow_runtimes.model.flow.SHIPPED", "none.tarflow")
+    with pytest.raises(tfr.BundleError, match="comes with the package"):
+        tfr.load()

@@ -7,16 +7,28 @@ same one for aliased tensors, scratch memory that is large enough and aligned. S
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
+import importlib.machinery
 import pickle
+import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
+
+from host_device import HostDevice
+from tarflow_runtimes.engines.trt import engine as trt_engine
+from tarflow_runtimes.engines.trt import package as trt_package
+from tarflow_runtimes.engines.trt import supply
+from tarflow_runtimes.engines.trt.compile import compile_engine
+from tarflow_runtimes.engines.trt.gpu import Gpu
 
 SCRATCH_PER_IMAGE = 4096
 recording = False
@@ -351,15 +363,18 @@ class ExecutionContext:
 
 
 def build(package: Any, graph: Any, profiles: Any, *, on_build: Any = None, **options: Any) -> Any:
-    """What `_build.build` does, in this process: the fake package is not in another."""
-    from tarflow_runtimes.engines.trt.compile import compile_engine
-
+    """What `build` does, in this process: the fake package is not in another."""
     return compile_engine(package, graph, profiles, on_share=on_build, **options)
+
+
+MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
+GPU = Gpu(name="Host GPU", target="sm_89", driver="CUDA 13.0")
 
 
 def module(engine: str) -> types.ModuleType:
     """The module behind engine `trt` or `trt-rtx`."""
-    made = types.ModuleType("tensorrt" if engine == "trt" else "tensorrt_rtx")
+    made = types.ModuleType(MODULES[engine])
+    made.__spec__ = importlib.machinery.ModuleSpec(made.__name__, None)  # PyTorch looks whether it is installed
     made.__version__ = "11.4.0" if engine == "trt" else "1.7.1"
     only = {"trt": {"NetworkDefinitionCreationFlag"}, "trt-rtx": {"ComputeCapability", "CudaGraphStrategy"}}
     only["trt-rtx"].add("DynamicShapesKernelSpecializationStrategy")
@@ -369,3 +384,40 @@ def module(engine: str) -> types.ModuleType:
             setattr(made, name, value)
     made.Builder = type("Builder", (Builder,), {"built": 0})
     return made
+
+
+class HostGpu(HostDevice):
+    """The host's memory under a GPU's name."""
+
+    stream = 7
+    capability = (8, 9)
+
+    def capture(self, launch: Any) -> Any:
+        global recording  # noqa: PLW0603
+        recording = True
+        try:
+            launch()
+        finally:
+            recording = False
+        return super().capture(launch)
+
+
+@contextlib.contextmanager
+def package(engine: str, found: object) -> Iterator[None]:
+    """Let `found` be the only package of an engine; it is not installed where this is None."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, MODULES[engine], found)
+        patch.setattr(trt_package, "owners", lambda _: [])
+        trt_package.import_package.cache_clear()
+        yield
+    trt_package.import_package.cache_clear()
+
+
+@contextlib.contextmanager
+def stand_in(engine: str) -> Iterator[None]:
+    """Let an engine run on the fake package, with the host's memory in place of the GPU."""
+    with package(engine, module(engine)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supply, "build", build)
+        patch.setattr(trt_engine, "CudaDevice", HostGpu)
+        patch.setattr(trt_engine, "gpu_of", lambda _: GPU)
+        yield

@@ -1,4 +1,4 @@
-"""The tuner and its file: what is measured, what holds where, and what `plan="auto"` makes of it."""
+"""The file of tuned plans: what holds where, and what `plan="auto"` makes of it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import dataclasses
 import json
 import shutil
 
-import numpy as np
 import pytest
 
 import tarflow_runtimes as tfr
 from tarflow_runtimes.decode.plan import strategy_from_json, strategy_json
 from tarflow_runtimes.decode.tuned import plans_path, read_plans, write_plans
-from tarflow_runtimes.measure import tune as _tune
 
 PARALLEL = tfr.Parallel(window=3, tolerance=1e-3, init="zeros")
 
@@ -35,55 +33,6 @@ def entry(flow, *, batch=4, branches=1, strategy=PARALLEL, **changes):
         sequential_seconds=2.0,
     )
     return dataclasses.replace(made, **changes)
-
-
-def test_tune_measures_every_block_and_its_plan_decodes(flow):
-    found = []
-    plans = tfr.tune(flow, batches=(1, 3), guidance=(0.0, 1.5), draws=2, on_block=found.append)
-    assert [(one.batch, one.branches) for one in plans.entries] == [(1, 1), (3, 1), (1, 2), (3, 2)]
-    assert [one.block for one in found] == [1, 0] * 4
-    for one in plans.entries:
-        assert 0.0 < one.seconds <= one.sequential_seconds
-        assert one.identity == flow.identity()
-    expected = flow.sample(3, labels=[0, 1, 2], seed=0, guidance=1.5).images
-    drawn = flow.sample(3, labels=[0, 1, 2], seed=0, guidance=1.5, plan=plans).images
-    np.testing.assert_allclose(drawn, expected, atol=1e-3)
-
-
-def test_tune_takes_a_window_only_where_it_is_faster(flow, monkeypatch):
-    """The clock is made of evaluations: a step costs 1 sequentially, a window 1 whatever its size, or 100."""
-    for cost, strategy in ((1.0, tfr.Parallel), (100.0, tfr.Sequential)):
-        clock = Clock()
-        monkeypatch.setattr(_tune.time, "perf_counter", clock.read)
-        monkeypatch.setattr(flow, "_engine", Charged(flow.engine, clock, cost))
-        plans = tfr.tune(flow, batches=(1,), draws=2)
-        assert {type(one) for one in plans.entries[0].plan.blocks} == {strategy}
-        monkeypatch.undo()
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def read(self) -> float:
-        return self.now
-
-
-class Charged:
-    """An engine whose steps and evaluations move a clock."""
-
-    def __init__(self, engine, clock, cost) -> None:
-        self.engine, self.clock, self.cost = engine, clock, cost
-
-    def __getattr__(self, name):
-        return getattr(self.engine, name)
-
-    def invert(self, *given):
-        made, reports = self.engine.invert(*given)
-        for one in reports:
-            cost = 1.0 if isinstance(one.strategy, tfr.Sequential) else self.cost
-            self.clock.now += cost * max(one.calls)
-        return made, reports
 
 
 def test_auto_without_plans_is_sequential(flow):
@@ -138,12 +87,6 @@ def test_a_damaged_file_is_refused(flow, text):
     with pytest.raises(tfr.InputError, match="not a file of tuned plans"):
         write_plans(path, (entry(flow),))
     assert path.read_text() == text
-
-
-def test_wrong_arguments_are_refused(flow):
-    for options in ({"batches": ()}, {"batches": (0,)}, {"guidance": (-1.0,)}, {"draws": 0}, {"tolerance": -1.0}):
-        with pytest.raises(tfr.InputError):
-            tfr.tune(flow, **options)
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(flow, tmp_path):

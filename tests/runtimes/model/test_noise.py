@@ -13,7 +13,7 @@ import pytest
 from tarflow_runtimes import InputError
 from tarflow_runtimes.model.noise import philox, standard_normal
 
-SPECIFICATION = Path(__file__).parents[2] / "docs" / "NOISE.md"
+SPECIFICATION = Path(__file__).parents[3] / "docs" / "NOISE.md"
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import fake_tensorrt
 import tarflow_runtimes as tfr
-from tarflow_runtimes.engines.trt import package as _package
 from tarflow_runtimes.engines.trt.cache import EngineCache
 from tarflow_runtimes.engines.trt.explain import unusable
 from tarflow_runtimes.engines.trt.folder import EngineFolder, default_folder
@@ -362,56 +365,42 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(cache, monkeypatch):
     assert list(cache.path.iterdir()) == []
 
 
+OLD = "__version__, Builder = '1.6.9', object"
+"""A version that came before all that we use."""
+
+
 @pytest.fixture
-def importing(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
-    """Let the import of a package raise or return something."""
+def importing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str | None], None]]:
+    """`importing(engine, code)`: let the only package of an engine consist of this code; it is missing for None."""
 
-    def use(outcome: object) -> None:
-        def import_module(_: str) -> object:
-            if isinstance(outcome, BaseException):
-                raise outcome
-            return outcome
-
-        _package._import.cache_clear()
-        monkeypatch.setattr(_package, "import_module", import_module)
-        monkeypatch.setattr(_package, "owners", lambda _: [])
+    def use(engine: str, code: str | None) -> None:
+        name = fake_tensorrt.MODULES[engine]
+        monkeypatch.setattr(importlib.metadata, "distributions", list)
+        monkeypatch.setitem(sys.modules, name, None)
+        if code is not None:
+            del sys.modules[name]
+            (tmp_path / f"{name}.py").write_text(code)
+            monkeypatch.syspath_prepend(tmp_path)
+        import_package.cache_clear()
 
     yield use
-    _package._import.cache_clear()
-
-
-class OldModule:
-    """A module of a version that came before all that we use."""
-
-    __version__ = "1.6.9"
-    Builder = object
-
-
-class LeanModule:
-    """A runtime without a builder."""
-
-    __version__ = "11.4.0"
+    import_package.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("engine", "outcome", "message", "hint"),
+    ("engine", "code", "message", "hint"),
     [
-        (
-            "trt",
-            ModuleNotFoundError("No module named 'tensorrt'"),
-            "needs TensorRT, which is not",
-            '"tarflow-sdk[trt]"',
-        ),
-        ("trt-rtx", ModuleNotFoundError("x"), "needs TensorRT for RTX, which is not installed", "tarflow-sdk[trt-rtx]"),
-        ("trt", ImportError("libnvinfer.so.11: not found"), "its libraries do not load: libnvinfer", "tensorrt"),
-        ("trt-rtx", OSError("broken"), "its libraries do not load: broken", "tensorrt-rtx-cu13"),
-        ("trt-rtx", OldModule(), "TensorRT for RTX 1.6.9 is too old, 1.7 is needed", "tensorrt-rtx-cu13>=1.7"),
-        ("trt", OldModule(), "TensorRT 1.6.9 is too old, 10.15 is needed", "tensorrt>=10.15"),
-        ("trt", LeanModule(), "without its builder", "--force-reinstall"),
+        ("trt", None, "needs TensorRT, which is not", '"tarflow-sdk[trt]"'),
+        ("trt-rtx", None, "needs TensorRT for RTX, which is not installed", "tarflow-sdk[trt-rtx]"),
+        ("trt", "raise ImportError('libnvinfer.so.11: not found')", "libraries do not load: libnvinfer", "tensorrt"),
+        ("trt-rtx", "raise OSError('broken')", "its libraries do not load: broken", "tensorrt-rtx-cu13"),
+        ("trt-rtx", OLD, "TensorRT for RTX 1.6.9 is too old, 1.7 is needed", "tensorrt-rtx-cu13>=1.7"),
+        ("trt", OLD, "TensorRT 1.6.9 is too old, 10.15 is needed", "tensorrt>=10.15"),
+        ("trt", "__version__ = '11.4.0'", "without its builder", "--force-reinstall"),
     ],
 )
-def test_a_package_that_is_not_ready_is_one_line_and_a_remedy(importing, engine, outcome, message, hint):
-    importing(outcome)
+def test_a_package_that_is_not_ready_is_one_line_and_a_remedy(importing, engine, code, message, hint):
+    importing(engine, code)
     with pytest.raises(tfr.EngineError, match=message) as caught:
         import_package(engine)
     assert hint in caught.value.hint
@@ -419,15 +408,17 @@ def test_a_package_that_is_not_ready_is_one_line_and_a_remedy(importing, engine,
 
 
 def test_two_distributions_in_one_folder_are_refused(importing, monkeypatch):
-    importing(OldModule())
-    monkeypatch.setattr(_package, "owners", lambda _: ["tensorrt-cu12 11.4.0", "tensorrt-cu13 11.4.0"])
+    importing("trt", OLD)
+    files = [importlib.metadata.PackagePath("tensorrt/__init__.py")]
+    installed = [SimpleNamespace(name=f"tensorrt_cu{n}", version="11.4.0", files=files) for n in (12, 13)]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: installed)
     with pytest.raises(tfr.EngineError, match="overwrite each other in the folder tensorrt/") as caught:
         import_package("trt")
     assert "pip uninstall -y tensorrt-cu12 tensorrt-cu13" in caught.value.hint
 
 
 def test_other_systems_are_refused(importing, monkeypatch):
-    importing(OldModule())
+    importing("trt-rtx", OLD)
     monkeypatch.setattr("sys.platform", "win32")
     with pytest.raises(tfr.EngineError, match="runs on Linux only"):
         import_package("trt-rtx")

@@ -7,39 +7,28 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import fake_cuda
 import tarflow_runtimes as tfr
-from tarflow_runtimes.bundle.reader import open_bundle
+from host_device import HostDevice, HostMaker
+from rooms import open_bundle
 from tarflow_runtimes.engines.gpu import cuda_import, ort_cuda
 from tarflow_runtimes.engines.gpu.array import DeviceArray, to_host
 from tarflow_runtimes.engines.gpu.cuda import CudaDevice
 from tarflow_runtimes.engines.gpu.engine import DeviceEngine
 from tarflow_runtimes.engines.gpu.ort import OrtBound, OrtMaker, OrtProgram
-from tarflow_runtimes.model.flow import Flow
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import fake_cuda
-from host_device import HostDevice, HostMaker
 
 FakeCuda, Status = fake_cuda.FakeCuda, fake_cuda.cudaError_t
 
 
 @pytest.fixture
-def cuda(monkeypatch) -> Iterator[FakeCuda]:
-    fake = FakeCuda()
-    module = ModuleType("cuda.bindings")
-    module.runtime = fake  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cuda.bindings", module)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)
-    cuda_import.import_cuda.cache_clear()
-    yield fake
-    cuda_import.import_cuda.cache_clear()
+def cuda() -> Iterator[FakeCuda]:
+    with fake_cuda.installed(FakeCuda()) as fake:
+        yield fake
 
 
 @pytest.fixture
@@ -345,7 +334,7 @@ def test_the_loop_on_an_asynchronous_device(exported, flows, cuda, monkeypatch, 
     device = HostProgramsDevice()
     maker = HostMaker(bundle, device)
     z, labels = model.latents(3), model.labels(3)
-    with Flow(bundle, DeviceEngine(bundle, StreamMaker(cuda, maker))) as flow:
+    with tfr.Flow(bundle, DeviceEngine(bundle, StreamMaker(cuda, maker))) as flow:
         for plan in (None, tfr.Parallel(tolerance=0.0), tfr.Parallel(window=4, tolerance=0.0, init="zeros"), None):
             expected = flows("class_n16").decode(z, labels, **options)
             actual = flow.decode(z, labels, plan=plan, **options)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tarflow_runtimes.engines.ort_cpu import caches as _cache_pool
+import tarflow_runtimes as tfr
+from tarflow_runtimes.engines.ort_cpu import caches
 from tarflow_runtimes.engines.ort_cpu.caches import CachePool
 
 SHAPE = (2, 1, 4, 8)
@@ -19,23 +20,24 @@ def test_what_a_cache_held_before_does_not_matter(flows, monkeypatch, dtype, gui
     expected = flow.sample(3, **given).images
     taken = []
 
-    def poisoned(shape: tuple[int, ...], kind: str) -> np.ndarray:
+    def poisoned(_: CachePool, shape: tuple[int, ...], kind: str) -> np.ndarray:
         taken.append(np.full(shape, np.nan, kind))
         return taken[-1]
 
-    monkeypatch.setattr(flow.engine._caches, "take", poisoned)
+    monkeypatch.setattr(CachePool, "take", poisoned)
     np.testing.assert_array_equal(flow.sample(3, **given).images, expected)
     assert len(taken) >= 2 * flow.config.layers * flow.config.blocks
 
 
-def test_an_inverse_leaves_its_caches_to_the_next(flows):
-    flow = flows("class_n16")
-    flow.engine._caches.clear()
-    flow.sample(1, seed=0)
-    kept = {id(array) for array in flow.engine._caches._kept}
-    assert len(kept) == 2 * flow.config.layers
-    flow.sample(1, seed=1)
-    assert {id(array) for array in flow.engine._caches._kept} == kept
+def test_an_inverse_leaves_its_caches_to_the_next(exported, monkeypatch):
+    given: list[list[np.ndarray]] = []
+    give = CachePool.give
+    monkeypatch.setattr(CachePool, "give", lambda pool, arrays: (given.append(list(arrays)), give(pool, given[-1])))
+    with tfr.load(exported("class_n16").path) as flow:
+        for seed in (0, 1):
+            flow.sample(1, seed=seed)
+        assert len(given) == 2 * flow.config.blocks
+        assert len({id(array) for arrays in given for array in arrays}) == 2 * flow.config.layers
 
 
 def test_nobody_gets_what_another_holds():
@@ -51,8 +53,10 @@ def test_nobody_gets_what_another_holds():
 
 def test_the_pool_is_bounded(monkeypatch):
     pool, arrays = CachePool(), [np.zeros(SHAPE, np.float32) for _ in range(3)]
-    monkeypatch.setattr(_cache_pool, "POOL_BYTES", 2 * arrays[0].nbytes)
-    pool.give(arrays)
-    assert [id(array) for array in pool._kept] == [id(array) for array in arrays[1:]]
-    pool.clear()
-    assert not pool._kept
+    monkeypatch.setattr(caches, "POOL_BYTES", 2 * arrays[0].nbytes)
+    for kept in (arrays[1:], []):
+        pool.give(arrays)
+        if not kept:
+            pool.clear()
+        taken = {id(pool.take(SHAPE, np.float32)) for _ in range(3)}
+        assert {id(array) for array in arrays} & taken == {id(array) for array in kept}

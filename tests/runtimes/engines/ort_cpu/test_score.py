@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+import tarflow_runtimes as tfr
+from tarflow_runtimes.engines.ort_cpu.cpus import usable_cpus
 from tarflow_runtimes.engines.ort_cpu.engine import Limits, OrtCpuEngine
-
-# What is compared is how an engine keeps or repeats the forward pass, which the front door does not tell apart.
-from tarflow_runtimes.model.density import patchify, score
 
 MODELS = ["class", "class_n16", "unconditional", "three_blocks", "no_nvp", "no_nvp_unconditional", "one_head", "tokens"]
 
@@ -24,38 +24,38 @@ def engine_of(flow: Any, activations: int) -> Iterator[OrtCpuEngine]:
         yield engine
 
 
-def patches_and_labels(exported: Any, name: str, images: int) -> tuple[np.ndarray, np.ndarray | None]:
-    model = exported(name)
-    labels = np.arange(images) % (model.config.classes + 1) if model.config.classes else None
-    return patchify(model.images(images), model.config), labels
+def score(flow: tfr.Flow, images: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """The gradient of log q."""
+    return flow.denoise(images, labels, sigma=1.0) - images
+
+
+def numbers(exported: Any, name: str, images: int) -> np.ndarray | None:
+    classes = exported(name).config.classes
+    return np.arange(images) % classes if classes else None
 
 
 @pytest.mark.parametrize("images", [1, 5])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_score_is_that_of_the_portable_graphs(exported, flows, name, images):
-    flow = flows(name)
-    x, labels = patches_and_labels(exported, name, images)
+    flow, x, labels = flows(name), exported(name).images(images), numbers(exported, name, images)
     with engine_of(flow, activations=1) as portable:
-        whole = score(portable, flow.bundle, x, labels)
-    np.testing.assert_allclose(score(flow.engine, flow.bundle, x, labels), whole, rtol=1e-5, atol=1e-5)
+        whole = score(tfr.Flow(flow.bundle, portable), x, labels)
+    np.testing.assert_allclose(score(flow, x, labels), whole, rtol=1e-5, atol=1e-5)
     assert np.abs(whole).max() > 0.1
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float16", 5e-3), ("int8", 1e-5)])
 def test_the_score_of_rounded_bundles(exported, flows, precision, tolerance):
     """Both ways compute the same products; in float16 they round them at different places."""
-    flow = flows("class", precision)
-    x, labels = patches_and_labels(exported, "class", 3)
+    flow, x, labels = flows("class", precision), exported("class").images(3), numbers(exported, "class", 3)
     with engine_of(flow, activations=1) as portable:
-        whole = score(portable, flow.bundle, x, labels)
-    difference = score(flow.engine, flow.bundle, x, labels) - whole
-    assert np.linalg.norm(difference) < tolerance * np.linalg.norm(whole)
+        whole = score(tfr.Flow(flow.bundle, portable), x, labels)
+    assert np.linalg.norm(score(flow, x, labels) - whole) < tolerance * np.linalg.norm(whole)
 
 
 @pytest.mark.parametrize("activations", [1, 1 << 30])
 def test_the_cotangent_is_asked_for_at_z(exported, flows, activations):
-    flow = flows("class_n16")
-    x, labels = patches_and_labels(exported, "class_n16", 5)
+    flow, x, labels = flows("class_n16"), exported("class_n16").latents(5), numbers(exported, "class_n16", 5)
     expected = np.random.default_rng(1).standard_normal(x.shape, dtype=np.float32)
     asked: dict[int, np.ndarray] = {}
 
@@ -72,22 +72,22 @@ def test_the_cotangent_is_asked_for_at_z(exported, flows, activations):
 
 
 def test_a_batch_is_cut_to_what_may_be_kept(exported, flows):
-    flow, config = flows("class_n16"), flows("class_n16").config
-    x, labels = patches_and_labels(exported, "class_n16", 7)
-    expected = score(flow.engine, flow.bundle, x, labels)
+    """Of all pieces that run side by side."""
+    flow, x, labels = flows("class_n16"), exported("class_n16").latents(7), numbers(exported, "class_n16", 7)
+    config, cpus = flow.config, usable_cpus()
+    layer_bytes = 4 * config.patches * (config.heads * config.patches + 9 * config.width)
+    image_bytes = cpus * config.blocks * config.layers * layer_bytes
     sizes: list[int] = []
 
     def cotangent(z: np.ndarray, _: slice) -> np.ndarray:
         sizes.append(len(z))
         return -z
 
-    with engine_of(flow, activations=1 << 30) as engine:
-        engine.vjp(range(config.blocks), x, labels, cotangent)
-        image_bytes = (1 << 30) // engine._vjp_images(config.blocks)  # of all that run side by side
-    assert sum(sizes) == 7
-    sizes.clear()
-    with engine_of(flow, activations=2 * image_bytes + 1) as engine:
-        _, gradient = engine.vjp(range(config.blocks), x, labels, cotangent)
-    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
-    assert sum(sizes) == 7
-    assert max(sizes) <= 2
+    _, expected = flow.engine.vjp(range(config.blocks), x, labels, cotangent)
+    assert (sum(sizes), max(sizes)) == (7, math.ceil(7 / cpus))
+    for most in (1, 2):
+        sizes.clear()
+        with engine_of(flow, activations=most * image_bytes + 1) as engine:
+            _, gradient = engine.vjp(range(config.blocks), x, labels, cotangent)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+        assert (sum(sizes), max(sizes)) == (7, min(most, math.ceil(7 / cpus)))

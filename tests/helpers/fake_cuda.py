@@ -7,11 +7,17 @@ into the graph instead. Pageable memory is read only then, too: CUDA may read it
 # ruff: noqa: N801, N802, N815 - the names are CUDA's
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
-from collections.abc import Callable
-from types import SimpleNamespace
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
 from typing import Any
+
+import pytest
+
+from tarflow_runtimes.engines.gpu.cuda_import import import_cuda
 
 
 class cudaError_t(enum.IntEnum):
@@ -45,7 +51,10 @@ class FakeCuda:
     cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
     cudaStreamNonBlocking = 1
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, name: str = "Fake 9000", capability: tuple[int, int] = (9, 0), driver: int = 13000, devices: int = 1
+    ) -> None:
+        self.name, self.capability, self.driver, self.devices = name, capability, driver, devices
         self.calls: list[str] = []
         self.fails: dict[str, cudaError_t] = {}
         self.memory: dict[int, Any] = {}
@@ -76,13 +85,13 @@ class FakeCuda:
         return (OK,)
 
     def cudaDriverGetVersion(self) -> tuple[Any, ...]:
-        return OK, 13000
+        return OK, self.driver
 
     def cudaRuntimeGetVersion(self) -> tuple[Any, ...]:
         return OK, 13040
 
     def cudaGetDeviceCount(self) -> tuple[Any, ...]:
-        return OK, 1
+        return OK, self.devices
 
     def cudaGetErrorString(self, status: cudaError_t) -> tuple[Any, ...]:
         return OK, f"what {status.name} means".encode()
@@ -91,7 +100,8 @@ class FakeCuda:
         return (OK if ordinal == 0 else cudaError_t.cudaErrorInvalidValue,)
 
     def cudaGetDeviceProperties(self, ordinal: int) -> tuple[Any, ...]:
-        return OK, SimpleNamespace(name=b"Fake 9000\0\0", major=9, minor=0)
+        major, minor = self.capability
+        return OK, SimpleNamespace(name=self.name.encode() + b"\0\0", major=major, minor=minor)
 
     def cudaMalloc(self, nbytes: int) -> tuple[Any, ...]:
         memory = ctypes.create_string_buffer(b"\xff" * (nbytes + 256), nbytes + 256)
@@ -178,3 +188,16 @@ class FakeCuda:
         handle = 1 + max(self.graphs, default=1000)
         self.graphs[handle] = work
         return handle
+
+
+@contextlib.contextmanager
+def installed(fake: FakeCuda) -> Iterator[FakeCuda]:
+    """Let `fake` be what cuda-python finds on this machine."""
+    module = ModuleType("cuda.bindings")
+    module.runtime = fake  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cuda.bindings", module)
+        patch.setitem(sys.modules, "cuda.bindings.runtime", fake)
+        import_cuda.cache_clear()
+        yield fake
+    import_cuda.cache_clear()

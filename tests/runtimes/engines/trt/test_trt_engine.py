@@ -3,62 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+import fake_tensorrt as fake
 import tarflow_runtimes as tfr
-from tarflow_runtimes.bundle.reader import open_bundle
+from rooms import open_bundle
 from tarflow_runtimes.engines.trt import engine as engine_module
-from tarflow_runtimes.engines.trt import package as _package
-from tarflow_runtimes.engines.trt import supply as _supply
 from tarflow_runtimes.engines.trt.engine import TrtMaker, open_trt, record_verification
 from tarflow_runtimes.engines.trt.gpu import Gpu
+from tarflow_runtimes.engines.trt.log import logger
 from tarflow_runtimes.engines.trt.package import import_package
 from tarflow_runtimes.engines.trt.profiles import Profile
-from tarflow_runtimes.engines.trt.supply import Building
+from tarflow_runtimes.engines.trt.supply import Building, Supply
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import fake_tensorrt as fake
-from host_device import HostDevice
-
-GPU = Gpu(name="Host GPU", target="sm_89", driver="CUDA 13.0")
 MIXED = tfr.Guidance(weight=1.0, attention_temperature=0.5)
 
 
-class HostGpu(HostDevice):
-    """The host's memory under a GPU's name."""
-
-    stream = 7
-    capability = (8, 9)
-
-    def capture(self, launch):
-        fake.recording = True
-        try:
-            launch()
-        finally:
-            fake.recording = False
-        return super().capture(launch)
-
-
 @pytest.fixture(params=["trt", "trt-rtx"])
-def engine(request, monkeypatch) -> str:
+def engine(request) -> Iterator[str]:
     """The name of an engine whose package is the fake one, on a GPU that is the host."""
-    made = fake.module(request.param)
-    monkeypatch.setattr(_package, "import_module", {made.__name__: made}.__getitem__)
-    monkeypatch.setattr(_package, "owners", lambda _: [])
-    monkeypatch.setattr(_supply, "build", fake.build)
-    monkeypatch.setattr(engine_module, "CudaDevice", HostGpu)
-    monkeypatch.setattr(engine_module, "gpu_of", lambda _: GPU)
-    _package._import.cache_clear()
-    yield request.param
-    _package._import.cache_clear()
+    with fake.stand_in(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def supply(exported, tmp_path, engine) -> Callable[..., Supply]:
+    """`supply(on_building)`: what finds and builds the engines below tmp_path."""
+
+    def of(on_building: Any = None) -> Supply:
+        bundle, folder = open_bundle(exported("class").path), tmp_path / "engines"
+        return Supply(import_package(engine), bundle, gpu=fake.GPU, folder=folder, on_building=on_building)
+
+    return of
 
 
 @pytest.fixture
@@ -160,10 +143,10 @@ def test_contexts_share_one_scratch(opened):
 def test_engines_that_nobody_uses_are_let_go(opened):
     maker = maker_of(opened())
     program = maker.program(0, "step", images=1)
-    assert len(maker._loaded) == 1
     assert maker.program(0, "step", images=1).engine is program.engine
+    engine = weakref.ref(program.engine)
     del program
-    assert len(maker._loaded) == 0
+    assert engine() is None
 
 
 def test_an_output_that_does_not_share_its_inputs_memory_is_refused(opened, engine, monkeypatch):
@@ -191,8 +174,6 @@ def test_refusals_are_errors_with_the_first_line_that_says_why(opened, monkeypat
     flow = opened()
 
     def refuse(*_: object) -> None:
-        from tarflow_runtimes.engines.trt.log import logger
-
         logger(import_package(engine)).log(fake.Severity.ERROR, "out of\n luck")
 
     monkeypatch.setattr(getattr(fake, owner), method, refuse)
@@ -215,7 +196,7 @@ def test_tensors_that_no_graph_of_ours_has_are_refused(opened, monkeypatch, fiel
         opened().sample(1, labels=[0], denoise=False)
 
 
-def test_an_engine_that_failed_its_verification_is_refused(opened, flows):
+def test_an_engine_that_failed_its_verification_is_refused(opened, flows, supply):
     flow = opened()
     flow.sample(1, labels=[0], seed=0, denoise=False)
     assert record_verification(flow.engine, passed=True, facts={"worst": "inverse"}) == flow.config.blocks
@@ -224,11 +205,10 @@ def test_an_engine_that_failed_its_verification_is_refused(opened, flows):
     with pytest.raises(tfr.EngineError, match=r"failed its verification on this Host GPU with CUDA 13\.0") as caught:
         opened().sample(1, labels=[0], seed=0, denoise=False)
     assert "--rebuild" in caught.value.hint
-    cache = maker_of(flow)._supply.cache
     assert record_verification(flows("class").engine, passed=False, facts={}) == 0
-    assert [len(one.verifications) for one in cache.entries()] == [1] * flow.config.blocks
+    assert [len(one.verifications) for one in supply().cache.entries()] == [1] * flow.config.blocks
     for block in range(flow.config.blocks):
-        maker_of(flow)._supply.get(block, "step", [Profile(least=1, most=1)], rebuild=True)
+        supply().get(block, "step", [Profile(least=1, most=1)], rebuild=True)
     assert opened().sample(1, labels=[0], seed=0, denoise=False).images.shape[0] == 1
 
 
@@ -244,11 +224,11 @@ def test_a_damaged_engine_is_built_again_and_not_loaded(opened, engine, tmp_path
     assert builds(engine) == before + flow.config.blocks
 
 
-def test_a_damaged_engine_that_another_process_builds_is_waited_for(opened, engine):
-    flow = opened()
-    supply, profiles = maker_of(flow)._supply, [Profile(least=1, most=1)]
-    sidecar = supply.get(0, "step", profiles).sidecar
-    path = supply.cache.path / f"{sidecar.key}.engine"
+def test_a_damaged_engine_that_another_process_builds_is_waited_for(supply, engine):
+    profiles = [Profile(least=1, most=1)]
+    sidecar = supply().get(0, "step", profiles).sidecar
+    cache = supply().cache
+    path = cache.path / f"{sidecar.key}.engine"
     whole, before = path.read_bytes(), builds(engine)
     path.write_bytes(bytes(len(whole)))
 
@@ -256,43 +236,43 @@ def test_a_damaged_engine_that_another_process_builds_is_waited_for(opened, engi
         assert building.reason == "another process builds it"
         return False
 
-    supply._on_building = on_building
-    with supply.cache.lock(sidecar.key), pytest.raises(tfr.Cancelled):
-        supply.get(0, "step", profiles)
+    with cache.lock(sidecar.key), pytest.raises(tfr.Cancelled):
+        supply(on_building).get(0, "step", profiles)
     held = contextlib.ExitStack()
-    held.enter_context(supply.cache.lock(sidecar.key))
+    held.enter_context(cache.lock(sidecar.key))
 
     def other_process_ends(_: Building) -> None:
         path.write_bytes(whole)
         held.close()
 
-    supply._on_building = other_process_ends
-    assert supply.get(0, "step", profiles).reason == ""
+    assert supply(other_process_ends).get(0, "step", profiles).reason == ""
     assert builds(engine) == before
 
 
 def test_compiled_kernels_are_shared_and_kept(opened, engine, tmp_path):
-    def launch(maker: TrtMaker, block: int) -> Any:
-        program = maker.program(block, "forward", images=1)
-        buffers = {name: maker.device.allocate(one.nbytes) for name, one in (program.inputs | program.outputs).items()}
-        program.bind({name: buffer.address for name, buffer in buffers.items()}).launch()
-        return program.engine._how
-
-    def kernels(*blocks: int) -> list[bytes]:
-        maker = maker_of(opened())
-        return [launch(maker, block).runtime_cache.blob for block in blocks]
-
     folder = tmp_path / "engines"
+
+    def launches(*blocks: int) -> bytes:
+        """Launch the forward graphs of these blocks, close, and read how many launches the kept kernels have seen."""
+        maker = maker_of(opened())
+        for block in blocks:
+            program = maker.program(block, "forward", images=1)
+            specs = program.inputs | program.outputs
+            buffers = {name: maker.device.allocate(one.nbytes) for name, one in specs.items()}
+            program.bind({name: buffer.address for name, buffer in buffers.items()}).launch()
+        del program, maker
+        gc.collect()
+        return b"".join(path.read_bytes()[-10:] for path in folder.glob("kernels-*"))
+
     if engine == "trt":
-        launch(maker_of(opened()), 0)
-        assert not list(folder.glob("kernels-*"))
+        assert launches(0) == b""
         return
-    assert kernels(0, 1) == [b"1 launches", b"2 launches"]
+    assert launches(0, 1) == b"2 launches"
     (file,) = folder.glob("kernels-*")
     assert file.name == "kernels-1.7.1-sm_89.bin"
-    assert kernels(0) == [b"3 launches"]
+    assert launches(0) == b"3 launches"
     file.write_bytes(file.read_bytes() + b"x")
-    assert kernels(1) == [b"1 launches"]
+    assert launches(1) == b"1 launches"
 
 
 def test_flags_of_the_build_are_those_of_the_precision(opened, engine, monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tarflow_runtimes.errors import InputError
+from tarflow_runtimes import InputError
 from tarflow_runtimes.io.pictures import grid, to_uint8
 from tarflow_runtimes.io.read import read_images
 from tarflow_runtimes.io.write import Output, check_output, write_arrays

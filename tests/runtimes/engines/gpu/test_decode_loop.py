@@ -14,9 +14,7 @@ import onnxruntime
 import pytest
 
 import tarflow_runtimes as tfr
-from tarflow_runtimes.bundle.reader import open_bundle
-from tarflow_runtimes.decode.turn import Conditions, Turn
-from tarflow_runtimes.model.guidance import conditions_of
+from rooms import Conditions, Turn, conditions_of, open_bundle
 
 STALE = 7.0
 """What the caches hold at first: nothing of it may kv_length an image."""

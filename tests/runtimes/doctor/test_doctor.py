@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+import tarflow_runtimes as tfr
 from tarflow_runtimes.doctor import Facts, choose, gather, probes, verdicts, warnings
 from tarflow_runtimes.doctor.conclusions import CHECKS, INSTALL, PREFERENCE
 from tarflow_runtimes.doctor.facts import LIBRARIES, MODULES, Driver, Gpu, Library, Module, Native, Provider
 from tarflow_runtimes.doctor.probes import probe
-from tarflow_runtimes.engines.open import ENGINES
 
 H200 = Gpu(name="NVIDIA H200", capability=(9, 0), memory=150_000_000_000, free=149_000_000_000)
 L4 = Gpu(name="NVIDIA L4", capability=(8, 9), memory=24_000_000_000, free=None)
@@ -68,8 +68,10 @@ def test_a_machine_that_has_everything() -> None:
 
 
 def test_every_engine_has_its_place() -> None:
-    assert set(ENGINES) == set(CHECKS) == set(PREFERENCE) == set(INSTALL)
-    assert list(ENGINES) == list(verdicts(machine()))
+    with pytest.raises(tfr.EngineError) as caught:
+        tfr.load(engine="none")
+    assert caught.value.hint == f"valid are {', '.join(CHECKS)}, auto"
+    assert set(CHECKS) == set(PREFERENCE) == set(INSTALL) == set(verdicts(machine()))
 
 
 CPU_ORT = {
@@ -386,3 +388,20 @@ assert not {{"torch", "tarflow_runtimes"}} & set(sys.modules)
 """
     environment = os.environ | {"PYTHONPATH": ""}
     subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, env=environment)
+
+
+@pytest.mark.parametrize("engine", ["ort-cuda", "trt", "trt-rtx"])
+def test_an_engine_that_is_not_ready_is_an_error_with_its_remedy(exported, engine):
+    """What the doctor finds in its way is what opening it says; nothing else is run instead."""
+    if verdicts(gather())[engine] is None:
+        pytest.skip(f"engine {engine} is ready here: tests/gpu runs it")
+    with pytest.raises(tfr.EngineError) as caught:
+        tfr.load(exported("class").path, engine=engine)
+    assert caught.value.hint
+    assert "\n" not in f"{caught.value}{caught.value.hint}"
+
+
+def test_auto_says_what_it_took_and_why(exported):
+    with tfr.load(exported("class").path, engine="auto") as flow:
+        engine, reason = choose(gather())
+        assert (flow.engine_name, flow.engine_report["chosen"]) == (engine, reason)

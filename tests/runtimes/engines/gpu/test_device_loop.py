@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import gc
 import math
-import sys
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,24 +16,14 @@ import pytest
 import torch
 
 import tarflow_runtimes as tfr
+from host_device import HostDevice, HostMaker, HostReplay, ReachMaker, open_flow
+from rooms import Turn, conditions_of
 from tarflow_export import export_bundle
-from tarflow_runtimes.bundle.reader import Bundle, open_bundle
-from tarflow_runtimes.bundle.tolerances import require_passed
-from tarflow_runtimes.decode.turn import Turn
 from tarflow_runtimes.engines.gpu import ort as ort_programs
 from tarflow_runtimes.engines.gpu.loop import LOOK, SHAPES
 from tarflow_runtimes.engines.gpu.ort import OrtProgram
 from tarflow_runtimes.engines.gpu.workspace import Workspace
-from tarflow_runtimes.measure.bench import bench
-from tarflow_runtimes.measure.verify import verify
-from tarflow_runtimes.model.flow import Flow
-from tarflow_runtimes.model.guidance import conditions_of
 from tarflow_sdk.testing import random_model, tiny_config
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import host_device
-from host_device import HostBuffer, HostDevice, HostMaker, HostReplay
 
 MODELS = ["class", "class_n16", "unconditional", "three_blocks", "no_nvp", "no_nvp_unconditional", "one_head", "tokens"]
 ANNEALED = tfr.Guidance(weight=1.3, attention_temperature=0.7, anneal=True)
@@ -45,66 +31,12 @@ GUIDED = tfr.Guidance(weight=1.3, guide="a", attention_temperature=1.4)
 MIXED = (GUIDED, 0.0, ANNEALED)
 
 
-class CountingDevice(HostDevice):
-    """Knows how many bytes are allocated."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._alive: list[Any] = []
-
-    def allocate(self, nbytes: int) -> HostBuffer:
-        buffer = super().allocate(nbytes)
-        self._alive.append(weakref.ref(buffer))
-        return buffer
-
-    @property
-    def allocated(self) -> int:
-        gc.collect()
-        return sum(buffer.nbytes for buffer in (one() for one in self._alive) if buffer is not None)
-
-
-class CountingMaker(HostMaker):
-    """On a device that counts."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, CountingDevice())
-
-
-class ReachMaker(CountingMaker):
-    """The graphs of `trt`: attention reads the first part of the caches; `bound` are the lengths asked for."""
-
-    provider = "trt"
-
-    def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle)
-        self._without_graphs = "each length has a session of its own"
-        self.bound: list[int] = []
-
-    def _open(self, block, provider, kind, sizes, *, graphs):
-        def of(length: int) -> OrtProgram:
-            return super(ReachMaker, self)._open(block, provider, kind, {**sizes, "L": length}, graphs=graphs)
-
-        def bind(addresses, *, kv_length=None):
-            if kv_length is None:
-                return whole(addresses)
-            self.bound.append(kv_length)
-            return of(kv_length).bind(addresses)
-
-        program = of(self._bundle.config.patches)
-        whole, program.bind = program.bind, bind  # type: ignore[method-assign]
-        return program
-
-
-def open_flow(path, maker: type[HostMaker] = CountingMaker) -> Flow:
-    return host_device.open_flow(path, maker)
-
-
 @pytest.fixture(scope="module")
-def on_device(exported) -> Iterator[Callable[..., Flow]]:
+def on_device(exported) -> Iterator[Callable[..., tfr.Flow]]:
     """`on_device(name)`: a flow whose device is the host's memory."""
-    opened: dict[str, Flow] = {}
+    opened: dict[str, tfr.Flow] = {}
 
-    def get(name: str) -> Flow:
+    def get(name: str) -> tfr.Flow:
         if name not in opened:
             opened[name] = open_flow(exported(name).path)
         return opened[name]
@@ -189,10 +121,10 @@ def test_an_image_does_not_depend_on_its_batch(on_device):
             np.testing.assert_allclose(alone[0], together[index], rtol=0, atol=1e-5)
 
 
-def transfers_of(flow: Flow, call: Callable[[], Any]) -> tuple[int, int]:
+def transfers_of(flow: tfr.Flow, call: Callable[[], Any]) -> tuple[int, int]:
     """Uploads and downloads of a call, its programs and recordings made before."""
     call()
-    transfers = flow._engine.device.transfers
+    transfers = flow.engine.device.transfers
     before = dataclasses.astuple(transfers)
     call()
     return transfers.uploads - before[0], transfers.downloads - before[1]
@@ -224,7 +156,7 @@ def test_nothing_but_looks_crosses_in_parallel_decoding(exported, on_device):
 
 def test_memory_stays_and_goes(exported):
     flow = open_flow(exported("class_n16").path)
-    device = flow._engine.device
+    device = flow.engine.device
     flow.sample(3, seed=0, plan=exact(4))
     once = device.allocated
     for _ in range(3):
@@ -232,8 +164,13 @@ def test_memory_stays_and_goes(exported):
     assert device.allocated == once
     for images in (1, 2, 4, 5):
         flow.sample(images, seed=0, denoise=False)
-    assert len(flow._engine._decoder._shapes) == SHAPES
     assert device.allocated < 4 * once
+    made = flow.engine.maker.made
+    for images in (2, 4, 5)[-SHAPES:]:
+        flow.sample(images, seed=0, denoise=False)
+    assert flow.engine.maker.made == made, "the shapes used last are kept"
+    flow.sample(3, seed=0, denoise=False)
+    assert flow.engine.maker.made > made, "the one used longest ago is not"
     images = flow.sample(2, seed=0).images_device
     flow.close()
     assert device.allocated == images.numpy().nbytes
@@ -251,7 +188,7 @@ def test_what_is_given_out_is_taken_without_a_copy(on_device):
     assert view[1, 0, 2, 3] == 7.0
     np.testing.assert_array_equal(array.numpy(), view)
     assert view.__array_interface__["data"][0] == tensor.data_ptr()
-    device = flow._engine.device
+    device = flow.engine.device
     held = device.allocated
     del array, sample
     assert view[1, 0, 2, 3] == 7.0
@@ -270,7 +207,7 @@ def test_arrays_say_where_they_are(on_device):
         array.__dlpack__(copy=True)
     with pytest.raises(BufferError):
         array.__dlpack__(dl_device=(2, 0))
-    device = on_device("class")._engine.device
+    device = on_device("class").engine.device
     held = device.allocated
     array.__dlpack__()  # a capsule that nobody takes
     assert device.allocated == held
@@ -503,7 +440,9 @@ def test_large_batches_of_the_density_run_in_pieces(exported, flows, monkeypatch
     with open_flow(model.path) as flow:
         images, labels = model.images(7), model.labels(7)
         np.testing.assert_allclose(flow.denoise(images, labels), flows("class").denoise(images, labels), atol=1e-5)
-        assert len(flow._engine._calls) == 2
+        made = flow.engine.maker.made
+        flow.encode(images[:3], labels[:3])
+        assert flow.engine.maker.made == made + 2, "two programs are kept at most"
 
 
 def test_blocks_by_themselves(exported, flows, on_device):
@@ -512,7 +451,7 @@ def test_blocks_by_themselves(exported, flows, on_device):
     ours, theirs = (flow.engine for flow in (on_device("class_n16"), flows("class_n16")))
     noise, patches = model.latents(3), model.latents(3, seed=1)
     guidance = [tfr.Guidance(weight=0.5, attention_temperature=0.5), tfr.Guidance(), ANNEALED]
-    conditions = conditions_of(guidance, np.array([0, 1, 3]), ours._config)
+    conditions = conditions_of(guidance, np.array([0, 1, 3]), on_device("class_n16").config)
     for block in range(2):
         for steps in (0, 3, 4, None):
             heard: list[tuple[int, int]] = []
@@ -543,39 +482,6 @@ def test_the_gradient_is_that_of_the_cpu(exported, flows, on_device):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def verified(tmp_path_factory):
-    """A bundle with a reference."""
-    return export_bundle(random_model(tiny_config()), tmp_path_factory.mktemp("verified") / "tiny.tarflow").path
-
-
-@pytest.mark.parametrize("maker", [HostMaker, ReachMaker])
-def test_verify_passes_and_finds_a_fault(verified, maker):
-    bundle = open_bundle(verified)
-    with open_flow(bundle.path, maker) as flow:
-        records = verify(bundle, flow.engine)
-        require_passed(records)
-        assert {record.stage for record in records} >= {"forward", "gradient", "window", "inverse", "log_prob"}
-        graphs = {record.graph for record in records if record.graph and record.graph.startswith("graphs/")}
-        assert graphs == {f"graphs/{maker.provider}/{kind}.onnx" for kind in ("step", "window")}
-        forward = flow.engine.forward
-        flow.engine.forward = lambda *given: (forward(*given)[0] * 1.01, forward(*given)[1])
-        with pytest.raises(tfr.VerificationError):
-            require_passed(verify(bundle, flow.engine))
-
-
-def test_tuning_and_benchmarks_run(exported, monkeypatch):
-    path = exported("class_n16").path
-    with open_flow(path) as flow:
-        plans = tfr.tune(flow, [2], draws=1)
-        assert plans.entries[0].identity["engine"] == "ort-cuda"
-    monkeypatch.setattr("tarflow_runtimes.measure.bench.load", lambda path, **_: open_flow(path))
-    result = bench(path, engines=["ort-cuda"], batches=[2], decodes=["sequential"], rounds=1, ceilings=False)
-    (case,) = result.cases
-    assert case.gflops > 0
-    assert all(block.ms > 0 for block in case.blocks)
-
-
 def test_a_float16_bundle_runs_in_half_of_the_memory(exported, flows):
     single = flows("class_n16").sample(3, seed=0).images
     expected = flows("class_n16", "float16").sample(3, seed=0).images
@@ -584,7 +490,7 @@ def test_a_float16_bundle_runs_in_half_of_the_memory(exported, flows):
         with open_flow(exported("class_n16", precision).path) as flow:
             sample = flow.sample(3, seed=0)
             assert flow.engine_report["weights"] == flow.engine.precision == sample.metadata["precision"] == precision
-            sizes[precision] = flow._engine.device.allocated
+            sizes[precision] = flow.engine.device.allocated
     np.testing.assert_allclose(sample.images, expected, rtol=0, atol=2e-2)
     assert 1e-5 < np.abs(sample.images - single).max() < 5e-2
     assert sizes["float16"] < 0.8 * sizes["float32"]

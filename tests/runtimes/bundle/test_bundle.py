@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,6 @@ import pytest
 import tarflow_runtimes as tfr
 from tarflow_runtimes import BundleError
 from tarflow_runtimes.bundle.reader import open_bundle
-from tarflow_runtimes.engines.ort_cpu.session import (
-    Session,  # the confinement is ONNX Runtime's, below every public door
-)
 
 
 def refused(path: Path, *words: str) -> None:
@@ -318,35 +314,6 @@ def test_graph_that_is_no_onnx(copied, kind):
     assert GRAPHS[kind] in str(caught.value)
 
 
-SECRET = np.arange(8, dtype=np.float32)
-
-
-def graph_of(path: str) -> onnx.ModelProto:
-    """A step whose result holds the first bytes of another file."""
-    model = onnx.load_from_string((Path(tfr.__file__).parent / "models/mnist.tarflow" / GRAPHS["step"]).read_bytes())
-    tensor = model.graph.initializer.add(name="stolen", dims=[8], data_type=onnx.TensorProto.FLOAT)
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in {"location": path, "offset": "0", "length": "32"}.items():
-        tensor.external_data.add(key=key, value=value)
-    model.graph.node.append(onnx.helper.make_node("Identity", ["stolen"], ["loot"]))
-    model.graph.output.append(onnx.helper.make_tensor_value_info("loot", onnx.TensorProto.FLOAT, [8]))
-    return model
-
-
-@pytest.mark.parametrize("place", ["../secret.bin", "{}/secret.bin", "../block_00/../secret.bin", "link.bin"])
-def test_no_graph_reads_a_file_outside_its_blocks_folder(tmp_path, place):
-    """ONNX Runtime's own confinement, which the refusal of unlisted files stands on."""
-    folder = Path(shutil.copytree(Path(tfr.__file__).parent / "models/mnist.tarflow/block_00", tmp_path / "block_00"))
-    (tmp_path / "secret.bin").write_bytes(SECRET.tobytes())
-    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
-    model = graph_of(place.format(tmp_path)).SerializeToString()
-    with pytest.raises(tfr.EngineError, match="cannot open"):
-        Session(model, name="step", folder=folder, threads=1)
-    inside = folder / "inside.bin"
-    inside.write_bytes(SECRET.tobytes())
-    assert "loot" in Session(graph_of("inside.bin").SerializeToString(), name="step", folder=folder, threads=1).outputs
-
-
 @pytest.mark.parametrize("kind", ["vjp_forward", "forward"])
 def test_what_a_graph_returns_is_checked(copied, kind):
     """A self-consistent bundle whose graph returns another shape."""
@@ -362,9 +329,3 @@ def test_what_a_graph_returns_is_checked(copied, kind):
     images = np.zeros((2, *flow.config.shape), np.float32)
     with pytest.raises(tfr.EngineError, match=r"returned z as float32 \[\d, 1, 16\], expected float32 \[\d, 4, 16\]"):
         flow.encode(images) if kind == "forward" else flow.denoise(images)
-
-
-def test_the_shipped_bundle_is_named_when_it_is_missing(monkeypatch):
-    monkeypatch.setattr("tarflow_runtimes.model.flow.SHIPPED", "none.tarflow")
-    with pytest.raises(BundleError, match="ships with the package"):
-        tfr.load()

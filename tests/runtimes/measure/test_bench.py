@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import host_device
 import tarflow_runtimes as tfr
-from tarflow_runtimes.engines.ort_cpu.cpus import usable_cpus
-from tarflow_runtimes.measure import bench as _bench
-from tarflow_runtimes.measure import bench_plot as _bench_plot
-from tarflow_runtimes.measure.bench import bench, parallel_of, settled_curve, slope, step_times
-from tarflow_runtimes.measure.bench_plot import COLOURS, draw_plot
+from tarflow_runtimes.measure.bench import PROFILES, bench, parallel_of, settled_curve, slope, step_times
+from tarflow_runtimes.measure.bench_plot import BAR, COLOURS, WIDTH, draw_plot, round_ticks
 from tarflow_runtimes.measure.bench_results import BenchResult, Case, sequential_work
 from tarflow_runtimes.measure.ceilings import measure_ceilings
 
@@ -26,7 +24,7 @@ DECODES = ("sequential", "parallel", "parallel:2", "auto")
 @pytest.fixture(scope="module")
 def result(exported: Callable) -> BenchResult:
     """All ways of decoding, guided and not, two batches; three rounds."""
-    ticks: list[tuple[int, int]] = []
+    told: list[tuple[int, int]] = []
     found = bench(
         exported("class_n16").path,
         batches=(1, 3),
@@ -34,10 +32,10 @@ def result(exported: Callable) -> BenchResult:
         guidance=(0.0, 1.5),
         rounds=3,
         ceilings=False,
-        on_progress=lambda done, total: ticks.append((done, total)),
+        on_progress=lambda done, total: told.append((done, total)),
     )
-    total = 16 * (1 + _bench.PROFILES + 3)
-    assert ticks == [(done, total) for done in range(1, total + 1)]
+    total = 16 * (1 + PROFILES + 3)
+    assert told == [(done, total) for done in range(1, total + 1)]
     return found
 
 
@@ -164,14 +162,17 @@ def test_memory_is_known_on_linux(result: BenchResult) -> None:
 
 def test_rounds_go_there_and_back_and_images_change(exported: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[int, int]] = []
-    draw = _bench._Runner.draw
+    noises: dict[int, list[bytes]] = {1: [], 2: []}
+    sample = tfr.Flow.sample
 
-    def recorded(self: Any, number: int, **options: Any) -> Any:
-        drawn.append((self.case.batch, number))
-        return draw(self, number, **options)
+    def recorded(flow: tfr.Flow, n: int, *, noise: np.ndarray, **options: Any) -> tfr.Sample:
+        if noise.tobytes() not in noises[n]:
+            noises[n].append(noise.tobytes())
+        drawn.append((n, noises[n].index(noise.tobytes())))
+        return sample(flow, n, noise=noise, **options)
 
-    monkeypatch.setattr(_bench, "PROFILES", 1)
-    monkeypatch.setattr(_bench._Runner, "draw", recorded)
+    monkeypatch.setattr("tarflow_runtimes.measure.bench.PROFILES", 1)
+    monkeypatch.setattr(tfr.Flow, "sample", recorded)
     bench(exported("class").path, batches=(1, 2), decodes=("sequential",), rounds=2, ceilings=False)
     warm_up, rounds = drawn[:5], drawn[5:]
     assert warm_up == [(1, 0), (1, 0), (1, 0), (2, 0), (2, 0)]
@@ -231,9 +232,9 @@ def test_an_engine_that_is_not_there(exported: Callable) -> None:
         bench(exported("class").path, engines=("ort-cpu", "cuda"), ceilings=False)
 
 
-def test_ceilings() -> None:
+def test_ceilings(flows: Callable) -> None:
     found = measure_ceilings(gemm_size=64, stream_bytes=1 << 20, rounds=2)
-    assert found.threads == usable_cpus()
+    assert found.threads == flows("class").engine_report["threads"]
     assert found.blas
     for rates in (found.one_thread, found.all_threads):
         assert all(0.0 < rate < 1e7 for rate in dataclasses.astuple(rates))
@@ -247,9 +248,9 @@ def test_ceilings_that_fail() -> None:
 
 def test_the_plot(result: BenchResult) -> None:
     picture = draw_plot(result)
-    assert (picture.mode, picture.width) == ("RGB", _bench_plot.WIDTH)
+    assert (picture.mode, picture.width) == ("RGB", WIDTH)
     values = np.asarray(picture)
-    bars = values[120 : 120 + _bench_plot.BAR * len(result.cases), 200:1000]
+    bars = values[120 : 120 + BAR * len(result.cases), 200:1000]
     for block in (0, 1):
         colour = [int(COLOURS[block][i : i + 2], 16) for i in (1, 3, 5)]
         assert (bars == colour).all(axis=2).sum() > 200
@@ -274,7 +275,20 @@ def test_a_plot_of_one_way_of_decoding(result: BenchResult, decode: str) -> None
 
 
 def test_ticks_are_round_numbers() -> None:
-    assert _bench_plot._ticks(59.0) == [0, 10, 20, 30, 40, 50]
-    assert _bench_plot._ticks(0.31) == pytest.approx([0, 0.1, 0.2, 0.3])
-    assert _bench_plot._ticks(3, whole=True) == [0, 1, 2, 3]
-    assert _bench_plot._ticks(0.0) == [0]
+    assert round_ticks(59.0) == [0, 10, 20, 30, 40, 50]
+    assert round_ticks(0.31) == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert round_ticks(3, whole=True) == [0, 1, 2, 3]
+    assert round_ticks(0.0) == [0]
+
+
+def test_an_engine_on_a_device_is_measured(exported: Callable) -> None:
+    path = exported("class_n16").path
+    with host_device.stand_in():
+        with tfr.load(path, "ort-cuda") as flow:
+            plans = tfr.tune(flow, [2], draws=1)
+        result = bench(path, engines=["ort-cuda"], batches=[2], decodes=["sequential"], rounds=1, ceilings=False)
+    assert plans.entries[0].identity["engine"] == "ort-cuda"
+    (case,) = result.cases
+    assert case.gflops is not None
+    assert case.gflops > 0
+    assert all(block.ms > 0 for block in case.blocks)
