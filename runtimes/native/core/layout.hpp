@@ -87,6 +87,30 @@ struct Workspace {
   i64 bytes;
 };
 
+/// Offsets from the start of what the threads share that take a group of images forward, and of what each has of its
+/// own; strides are in floats. Rows are those of the group, [images][N - 1]; a tile of them is computed at once.
+///
+///     keys   [buffers][images][H][blocks of 16 positions][E][16]      of layer l in buffer l % buffers
+///     values [buffers][images][H][positions][E']
+///     state  PassState, then filled [tiles], done [tiles]: layers whose keys and values are written, that are finished
+struct PassSpace {
+  i64 tile, tiles;
+  i64 buffers;
+  i64 width_stride, wide_stride, out_stride, logits_stride;
+  i64 h, keys, values, sums_of_a, state, state_bytes, shared_bytes;
+  i64 normed, wide, out, patch, logits, sums, own_bytes;
+  i64 key_image, value_image; ///< floats of one image
+};
+
+/// Where the threads that share a group of images are.
+struct PassState {
+  i64 next;     ///< task to be taken: layer * tiles + tile
+  i64 finished; ///< tiles
+  i64 stopped;  ///< not 0: a thread was told to end
+};
+
+constexpr i64 MOST_QUERIES_TOGETHER = 4; ///< of any kernel
+
 // Functions are static: each object is compiled for its own instruction set and must keep its own copies.
 
 static inline i64 round_up(i64 count, i64 multiple) { return (count + multiple - 1) / multiple * multiple; }
@@ -181,6 +205,38 @@ static inline Workspace workspace_of(const Shape &shape, i64 rows) {
   space.keys = take(&end, shape.layers * rows * space.key_row * 4);
   space.values = take(&end, shape.layers * rows * space.value_row * 4);
   space.bytes = end;
+  return space;
+}
+
+/// For `images` of which tiles of `tile` rows are computed at once.
+static inline PassSpace pass_space_of(const Shape &shape, i64 images, i64 tile, i64 buffers) {
+  const Workspace rows = workspace_of(shape, 1);
+  PassSpace space{};
+  space.tile = tile;
+  space.tiles = round_up(images * (shape.patches - 1), tile) / tile;
+  space.buffers = buffers;
+  space.width_stride = rows.width_stride;
+  space.wide_stride = rows.wide_stride;
+  space.out_stride = rows.out_stride;
+  space.logits_stride = rows.logits_stride;
+  space.key_image = rows.key_row;
+  space.value_image = rows.value_row;
+  i64 end = 0;
+  space.h = take(&end, images * (shape.patches - 1) * space.width_stride * 4);
+  space.keys = take(&end, buffers * images * space.key_image * 4);
+  space.values = take(&end, buffers * images * space.value_image * 4);
+  space.sums_of_a = take(&end, images * (shape.patches - 1) * 8);
+  space.state_bytes = static_cast<i64>(sizeof(PassState)) + 2 * space.tiles * 8;
+  space.state = take(&end, space.state_bytes);
+  space.shared_bytes = end;
+  end = 0;
+  space.normed = take(&end, tile * space.width_stride * 4);
+  space.wide = take(&end, tile * space.wide_stride * 4);
+  space.out = take(&end, tile * space.out_stride * 4);
+  space.patch = take(&end, row_stride(shape.values) * 4);
+  space.logits = take(&end, MOST_QUERIES_TOGETHER * space.logits_stride * 4);
+  space.sums = take(&end, tile * SUMS_STRIDE * 4);
+  space.own_bytes = end;
   return space;
 }
 

@@ -1,17 +1,18 @@
-/* tarflow_native.h: the sequential inverse of one TarFlow block on the CPU.
+/* tarflow_native.h: one TarFlow block on the CPU, from noise to patches one after the other, and back at once.
  *
- *     x_0 = z_0;   x_{i+1} = z_{i+1} exp(a_i) + b_i,   (a_i, b_i) from x_0 .. x_i,   i = 0 .. N-2
+ *     inverse:  x_0 = z_0;   x_{i+1} = z_{i+1} exp(a_i) + b_i,      (a_i, b_i) from x_0 .. x_i,   i = 0 .. N-2
+ *     forward:  z_0 = x_0;   z_{i+1} = (x_{i+1} - b_i) exp(-a_i),   log|det| = -sum of a
  *
- * Pack the weights of a block once, then invert it for any batch:
+ * Pack the weights of a block once, then run it for any batch:
  *
  *     size_t bytes = tarflow_native_packed_bytes(&shape, "float32");
  *     tarflow_native_pack(&shape, "float32", tensors, count, weights, weights_bytes, packed, bytes, NULL);
- *     run.packed = packed; ...
- *     tarflow_native_invert(&run);
+ *     run.packed = packed; ...                     pass.packed = packed; ...
+ *     tarflow_native_invert(&run);                 tarflow_native_forward(&pass);
  *
  * Axis letters: B images, N patches, D values of a patch, W width, E head dimension, L layers, G branches (1 or 2).
  *
- * One set of bits: finite results depend on the weights, the noise and the conditions of an image alone, not on the
+ * One set of bits: finite results depend on the weights, the input and the conditions of an image alone, not on the
  * batch, the place in it, the number of threads or the kernel (WebAssembly, which has no fused multiply-add, excepted).
  *
  * Memory is the caller's: nothing is allocated but the stacks of threads, and no state outlives a call. Any function
@@ -37,12 +38,12 @@ extern "C" {
 #endif
 
 /* Changes whenever a structure, a function or the layout of packed weights does. */
-#define TARFLOW_NATIVE_ABI 1
+#define TARFLOW_NATIVE_ABI 2
 #define TARFLOW_NATIVE_ALIGNMENT 64
 
 typedef enum tarflow_native_status {
   TARFLOW_NATIVE_OK = 0,
-  TARFLOW_NATIVE_CANCELLED = 1,      /* x holds the patches finished so far, noise in the others */
+  TARFLOW_NATIVE_CANCELLED = 1,      /* x holds the patches finished so far, noise in the others; z is unfinished */
   TARFLOW_NATIVE_BAD_SHAPE = 2,      /* a size is not positive, too large, or W is not a multiple of E */
   TARFLOW_NATIVE_BAD_PRECISION = 3,  /* not float32, bfloat16 or int8 */
   TARFLOW_NATIVE_BAD_TENSOR = 4,     /* one is missing, has another dtype or shape, or leaves the file */
@@ -94,6 +95,24 @@ typedef struct tarflow_native_run {
   int64_t *progress;     /* NULL, or: grows (atomically) by one for each image and step, up to B * steps */
 } tarflow_native_run;
 
+/* One call of tarflow_native_forward. Patches are in block order. */
+typedef struct tarflow_native_pass {
+  size_t struct_size; /* sizeof(tarflow_native_pass) */
+  const void *packed;
+  size_t packed_bytes;
+  int64_t batch;         /* B, at least 1 */
+  int64_t threads;       /* at most; they share out the images, and the patches where there are fewer images */
+  const char *kernel;    /* a name from tarflow_native_kernel, or NULL for the best */
+  const float *x;        /* [B, N, D] */
+  float *z;              /* [B, N, D], not `x` */
+  double *log_det;       /* log|det dz/dx| [B], nats */
+  const int64_t *labels; /* [B], 0 .. classes; NULL for models without classes */
+  void *workspace;
+  size_t workspace_bytes;
+  const int32_t *cancel; /* NULL, or: another thread stores a 1 (atomically), and the call ends within a layer */
+  int64_t *progress;     /* NULL, or: grows (atomically) by one for each image and patch, up to B * (N - 1) */
+} tarflow_native_pass;
+
 /* TARFLOW_NATIVE_ABI of the library. */
 TARFLOW_NATIVE_API int32_t tarflow_native_abi(void);
 
@@ -120,6 +139,13 @@ TARFLOW_NATIVE_API size_t tarflow_native_workspace_bytes(const tarflow_native_sh
 
 /* Inverts a block. Whatever it returns, only x and the workspace have been written. */
 TARFLOW_NATIVE_API int32_t tarflow_native_invert(const tarflow_native_run *run);
+
+/* Bytes of workspace that the forward pass needs, bounded in B; 0 where an argument is out of range. */
+TARFLOW_NATIVE_API size_t tarflow_native_forward_bytes(const tarflow_native_shape *shape, int64_t batch,
+                                                       int64_t threads);
+
+/* Takes patches forward through a block. Whatever it returns, only z, log_det and the workspace have been written. */
+TARFLOW_NATIVE_API int32_t tarflow_native_forward(const tarflow_native_pass *pass);
 
 #ifdef __cplusplus
 }

@@ -33,4 +33,11 @@ void side_by_side([[maybe_unused]] i64 threads, const Work &work) {
 #endif
 }
 
+/// Lets other threads run before this one looks again whether another has finished.
+inline void give_way() {
+#if !defined(TARFLOW_NATIVE_NO_THREADS)
+  std::this_thread::yield();
+#endif
+}
+
 } // namespace tarflow_native
