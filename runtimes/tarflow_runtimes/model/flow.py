@@ -18,7 +18,7 @@ from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.bundle.reader import Bundle, open_bundle
 from tarflow_runtimes.decode.plan import DecodeReport, Parallel, Plan, Sequential, Strategy
 from tarflow_runtimes.decode.tuned import Identity, TunedPlans, identity_of, plans_path, read_plans
-from tarflow_runtimes.decode.turn import Floats, Integers
+from tarflow_runtimes.decode.turn import Doubles, Floats, Integers
 from tarflow_runtimes.engines.api import Engine
 from tarflow_runtimes.engines.gpu.array import OnGpu
 from tarflow_runtimes.engines.open import Options, open_engine
@@ -39,7 +39,6 @@ SHIPPED: Final = "mnist.tarflow"
 BATCH_SIZE: Final = 64
 """Images that run together unless told otherwise; it bounds memory, the engine cuts further where that is faster."""
 
-Doubles = npt.NDArray[np.float64]
 Labels = Sequence[Label] | npt.NDArray[Any] | None
 Arrays = Floats | OnGpu
 """What methods take: NumPy's float32 arrays and, on an engine of a GPU, float32 arrays that lie there, which are copied
@@ -230,6 +229,8 @@ class Flow:
             if denoise
             else 0.0
         )
+        if denoise:
+            self._engine.require_vjp()
         seeds: int | tuple[int, ...] | None = None
         if noise is not None:
             if seed is not None:

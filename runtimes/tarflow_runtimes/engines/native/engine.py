@@ -1,7 +1,8 @@
-"""`NativeEngine`: sequential decoding in the native kernel, one call a block; everything else on ONNX Runtime.
+"""`NativeEngine`: sequential decoding and encoding in the native kernel, one call a block.
 
 The kernel takes all steps of all images of a block in one call, outside the interpreter. Its bits depend on the
-weights, the noise and the conditions of an image alone: not on the batch, the threads or the processor.
+weights, the input and the conditions of an image alone: not on the batch, the threads or the processor. Gradients and
+windows are ONNX Runtime's, which is asked for when one is.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
 from tarflow_runtimes.bundle.reader import Bundle
 from tarflow_runtimes.decode.plan import BlockReport, Sequential
-from tarflow_runtimes.decode.turn import Conditions, Floats, Integers, OnTurn, Turn
+from tarflow_runtimes.decode.turn import Conditions, Doubles, Floats, Integers, OnTurn, Turn
 from tarflow_runtimes.engines.api import Cotangent
 from tarflow_runtimes.engines.native.library import CANCELLED, Block, NativeError, Watch, open_library
 from tarflow_runtimes.engines.ort_cpu.cpus import cpu_name, usable_cpus
@@ -31,9 +32,16 @@ PACKED_BYTES: Final = 4 << 30
 LOOK: Final = 0.02
 """Seconds between two looks at the progress of a call."""
 
+WATCHED_FLOPS: Final = 20e9
+"""Products of a forward pass from which its call is watched from another thread, so that Ctrl-C ends it at once; those
+below take a few LOOKs at most. The 0.3 ms of one digit became 0.5 ms by the thread."""
+
+
+Made = TypeVar("Made")
+
 
 class NativeEngine:
-    """The native kernel on the CPU. What it does not do, `forward`, `vjp` and windows, is ONNX Runtime's.
+    """The native kernel on the CPU. What it does not do, `vjp` and windows, is ONNX Runtime's.
 
     Raises:
         EngineError: when the library is not there, or the bundle is of a precision that the kernel does not read.
@@ -76,15 +84,24 @@ class NativeEngine:
             reports.append(report)
         return x, tuple(reports)
 
-    def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
+    def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Doubles]:
         """Patches [B, N, D], labels [B] -> (z [B, N, D], log|det| [B], nats) of one block."""
-        return self._ort_cpu().forward(block, patches, labels)
+        packed, is_reversed = self._block(block), self.bundle.blocks[block].is_reversed
+        ordered = patches[:, ::-1] if is_reversed else patches
+        run = functools.partial(self._library.forward, packed, ordered, labels=labels, threads=self._threads)
+        flops = 24 * self.bundle.config.layers * self.bundle.config.width**2 * patches.shape[0] * patches.shape[1]
+        z, log_det = run() if flops < WATCHED_FLOPS else _watched(run, len(patches), lambda _: None)
+        return np.ascontiguousarray(z[:, ::-1]) if is_reversed else z, log_det
 
     def vjp(
         self, blocks: Sequence[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
     ) -> tuple[Floats, Floats]:
         """Patches -> (z after these blocks, d/d patches of (c . z + sum of log|det|)) with c = `cotangent`(z)."""
         return self._ort_cpu().vjp(blocks, patches, labels, cotangent)
+
+    def require_vjp(self) -> None:
+        """Open ONNX Runtime."""
+        self._ort_cpu()
 
     def report(self) -> Mapping[str, Any]:
         """The kernel, threads and device."""
@@ -155,16 +172,24 @@ class NativeEngine:
             return block
 
     def _ort_cpu(self) -> OrtCpuEngine:
-        """What runs the rest, opened when first needed."""
+        """What runs the rest, opened when first needed.
+
+        Raises:
+            EngineError: when the engine is closed, ONNX Runtime is missing, or the bundle has no graphs for it.
+        """
         with self._lock:
             if self._closed:
                 raise EngineError("the engine is closed", hint="load the bundle again")
             if self._rest is None:
-                self._rest = OrtCpuEngine(self.bundle)
+                try:
+                    self._rest = OrtCpuEngine(self.bundle)
+                except EngineError as error:
+                    why = f"engine native leaves gradients (denoise) and windows to ort-cpu: {error}"
+                    raise EngineError(why, hint=error.hint) from error
             return self._rest
 
 
-def _watched(run: Callable[..., Floats], images: int, on_done: Callable[[int], object]) -> Floats:
+def _watched(run: Callable[..., Made], images: int, on_done: Callable[[int], object]) -> Made:
     """Run a call of the kernel in a thread; tell of its steps from this one, and end it when this is interrupted."""
     watch, made, failed = Watch(), [], []
 

@@ -132,17 +132,24 @@ def shape_of(config: ModelConfig) -> Shape:
 
 
 class Library:
-    """The functions of tarflow_native.h."""
+    """The functions of tarflow_native.h.
+
+    Raises:
+        OSError: when the file is no library, or another machine's.
+        EngineError: when it was built from other sources.
+    """
 
     def __init__(self, path: Path) -> None:
         self._library = library = ctypes.CDLL(str(path))
+        self.abi: int = library.tarflow_native_abi()
+        if self.abi != ABI:
+            raise EngineError(f"{path} has ABI {self.abi}, this package needs {ABI}", hint=NATIVE_BUILD)
         library.tarflow_native_kernel.restype = library.tarflow_native_message.restype = ctypes.c_char_p
         library.tarflow_native_kernel.argtypes = [ctypes.c_int64]
         library.tarflow_native_packed_bytes.restype = library.tarflow_native_workspace_bytes.restype = ctypes.c_size_t
         library.tarflow_native_forward_bytes.restype = ctypes.c_size_t
         library.tarflow_native_workspace_bytes.argtypes = [ctypes.POINTER(Shape), *[ctypes.c_int64] * 3]
         library.tarflow_native_forward_bytes.argtypes = [ctypes.POINTER(Shape), *[ctypes.c_int64] * 2]
-        self.abi: int = library.tarflow_native_abi()
         self._rooms: list[npt.NDArray[np.uint8]] = []  # workspaces of earlier calls; append and pop are atomic
 
     @property
@@ -317,9 +324,6 @@ def open_library() -> Library:
     if path is None:
         raise EngineError("engine native needs its library, which was not built", hint=NATIVE_BUILD)
     try:
-        library = Library(path)
+        return Library(path)
     except (OSError, AttributeError) as error:
         raise EngineError(f"the native kernel does not load from {path}: {error}", hint=NATIVE_BUILD) from error
-    if library.abi != ABI:
-        raise EngineError(f"{path} has ABI {library.abi}, this package needs {ABI}", hint=NATIVE_BUILD)
-    return library
