@@ -200,8 +200,8 @@ def _watched(run: Callable[..., Made], images: int, on_done: Callable[[int], obj
             failed.append(error)
 
     thread, told, runs = threading.Thread(target=call, name="tarflow-native", daemon=True), 0, True
-    thread.start()
     try:
+        thread.start()
         while runs:
             thread.join(LOOK)
             runs = thread.is_alive()  # asked before the progress, so that the last of it is told
@@ -211,7 +211,8 @@ def _watched(run: Callable[..., Made], images: int, on_done: Callable[[int], obj
                 on_done(done)
     except BaseException:  # Ctrl-C, or what on_done raises: no kernel may go on after the call has ended
         watch.cancel[0] = 1
-        thread.join()
+        if thread.is_alive():
+            thread.join()
         raise
     if failed:
         error = failed[0]
