@@ -28,7 +28,7 @@ BUILD = ROOT / "build" / "native"
 DIGITS = ROOT / "examples" / "01_train_mnist" / "mnist_model_4_128_4_4_0.10.safetensors"
 sys.path.insert(0, str(NATIVE))
 
-from bench.native_step import invert_blocks  # noqa: E402
+from bench.native_step import forward_blocks, invert_blocks  # noqa: E402
 from native_build import build, compiler  # noqa: E402
 
 CONFIGS: dict[str, FlowConfig] = {
@@ -54,7 +54,7 @@ CONFIGS: dict[str, FlowConfig] = {
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A bundle with everything that computes its inverse; `precise` is the model of its weights in float64."""
+    """A bundle with everything that computes both directions; `precise` is the model of its weights in float64."""
 
     bundle: Bundle
     blocks: list[Block]
@@ -88,8 +88,35 @@ class Model:
 
     def ort(self, noise: np.ndarray[Any, Any], conditions: Conditions) -> np.ndarray[Any, Any]:
         turns = [Turn(block=block, strategy=tfr.Sequential()) for block in reversed(range(self.config.blocks))]
-        with tfr.load(self.bundle.path) as flow:
+        with tfr.load(self.bundle.path, engine="ort-cpu") as flow:
             return flow.engine.invert(turns, noise, conditions)[0]
+
+    def patches(self, batch: int, seed: int = 0) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+        """Patches [B, N, D] and labels [B] of all classes and the null class."""
+        labels = self.conditions(batch, "plain", seed).labels
+        return self.noise(batch, seed), None if labels is None else labels[0]
+
+    def forward(self, patches: Any, labels: Any, **options: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Z and log|det| of all blocks."""
+        return forward_blocks(self.library, self.blocks, self.bundle, patches, labels, **options)
+
+    def ort_forward(self, patches: Any, labels: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        x, log_det = patches, np.zeros(len(patches))
+        with tfr.load(self.bundle.path, engine="ort-cpu") as flow:
+            for block in range(self.config.blocks):
+                x, own = flow.engine.forward(block, x, labels)
+                log_det += own
+        return x, log_det
+
+    @torch.no_grad()
+    def exact_forward(self, patches: Any, labels: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """In float64."""
+        numbers = None if labels is None else torch.from_numpy(np.where(labels == self.config.classes, -1, labels))
+        x, log_det = torch.from_numpy(patches).double(), 0.0
+        for block in self.precise.flow_blocks:
+            x, own = block(x, numbers)
+            log_det = log_det + own
+        return x.numpy(), log_det.numpy()
 
     @torch.no_grad()
     def exact(self, noise: np.ndarray[Any, Any], conditions: Conditions) -> np.ndarray[Any, Any]:

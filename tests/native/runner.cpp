@@ -2,9 +2,9 @@
 //
 //     runner JOB KERNEL THREADS OUTPUT
 //
-// KERNEL - is the best one. With more than one thread the same job runs in two calls at once that share the packed weights,
-// another thread watches the progress, and a third call is cancelled; that is what the thread sanitizer looks at. The
-// format of JOB is `write_job` of conftest.py.
+// KERNEL - is the best one. OUTPUT is x, the inverse of the noise, then z and log|det| of x. With more than one thread the
+// same job runs in two calls at once that share the packed weights, another thread watches the progress, and two more
+// calls are cancelled; that is what the thread sanitizer looks at. The format of JOB is `write_job` of conftest.py.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -53,6 +53,21 @@ struct Aligned {
   void *pointer;
 };
 
+/// The inverse of the noise, and what the forward pass makes of that.
+struct Made {
+  Made(std::size_t values, std::size_t images) : x(values), z(values), log_det(images) {}
+
+  std::string bytes() const {
+    std::string all(2 * x.size() * sizeof(float) + log_det.size() * sizeof(double), '\0');
+    std::memcpy(all.data(), x.data(), x.size() * sizeof(float));
+    std::memcpy(all.data() + x.size() * sizeof(float), z.data(), z.size() * sizeof(float));
+    std::memcpy(all.data() + 2 * x.size() * sizeof(float), log_det.data(), log_det.size() * sizeof(double));
+    return all;
+  }
+  std::vector<float> x, z;
+  std::vector<double> log_det;
+};
+
 void require(std::int32_t status, const char *what) {
   if (status == TARFLOW_NATIVE_OK) return;
   std::fprintf(stderr, "%s: %s\n", what, tarflow_native_message(status));
@@ -95,6 +110,7 @@ int main(int count, char **arguments) {
                               packed.pointer, packed.bytes, nullptr),
           "pack");
   const std::int64_t threads = std::atoll(arguments[3]);
+  const char *kernel = std::strcmp(arguments[2], "-") == 0 ? nullptr : arguments[2];
   const auto invert = [&](std::vector<float> &x, const std::int32_t *cancel, std::int64_t *progress) {
     Aligned room(tarflow_native_workspace_bytes(&shape, batch, branches, threads));
     tarflow_native_run run{};
@@ -105,7 +121,7 @@ int main(int count, char **arguments) {
     run.branches = branches;
     run.steps = steps;
     run.threads = threads;
-    run.kernel = std::strcmp(arguments[2], "-") == 0 ? nullptr : arguments[2];
+    run.kernel = kernel;
     run.noise = noise.data();
     run.x = x.data();
     run.labels = labels.empty() ? nullptr : labels.data();
@@ -118,33 +134,61 @@ int main(int count, char **arguments) {
     return tarflow_native_invert(&run);
   };
 
-  std::vector<float> x(noise.size());
+  const auto forward = [&](Made &made, const std::int32_t *cancel, std::int64_t *progress) {
+    Aligned room(tarflow_native_forward_bytes(&shape, batch, threads));
+    tarflow_native_pass pass{};
+    pass.struct_size = sizeof pass;
+    pass.packed = packed.pointer;
+    pass.packed_bytes = packed.bytes;
+    pass.batch = batch;
+    pass.threads = threads;
+    pass.kernel = kernel;
+    pass.x = made.x.data();
+    pass.z = made.z.data();
+    pass.log_det = made.log_det.data();
+    pass.labels = labels.empty() ? nullptr : labels.data();
+    pass.workspace = room.pointer;
+    pass.workspace_bytes = room.bytes;
+    pass.cancel = cancel;
+    pass.progress = progress;
+    return tarflow_native_forward(&pass);
+  };
+  const auto both = [&](Made &made, const std::int32_t *cancel, std::int64_t *progress) {
+    const std::int32_t status = invert(made.x, cancel, progress);
+    return status == TARFLOW_NATIVE_OK ? forward(made, cancel, progress) : status;
+  };
+
+  const auto images = static_cast<std::size_t>(batch);
+  Made made(noise.size(), images);
   std::int64_t progress = 0;
   if (threads == 1) {
-    require(invert(x, nullptr, &progress), "invert");
+    require(both(made, nullptr, &progress), "first");
   } else {
-    std::vector<float> other(noise.size()), cancelled(noise.size());
-    std::int32_t cancel = 0;
+    Made other(noise.size(), images), third(noise.size(), images), fourth(noise.size(), images);
+    std::int32_t cancel[] = {0, 0}; // within the inverse, and within the forward pass
     std::atomic<bool> ended{false};
-    std::thread second([&] { require(invert(other, nullptr, nullptr), "second"); });
-    std::thread third([&] {
-      const std::int32_t status = invert(cancelled, &cancel, nullptr);
-      if (status != TARFLOW_NATIVE_CANCELLED) require(status, "third");
-    });
+    const auto run_to_its_end = [&](Made &own, const std::int32_t *flag, const char *what) {
+      const std::int32_t status = both(own, flag, nullptr);
+      if (status != TARFLOW_NATIVE_CANCELLED) require(status, what);
+    };
+    std::thread calls[] = {std::thread([&] { require(both(other, nullptr, nullptr), "second"); }),
+                           std::thread([&] { run_to_its_end(third, &cancel[0], "third"); }),
+                           std::thread([&] { run_to_its_end(fourth, &cancel[1], "fourth"); })};
     std::thread watcher([&] {
       while (!ended)
-        if (__atomic_load_n(&progress, __ATOMIC_RELAXED) > 0) __atomic_store_n(&cancel, 1, __ATOMIC_RELAXED);
+        for (const int i : {0, 1})
+          if (__atomic_load_n(&progress, __ATOMIC_RELAXED) > i * batch * steps)
+            __atomic_store_n(&cancel[i], 1, __ATOMIC_RELAXED);
     });
-    require(invert(x, nullptr, &progress), "invert");
+    require(both(made, nullptr, &progress), "first");
     ended = true;
-    second.join();
     watcher.join();
-    __atomic_store_n(&cancel, 1, __ATOMIC_RELAXED);
-    third.join();
-    if (std::memcmp(x.data(), other.data(), x.size() * sizeof(float)) != 0) return 4;
+    for (const int i : {0, 1}) __atomic_store_n(&cancel[i], 1, __ATOMIC_RELAXED);
+    for (std::thread &call : calls) call.join();
+    if (made.bytes() != other.bytes()) return 4;
   }
-  if (progress != batch * steps) return 5;
-  std::ofstream(arguments[4], std::ios::binary)
-      .write(reinterpret_cast<const char *>(x.data()), static_cast<std::streamsize>(x.size() * sizeof(float)));
+  if (progress != 2 * batch * steps) return 5;
+  const std::string bytes = made.bytes();
+  std::ofstream(arguments[4], std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   return 0;
 }

@@ -1,6 +1,7 @@
 // Runs one job of the native kernel as WebAssembly:  node runner.mjs MODULE JOB OUTPUT
 //
-// The format of JOB is `write_job` of conftest.py. Prints the time of the inverse in milliseconds.
+// The format of JOB is `write_job` of conftest.py, that of OUTPUT the one of runner.cpp. Prints the time of the inverse in
+// milliseconds.
 import { readFileSync, writeFileSync } from "node:fs";
 
 const [, , modulePath, jobPath, outputPath] = process.argv;
@@ -63,7 +64,7 @@ require(
 );
 
 const noise = bytes();
-const [z, labels, guidance, inverseTemperature] = [put(noise), ...[0, 0, 0].map(() => {
+const [given, labels, guidance, inverseTemperature] = [put(noise), ...[0, 0, 0].map(() => {
   const data = bytes();
   return data.length ? put(data) : 0;
 })];
@@ -72,11 +73,23 @@ const workspaceBytes = native.tarflow_native_workspace_bytes(shape, BigInt(batch
 const workspace = room(workspaceBytes);
 
 const run = Buffer.alloc(88);
-const words = [[0, 88], [4, packed], [8, packedBytes], [52, z], [56, x], [60, labels], [64, guidance],
+const words = [[0, 88], [4, packed], [8, packedBytes], [52, given], [56, x], [60, labels], [64, guidance],
   [68, inverseTemperature], [72, workspace], [76, workspaceBytes]];
 for (const [offset, value] of words) run.writeUInt32LE(value, offset);
 [batch, branches, steps, 1].forEach((value, i) => run.writeBigInt64LE(BigInt(value), 16 + 8 * i));
 const start = performance.now();
 require(native.tarflow_native_invert(put(run)), "invert");
 console.log((performance.now() - start).toFixed(3));
-writeFileSync(outputPath, new Uint8Array(native.memory.buffer, x, noise.length));
+
+const z = room(noise.length);
+const logDet = room(8 * batch);
+const forwardBytes = native.tarflow_native_forward_bytes(shape, BigInt(batch), 1n);
+const forwardWorkspace = room(forwardBytes);
+const pass = Buffer.alloc(72);
+const fields = [[0, 72], [4, packed], [8, packedBytes], [36, x], [40, z], [44, logDet], [48, labels],
+  [52, forwardWorkspace], [56, forwardBytes]];
+for (const [offset, value] of fields) pass.writeUInt32LE(value, offset);
+[batch, 1].forEach((value, i) => pass.writeBigInt64LE(BigInt(value), 16 + 8 * i));
+require(native.tarflow_native_forward(put(pass)), "forward");
+const made = [[x, noise.length], [z, noise.length], [logDet, 8 * batch]];
+writeFileSync(outputPath, Buffer.concat(made.map(([start, size]) => Buffer.from(native.memory.buffer, start, size))));

@@ -29,7 +29,7 @@ def refusal(call, *arguments, **options):
 
 
 def test_the_version_and_the_kernels(library):
-    assert library.abi == 1
+    assert library.abi == 3
     assert library.kernels[-1] == "portable"
 
 

@@ -1,4 +1,4 @@
-/// Causal attention of one new position over the positions before it, for one row.
+/// Causal attention of one position, or a few that follow each other, over the positions before each and itself.
 ///
 ///     out = softmax(q K^T) V
 ///
@@ -13,6 +13,10 @@ namespace tarflow_native::TARFLOW_NATIVE_TARGET {
 /// Blocks of keys, and vectors of values, that are in registers at once.
 constexpr int KEY_BLOCKS = HELD == 32 ? 4 : HELD == 8 ? 2 : 1;
 constexpr int VALUE_VECTORS = KEY_BLOCKS;
+
+/// Queries that read the keys and values together where there are many, and their blocks or vectors in registers.
+constexpr int MOST_QUERIES = HELD == 32 ? 4 : HELD == 8 ? 2 : 1;
+constexpr int TILE_BLOCKS = HELD == 32 ? 2 : 1;
 
 /// Write k [E] of a position; the other positions of a new block become zero.
 static void append_key(const float *k, i64 position, i64 head_dim, float *keys) {
@@ -32,23 +36,29 @@ static void append_value(const float *v, i64 position, i64 head_dim, float *valu
   for (i64 e = head_dim; e < stride; ++e) to[e] = 0.0F;
 }
 
-/// logits[j] = sum of q[e] K[j][e] over even e + the same over odd e, of BLOCKS blocks of 16 positions.
-template <int BLOCKS>
-static void logits_of(const float *q, const float *keys, i64 head_dim, float *logits) {
+/// logits[j] = sum of q[e] K[j][e] over even e + the same over odd e, of QUERIES queries and BLOCKS blocks of 16 positions.
+template <int QUERIES, int BLOCKS>
+static void logits_of(const float *q, i64 q_stride, const float *keys, i64 head_dim, float *logits, i64 stride) {
   const i64 block = head_dim * LANES;
-  Floats even[BLOCKS], odd[BLOCKS];
-  for (int n = 0; n < BLOCKS; ++n) even[n] = odd[n] = broadcast(0.0F);
+  Floats even[QUERIES][BLOCKS], odd[QUERIES][BLOCKS];
+  for (int r = 0; r < QUERIES; ++r)
+    for (int n = 0; n < BLOCKS; ++n) even[r][n] = odd[r][n] = broadcast(0.0F);
+  const auto add_products = [&](i64 e, Floats (&sum)[QUERIES][BLOCKS]) __attribute__((always_inline)) {
+    Floats key[BLOCKS];
+    for (int n = 0; n < BLOCKS; ++n) key[n] = load(keys + n * block + e * LANES);
+    for (int r = 0; r < QUERIES; ++r) {
+      const Floats query = broadcast(q[r * q_stride + e]);
+      for (int n = 0; n < BLOCKS; ++n) sum[r][n] = fma(query, key[n], sum[r][n]);
+    }
+  };
   i64 e = 0;
   for (; e + 1 < head_dim; e += 2) {
-    const Floats first = broadcast(q[e]), second = broadcast(q[e + 1]);
-    for (int n = 0; n < BLOCKS; ++n) {
-      even[n] = fma(first, load(keys + n * block + e * LANES), even[n]);
-      odd[n] = fma(second, load(keys + n * block + (e + 1) * LANES), odd[n]);
-    }
+    add_products(e, even);
+    add_products(e + 1, odd);
   }
-  if (e < head_dim)
-    for (int n = 0; n < BLOCKS; ++n) even[n] = fma(broadcast(q[e]), load(keys + n * block + e * LANES), even[n]);
-  for (int n = 0; n < BLOCKS; ++n) store(logits + n * LANES, even[n] + odd[n]);
+  if (e < head_dim) add_products(e, even);
+  for (int r = 0; r < QUERIES; ++r)
+    for (int n = 0; n < BLOCKS; ++n) store(logits + r * stride + n * LANES, even[r][n] + odd[r][n]);
 }
 
 /// Logits -> exp(logit - largest), in place; returns their sum. Those from `count` up to a multiple of 16 become 0.
@@ -66,45 +76,62 @@ static float exponentials(float *logits, i64 count) {
   return sum_of_lanes(sum);
 }
 
-/// out = (sum of w[j] V[j] over even j + the same over odd j) / total, of VECTORS vectors of a head.
-template <int VECTORS>
-static void weighted_values(const float *weights, i64 count, const float *values, i64 stride, float total, float *out) {
-  Floats even[VECTORS], odd[VECTORS];
-  for (int n = 0; n < VECTORS; ++n) even[n] = odd[n] = broadcast(0.0F);
+/// out = (sum of w[j] V[j] over even j + the same over odd j) / total, of QUERIES queries and VECTORS vectors of a head.
+/// The first query reads `count` positions, each of the others one more than the one before.
+template <int QUERIES, int VECTORS>
+static void weighted_values(const float *weights, i64 weights_stride, i64 count, const float *values, i64 stride,
+                            const float *total, float *out, i64 out_stride) {
+  Floats sum[2][QUERIES][VECTORS]; // even, odd
+  for (int r = 0; r < QUERIES; ++r)
+    for (int n = 0; n < VECTORS; ++n) sum[0][r][n] = sum[1][r][n] = broadcast(0.0F);
   i64 j = 0;
-  for (; j + 1 < count; j += 2) {
-    const Floats first = broadcast(weights[j]), second = broadcast(weights[j + 1]);
-    for (int n = 0; n < VECTORS; ++n) {
-      even[n] = fma(first, load(values + j * stride + n * LANES), even[n]);
-      odd[n] = fma(second, load(values + (j + 1) * stride + n * LANES), odd[n]);
-    }
-  }
-  if (j < count)
+  for (; j + 1 < count; j += 2)
+    for (int parity = 0; parity < 2; ++parity)
+      for (int r = 0; r < QUERIES; ++r) {
+        const Floats weight = broadcast(weights[r * weights_stride + j + parity]);
+        for (int n = 0; n < VECTORS; ++n)
+          sum[parity][r][n] = fma(weight, load(values + (j + parity) * stride + n * LANES), sum[parity][r][n]);
+      }
+#pragma GCC unroll 8
+  for (int last = 0; last < QUERIES; ++last) // what is not every query's, j being even
+    for (int r = 0; r < QUERIES; ++r)
+      for (int n = 0; j + last < count + r && n < VECTORS; ++n)
+        sum[last % 2][r][n] = fma(broadcast(weights[r * weights_stride + j + last]),
+                                  load(values + (j + last) * stride + n * LANES), sum[last % 2][r][n]);
+  for (int r = 0; r < QUERIES; ++r)
     for (int n = 0; n < VECTORS; ++n)
-      even[n] = fma(broadcast(weights[j]), load(values + j * stride + n * LANES), even[n]);
-  for (int n = 0; n < VECTORS; ++n) store(out + n * LANES, (even[n] + odd[n]) / broadcast(total));
+      store(out + r * out_stride + n * LANES, (sum[0][r][n] + sum[1][r][n]) / broadcast(total[r]));
 }
 
-/// The logits of one head, for `count` positions.
-static void head_logits(const float *q, const float *keys, i64 count, i64 head_dim, float *logits) {
+/// The logits of one head and QUERIES queries, for `count` positions.
+template <int QUERIES>
+static void head_logits(const float *q, i64 q_stride, const float *keys, i64 count, i64 head_dim, float *logits,
+                        i64 stride) {
+  constexpr int MOST = QUERIES == 1 ? KEY_BLOCKS : TILE_BLOCKS;
   const i64 blocks = round_up(count, LANES) / LANES, size = LANES * head_dim;
   i64 n = 0;
-  for (; n + KEY_BLOCKS <= blocks; n += KEY_BLOCKS)
-    logits_of<KEY_BLOCKS>(q, keys + n * size, head_dim, logits + n * LANES);
-  if (KEY_BLOCKS > 2 && n + 2 <= blocks) {
-    logits_of<2>(q, keys + n * size, head_dim, logits + n * LANES);
+  for (; n + MOST <= blocks; n += MOST)
+    logits_of<QUERIES, MOST>(q, q_stride, keys + n * size, head_dim, logits + n * LANES, stride);
+  if (MOST > 2 && n + 2 <= blocks) {
+    logits_of<QUERIES, 2>(q, q_stride, keys + n * size, head_dim, logits + n * LANES, stride);
     n += 2;
   }
-  if (n < blocks) logits_of<1>(q, keys + n * size, head_dim, logits + n * LANES);
+  if (n < blocks) logits_of<QUERIES, 1>(q, q_stride, keys + n * size, head_dim, logits + n * LANES, stride);
 }
 
-/// The output of one head, [E'].
-static void head_values(const float *weights, i64 count, const float *values, i64 head_dim, float total, float *out) {
+/// The outputs of one head and QUERIES queries, [E'] each.
+template <int QUERIES>
+static void head_values(const float *weights, i64 weights_stride, i64 count, const float *values, i64 head_dim,
+                        const float *total, float *out, i64 out_stride) {
+  constexpr int MOST = QUERIES == 1 ? VALUE_VECTORS : TILE_BLOCKS;
   const i64 stride = round_up(head_dim, LANES), vectors = stride / LANES;
   i64 n = 0;
-  for (; n + VALUE_VECTORS <= vectors; n += VALUE_VECTORS)
-    weighted_values<VALUE_VECTORS>(weights, count, values + n * LANES, stride, total, out + n * LANES);
-  for (; n < vectors; ++n) weighted_values<1>(weights, count, values + n * LANES, stride, total, out + n * LANES);
+  for (; n + MOST <= vectors; n += MOST)
+    weighted_values<QUERIES, MOST>(weights, weights_stride, count, values + n * LANES, stride, total, out + n * LANES,
+                                   out_stride);
+  for (; n < vectors; ++n)
+    weighted_values<QUERIES, 1>(weights, weights_stride, count, values + n * LANES, stride, total, out + n * LANES,
+                                out_stride);
 }
 
 } // namespace tarflow_native::TARFLOW_NATIVE_TARGET

@@ -10,6 +10,7 @@
 /// Row g * images + j is branch g of image j. All sums of a row depend on that row alone.
 #include "attention.hpp"
 #include "block.hpp"
+#include "forward.hpp"
 #include "norm.hpp"
 #include "product.hpp"
 #include "team.hpp"
@@ -116,13 +117,13 @@ void attend(const Run &run, i64 step, i64 layer, i64 first_head, i64 last_head) 
       const Head head = numbered(first + i);
       append_key(head.q + width, step, size, head.keys);
       append_value(head.q + 2 * width, step, size, head.values);
-      head_logits(head.q, head.keys, step + 1, size, run.logits + i * stride);
+      head_logits<1>(head.q, 0, head.keys, step + 1, size, run.logits + i * stride, 0);
     }
     for (i64 i = 0; i < count; ++i) total[i] = exponentials(run.logits + i * stride, step + 1);
     for (i64 i = 0; i < count; ++i) {
       // A head whose size is not a multiple of 16 writes zeros after itself, where the next one follows.
       const Head head = numbered(first + i);
-      head_values(run.logits + i * stride, step + 1, head.values, size, total[i], head.out);
+      head_values<1>(run.logits + i * stride, 0, step + 1, head.values, size, &total[i], head.out, 0);
     }
   }
 }
@@ -227,17 +228,17 @@ bool invert(const Images &images, i64 member) {
 namespace tarflow_native {
 
 #if defined(TARFLOW_NATIVE_PORTABLE) && defined(__wasm__)
-const Kernel PORTABLE = {"wasm", portable::invert};
+const Kernel PORTABLE = {"wasm", portable::invert, portable::forward};
 #elif defined(TARFLOW_NATIVE_PORTABLE)
-const Kernel PORTABLE = {"portable", portable::invert};
+const Kernel PORTABLE = {"portable", portable::invert, portable::forward};
 #elif defined(__AVX512VNNI__)
-const Kernel X86_64_V4_VNNI = {"x86-64-v4-vnni", x86_64_v4_vnni::invert};
+const Kernel X86_64_V4_VNNI = {"x86-64-v4-vnni", x86_64_v4_vnni::invert, x86_64_v4_vnni::forward};
 #elif defined(__AVX512F__)
-const Kernel X86_64_V4 = {"x86-64-v4", x86_64_v4::invert};
+const Kernel X86_64_V4 = {"x86-64-v4", x86_64_v4::invert, x86_64_v4::forward};
 #elif defined(__AVX2__) && defined(__FMA__)
-const Kernel X86_64_V3 = {"x86-64-v3", x86_64_v3::invert};
+const Kernel X86_64_V3 = {"x86-64-v3", x86_64_v3::invert, x86_64_v3::forward};
 #elif defined(__aarch64__)
-const Kernel AARCH64 = {"aarch64", aarch64::invert};
+const Kernel AARCH64 = {"aarch64", aarch64::invert, aarch64::forward};
 #endif
 
 } // namespace tarflow_native

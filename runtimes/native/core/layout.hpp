@@ -90,6 +90,30 @@ struct Workspace {
   i64 bytes;
 };
 
+/// Offsets from the start of what the threads share that take a group of images forward, and of what each has of its
+/// own; strides are in floats. Rows are those of the group, [images][N - 1]; a tile of them is computed at once.
+///
+///     keys   [buffers][images][H][blocks of 16 positions][E][16]      of layer l in buffer l % buffers
+///     values [buffers][images][H][positions][E']
+///     state  PassState, then filled [tiles], done [tiles]: layers whose keys and values are written, that are finished
+struct PassSpace {
+  i64 tile, tiles;
+  i64 buffers;
+  i64 width_stride, wide_stride, out_stride, logits_stride;
+  i64 h, keys, values, sums_of_a, state, state_bytes, shared_bytes;
+  i64 normed, wide, out, patch, logits, sums, integers, integers_stride, own_bytes;
+  i64 key_image, value_image; ///< floats of one image
+};
+
+/// Where the threads that share a group of images are.
+struct PassState {
+  i64 next;     ///< task to be taken: layer * tiles + tile
+  i64 finished; ///< tiles
+  i64 stopped;  ///< not 0: a thread was told to end
+};
+
+constexpr i64 MOST_QUERIES_TOGETHER = 4; ///< of any kernel
+
 // Functions are static: each object is compiled for its own instruction set and must keep its own copies.
 
 static inline i64 round_up(i64 count, i64 multiple) { return (count + multiple - 1) / multiple * multiple; }
@@ -160,6 +184,14 @@ static inline Layout layout_of(const Shape &shape, Format format) {
 /// Floats from one row to the next: whole panels, and some more, so that rows do not share the sets of a cache.
 static inline i64 row_stride(i64 count) { return round_up(count, PANEL) + LANES; }
 
+/// Of rows whose values are rounded to int8: the values, and two numbers for every SCALE_GROUP.
+static inline i64 integers_stride(const Shape &shape) {
+  return row_stride(round_up(MLP_EXPANSION * shape.width, SCALE_GROUP));
+}
+static inline i64 integers_bytes(const Shape &shape, i64 rows) {
+  return rows * (integers_stride(shape) + integers_stride(shape) / SCALE_GROUP * 2) * 4;
+}
+
 static inline Workspace workspace_of(const Shape &shape, i64 rows, i64 members) {
   const i64 positions = shape.patches - 1, position_blocks = round_up(positions, LANES);
   const i64 head_values = round_up(shape.head_dim, LANES);
@@ -180,8 +212,8 @@ static inline Workspace workspace_of(const Shape &shape, i64 rows, i64 members) 
   space.normed = take(&end, rows * space.width_stride * 4);
   space.logits = take(&end, HEADS_TOGETHER * space.logits_stride * 4);
   space.sums = take(&end, rows * SUMS_STRIDE * 4);
-  space.integers_stride = row_stride(round_up(MLP_EXPANSION * shape.width, SCALE_GROUP));
-  space.integers = take(&end, rows * (space.integers_stride + space.integers_stride / SCALE_GROUP * 2) * 4);
+  space.integers_stride = integers_stride(shape);
+  space.integers = take(&end, integers_bytes(shape, rows));
   space.member_bytes = end - space.normed;
   end += (members - 1) * space.member_bytes;
   space.key_row = heads(shape) * position_blocks * shape.head_dim;
@@ -189,6 +221,40 @@ static inline Workspace workspace_of(const Shape &shape, i64 rows, i64 members) 
   space.keys = take(&end, shape.layers * rows * space.key_row * 4);
   space.values = take(&end, shape.layers * rows * space.value_row * 4);
   space.bytes = end;
+  return space;
+}
+
+/// For `images` of which tiles of `tile` rows are computed at once.
+static inline PassSpace pass_space_of(const Shape &shape, i64 images, i64 tile, i64 buffers) {
+  const Workspace rows = workspace_of(shape, 1, 1);
+  PassSpace space{};
+  space.tile = tile;
+  space.tiles = round_up(images * (shape.patches - 1), tile) / tile;
+  space.buffers = buffers;
+  space.width_stride = rows.width_stride;
+  space.wide_stride = rows.wide_stride;
+  space.out_stride = rows.out_stride;
+  space.logits_stride = rows.logits_stride;
+  space.key_image = rows.key_row;
+  space.value_image = rows.value_row;
+  i64 end = 0;
+  space.h = take(&end, images * (shape.patches - 1) * space.width_stride * 4);
+  space.keys = take(&end, buffers * images * space.key_image * 4);
+  space.values = take(&end, buffers * images * space.value_image * 4);
+  space.sums_of_a = take(&end, images * (shape.patches - 1) * 8);
+  space.state_bytes = static_cast<i64>(sizeof(PassState)) + 2 * space.tiles * 8;
+  space.state = take(&end, space.state_bytes);
+  space.shared_bytes = end;
+  end = 0;
+  space.normed = take(&end, tile * space.width_stride * 4);
+  space.wide = take(&end, tile * space.wide_stride * 4);
+  space.out = take(&end, tile * space.out_stride * 4);
+  space.patch = take(&end, row_stride(shape.values) * 4);
+  space.logits = take(&end, MOST_QUERIES_TOGETHER * space.logits_stride * 4);
+  space.sums = take(&end, tile * SUMS_STRIDE * 4);
+  space.integers_stride = integers_stride(shape);
+  space.integers = take(&end, integers_bytes(shape, tile));
+  space.own_bytes = end;
   return space;
 }
 

@@ -1,5 +1,5 @@
-/* tarflow_native.h: the sequential inverse of one TarFlow block on the CPU. Pack the weights of a block once, then
- * invert it for any batch of noise z:
+/* tarflow_native.h: one TarFlow block on the CPU, inverse and forward pass. Pack the weights of a block once, then invert
+ * it for any batch of noise z:
  *
  *   #include <stdlib.h>
  *   #include <tarflow_native.h>
@@ -21,11 +21,14 @@
  *     return status;  // tarflow_native_message(status) says what it means
  *   }
  *
- * The inverse is x_0 = z_0;  x_{i+1} = z_{i+1} exp(a_i) + b_i for i = 0 .. N-2, with (a_i, b_i) from x_0 .. x_i.
+ * tarflow_native_forward takes images the other way. With (a_i, b_i) from x_0 .. x_i and i = 0 .. N-2:
+ *
+ *     inverse:  x_0 = z_0;   x_{i+1} = z_{i+1} exp(a_i) + b_i
+ *     forward:  z_0 = x_0;   z_{i+1} = (x_{i+1} - b_i) exp(-a_i),   log|det| = -sum of a
  *
  * Axis letters: B images, N patches, D values per patch, W width, E head dimension, L layers, G branches (1 or 2).
  *
- * Results are bit-identical: finite values depend only on the weights and on the noise and conditions of an image, not
+ * Results are bit-identical: finite values depend only on the weights and on the input and conditions of an image, not
  * on the batch, the position in the batch, the number of threads or the kernel. The exception is WebAssembly, which has
  * no fused multiply-add.
  *
@@ -53,12 +56,12 @@ extern "C" {
 #endif
 
 /* Changes whenever a struct, a function or the layout of packed weights changes. */
-#define TARFLOW_NATIVE_ABI 1
+#define TARFLOW_NATIVE_ABI 3
 #define TARFLOW_NATIVE_ALIGNMENT 64
 
 typedef enum tarflow_native_status {
   TARFLOW_NATIVE_OK = 0,
-  TARFLOW_NATIVE_CANCELLED = 1,      /* x holds the patches finished so far, and noise for the others */
+  TARFLOW_NATIVE_CANCELLED = 1,      /* x holds the patches finished so far, and noise for the others; z is unfinished */
   TARFLOW_NATIVE_BAD_SHAPE = 2,      /* a size is not positive, too large, or W is not a multiple of E */
   TARFLOW_NATIVE_BAD_PRECISION = 3,  /* not float32, bfloat16 or int8 */
   TARFLOW_NATIVE_BAD_TENSOR = 4,     /* a tensor is missing, has the wrong dtype or shape, or exceeds the file */
@@ -110,6 +113,24 @@ typedef struct tarflow_native_run {
   int64_t *progress;     /* or NULL: incremented (atomically) for each image and step, up to B * steps */
 } tarflow_native_run;
 
+/* One call of tarflow_native_forward. Patches are in block order. */
+typedef struct tarflow_native_pass {
+  size_t struct_size; /* sizeof(tarflow_native_pass) */
+  const void *packed;
+  size_t packed_bytes;
+  int64_t batch;         /* B, at least 1 */
+  int64_t threads;       /* at most; they share out the images, and the patches where there are fewer images */
+  const char *kernel;    /* a name from tarflow_native_kernel, or NULL for the best */
+  const float *x;        /* [B, N, D] */
+  float *z;              /* [B, N, D], not `x` */
+  double *log_det;       /* log|det dz/dx| [B], nats */
+  const int64_t *labels; /* [B], 0 .. classes; NULL for models without classes */
+  void *workspace;
+  size_t workspace_bytes;
+  const int32_t *cancel; /* NULL, or: another thread stores a 1 (atomically), and the call ends within a layer */
+  int64_t *progress;     /* NULL, or: grows (atomically) by one for each image and patch, up to B * (N - 1) */
+} tarflow_native_pass;
+
 /* TARFLOW_NATIVE_ABI of the library. */
 TARFLOW_NATIVE_API int32_t tarflow_native_abi(void);
 
@@ -136,6 +157,13 @@ TARFLOW_NATIVE_API size_t tarflow_native_workspace_bytes(const tarflow_native_sh
 
 /* Inverts a block. It writes only to x and the workspace, whatever status it returns. */
 TARFLOW_NATIVE_API int32_t tarflow_native_invert(const tarflow_native_run *run);
+
+/* Bytes of workspace that the forward pass needs, bounded in B; 0 where an argument is out of range. */
+TARFLOW_NATIVE_API size_t tarflow_native_forward_bytes(const tarflow_native_shape *shape, int64_t batch,
+                                                       int64_t threads);
+
+/* Takes patches forward through a block. Whatever it returns, only z, log_det and the workspace have been written. */
+TARFLOW_NATIVE_API int32_t tarflow_native_forward(const tarflow_native_pass *pass);
 
 #ifdef __cplusplus
 }

@@ -109,7 +109,58 @@ i64 workspace_of_group(const Shape &shape, i64 branches, const Groups &groups) {
 
 Crowd crowd;
 
-/// Everything but the packed weights; null where it is right.
+/// Rows of a tile of the forward pass: enough that the weights are not waited for, few enough that what lies between two
+/// layers stays in the second-level cache. Tiles of one image begin at a multiple of LANES, where a block of keys does.
+constexpr i64 TILE_ROWS = 64;
+
+/// Rows from which another thread pays in the forward pass.
+constexpr i64 FORWARD_THREAD_ROWS = 16;
+
+/// How a batch goes forward: in groups of `images`, each taken by one thread, or by several where there are fewer images
+/// than threads.
+struct PassGroups {
+  i64 images, count, threads;
+  bool shared;
+  PassSpace space;
+
+  i64 in_flight() const { return smaller(count, threads); }
+  i64 bytes() const { return in_flight() * space.shared_bytes + threads * space.own_bytes; }
+};
+
+PassGroups pass_groups_of(const Shape &shape, i64 batch, i64 threads) {
+  const i64 positions = shape.patches - 1;
+  threads = smaller(smaller(threads, MOST_THREADS),
+                    round_up(batch * positions, FORWARD_THREAD_ROWS) / FORWARD_THREAD_ROWS);
+  PassGroups groups{};
+  groups.images = larger(1, smaller(TILE_ROWS / positions, batch / threads));
+  groups.count = round_up(batch, groups.images) / groups.images;
+  groups.threads = threads;
+  groups.shared = groups.count < threads; // then of one image each
+  const i64 team = round_up(threads, groups.count) / groups.count;
+  const i64 rows = round_up(groups.images * positions, LANES) / team / LANES * LANES;
+  groups.space = pass_space_of(shape, groups.images, larger(LANES, smaller(TILE_ROWS, rows)), groups.shared ? 2 : 1);
+  return groups;
+}
+
+/// What a packed block holds.
+struct Opened {
+  Shape shape;
+  Layout layout;
+};
+
+tarflow_native_status open_packed(const void *packed, size_t bytes, Opened *opened) {
+  Header header;
+  if (!is_aligned(packed) || bytes < sizeof header) return TARFLOW_NATIVE_SMALL_BUFFER;
+  __builtin_memcpy(&header, packed, sizeof header);
+  bool is_packed = true;
+  for (size_t i = 0; i < sizeof MAGIC; ++i) is_packed = is_packed && header.magic[i] == MAGIC[i];
+  if (!is_packed || header.abi != TARFLOW_NATIVE_ABI || !is_valid(header.shape) || !is_in(header.format, 0, 2))
+    return TARFLOW_NATIVE_NOT_PACKED;
+  *opened = Opened{header.shape, layout_of(header.shape, static_cast<Format>(header.format))};
+  return bytes < static_cast<size_t>(opened->layout.bytes) ? TARFLOW_NATIVE_SMALL_BUFFER : TARFLOW_NATIVE_OK;
+}
+
+/// Everything but the packed weights; OK where it is right.
 tarflow_native_status check(const tarflow_native_run &run, const Shape &shape) {
   if (!run.noise || !run.x || !run.workspace || !is_in(run.batch, 1, MOST_SIZE) || !is_in(run.branches, 1, 2) ||
       !is_in(run.steps, 0, shape.patches - 1) || run.threads < 1 || (run.branches == 2 && !run.guidance) ||
@@ -119,6 +170,17 @@ tarflow_native_status check(const tarflow_native_run &run, const Shape &shape) {
     if (!is_in(run.labels[i], 0, shape.classes)) return TARFLOW_NATIVE_BAD_ARGUMENT;
   const size_t needed = tarflow_native_workspace_bytes(&shape, run.batch, run.branches, run.threads);
   if (!is_aligned(run.workspace) || needed == 0 || run.workspace_bytes < needed) return TARFLOW_NATIVE_SMALL_BUFFER;
+  return TARFLOW_NATIVE_OK;
+}
+
+tarflow_native_status check(const tarflow_native_pass &pass, const Shape &shape) {
+  if (!pass.x || !pass.z || pass.x == pass.z || !pass.log_det || !pass.workspace ||
+      !is_in(pass.batch, 1, MOST_SIZE) || pass.threads < 1 || (pass.labels == nullptr) != (shape.classes == 0))
+    return TARFLOW_NATIVE_BAD_ARGUMENT;
+  for (i64 i = 0; pass.labels && i < pass.batch; ++i)
+    if (!is_in(pass.labels[i], 0, shape.classes)) return TARFLOW_NATIVE_BAD_ARGUMENT;
+  const size_t needed = tarflow_native_forward_bytes(&shape, pass.batch, pass.threads);
+  if (!is_aligned(pass.workspace) || needed == 0 || pass.workspace_bytes < needed) return TARFLOW_NATIVE_SMALL_BUFFER;
   return TARFLOW_NATIVE_OK;
 }
 
@@ -180,20 +242,13 @@ size_t tarflow_native_workspace_bytes(const tarflow_native_shape *shape, int64_t
 int32_t tarflow_native_invert(const tarflow_native_run *given) {
   if (!given || given->struct_size != sizeof(tarflow_native_run) || !given->packed) return TARFLOW_NATIVE_BAD_ARGUMENT;
   const tarflow_native_run &run = *given;
-  Header header;
-  if (!is_aligned(run.packed) || run.packed_bytes < sizeof header) return TARFLOW_NATIVE_SMALL_BUFFER;
-  __builtin_memcpy(&header, run.packed, sizeof header);
-  bool is_packed = true;
-  for (size_t i = 0; i < sizeof MAGIC; ++i) is_packed = is_packed && header.magic[i] == MAGIC[i];
-  if (!is_packed || header.abi != TARFLOW_NATIVE_ABI ||
-      !is_valid(header.shape) || !is_in(header.format, 0, 2))
-    return TARFLOW_NATIVE_NOT_PACKED;
-  const Shape &shape = header.shape;
-  const Layout layout = layout_of(shape, static_cast<Format>(header.format));
-  if (run.packed_bytes < static_cast<size_t>(layout.bytes)) return TARFLOW_NATIVE_SMALL_BUFFER;
+  Opened opened;
+  tarflow_native_status status = open_packed(run.packed, run.packed_bytes, &opened);
+  if (status != TARFLOW_NATIVE_OK) return status;
+  const Shape &shape = opened.shape;
   const Kernel *kernel = kernel_named(run.kernel);
   if (!kernel) return TARFLOW_NATIVE_BAD_KERNEL;
-  const tarflow_native_status status = check(run, shape);
+  status = check(run, shape);
   if (status != TARFLOW_NATIVE_OK) return status;
 
   Groups groups = groups_of(shape, run.batch, run.branches, run.threads);
@@ -215,7 +270,7 @@ int32_t tarflow_native_invert(const tarflow_native_run *given) {
     const i64 first = group * groups.images;
     Images images{};
     images.shape = &shape;
-    images.layout = &layout;
+    images.layout = &opened.layout;
     images.packed = static_cast<const unsigned char *>(run.packed);
     images.workspace = place(thread) + sizeof(Team);
     images.team = groups.members > 1 ? reinterpret_cast<Team *>(place(thread)) : nullptr;
@@ -249,6 +304,60 @@ int32_t tarflow_native_invert(const tarflow_native_run *given) {
     if (groups.threads == 1) first.waited += now() - left; // for its members to end
     crowd.saw(is_crowded(first));
   }
+  return cancelled ? TARFLOW_NATIVE_CANCELLED : TARFLOW_NATIVE_OK;
+}
+
+size_t tarflow_native_forward_bytes(const tarflow_native_shape *shape, int64_t batch, int64_t threads) {
+  if (!shape || !is_valid(*shape) || !is_in(batch, 1, MOST_SIZE) || threads < 1) return 0;
+  const i64 bytes = pass_groups_of(*shape, batch, threads).bytes();
+  return bytes < MOST_BYTES ? static_cast<size_t>(bytes) : 0;
+}
+
+int32_t tarflow_native_forward(const tarflow_native_pass *given) {
+  if (!given || given->struct_size != sizeof(tarflow_native_pass) || !given->packed) return TARFLOW_NATIVE_BAD_ARGUMENT;
+  const tarflow_native_pass &pass = *given;
+  Opened opened;
+  tarflow_native_status status = open_packed(pass.packed, pass.packed_bytes, &opened);
+  if (status != TARFLOW_NATIVE_OK) return status;
+  const Shape &shape = opened.shape;
+  const Kernel *kernel = kernel_named(pass.kernel);
+  if (!kernel) return TARFLOW_NATIVE_BAD_KERNEL;
+  status = check(pass, shape);
+  if (status != TARFLOW_NATIVE_OK) return status;
+
+  const PassGroups groups = pass_groups_of(shape, pass.batch, pass.threads);
+  const PassSpace &space = groups.space;
+  const i64 dims = shape.patches * shape.values;
+  auto *workspace = static_cast<unsigned char *>(pass.workspace);
+  const auto begin = [&](i64 slot) {
+    __builtin_memset(workspace + slot * space.shared_bytes + space.state, 0, static_cast<size_t>(space.state_bytes));
+  };
+  for (i64 group = 0; groups.shared && group < groups.count; ++group) begin(group);
+  i64 next = 0;
+  int32_t cancelled = 0;
+  side_by_side(groups.threads, [&](i64 thread) {
+    // Where groups are shared, each thread takes part in one, and there is a place for each.
+    for (i64 turn; (turn = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < larger(groups.count, groups.threads);) {
+      const i64 group = turn % groups.count, slot = groups.shared ? group : thread, first = group * groups.images;
+      if (!groups.shared) begin(slot);
+      Pass images{};
+      images.shape = &shape;
+      images.layout = &opened.layout;
+      images.packed = static_cast<const unsigned char *>(pass.packed);
+      images.space = space;
+      images.shared = workspace + slot * space.shared_bytes;
+      images.own = workspace + groups.in_flight() * space.shared_bytes + thread * space.own_bytes;
+      images.wait = yield;
+      images.count = smaller(groups.images, pass.batch - first);
+      images.x = pass.x + first * dims;
+      images.z = pass.z + first * dims;
+      images.log_det = pass.log_det + first;
+      images.labels = pass.labels ? pass.labels + first : nullptr;
+      images.cancel = pass.cancel;
+      images.progress = pass.progress;
+      if (!kernel->forward(images)) __atomic_store_n(&cancelled, 1, __ATOMIC_RELAXED);
+    }
+  });
   return cancelled ? TARFLOW_NATIVE_CANCELLED : TARFLOW_NATIVE_OK;
 }
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tarflow_runtimes.decode.plan import Strategy
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from tarflow_runtimes.decode.plan import BlockReport
-from tarflow_runtimes.decode.turn import Conditions, Floats, Integers, OnTurn, Turn
+from tarflow_runtimes.decode.turn import Conditions, Doubles, Floats, Integers, OnTurn, Turn
 from tarflow_runtimes.engines.gpu.array import DeviceArray
 
 Cotangent = Callable[[Floats, slice], Floats]
@@ -42,7 +42,7 @@ class Passes(Protocol):
     ) -> tuple[Floats, tuple[BlockReport, ...]]:
         """Invert blocks one after another, each from the result of the one before: noise -> patches, and reports."""
 
-    def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
+    def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats | Doubles]:
         """Patches, labels [B] -> (z, log|det| [B], nats) of one block."""
 
     def vjp(
@@ -70,6 +70,9 @@ class Engine(Passes, Protocol):
     def to_host(self, given: object) -> object:
         """Copy an array in a device's memory to the host; anything else is returned unchanged."""
 
+    def require_vjp(self) -> None:
+        """Raise now what `vjp` would for want of a package or a graph: before a long decode that ends with it."""
+
     def report(self) -> Mapping[str, Any]:
         """The versions, threads and device, as JSON values."""
 
@@ -78,7 +81,7 @@ class Engine(Passes, Protocol):
 
 
 def vjp_recomputed(  # noqa: PLR0917 - what an engine's `vjp` has, and its two graphs
-    forward: Callable[[int, Floats, Integers | None], tuple[Floats, Floats]],
+    forward: Callable[[int, Floats, Integers | None], tuple[Floats, Floats | Doubles]],
     gradient: Callable[[int, Floats, Floats, Integers | None], Floats],
     blocks: Sequence[int],
     patches: Floats,

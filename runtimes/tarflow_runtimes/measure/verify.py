@@ -21,7 +21,7 @@ import numpy.typing as npt
 from tarflow_runtimes.bundle.reader import PORTABLE, Bundle
 from tarflow_runtimes.bundle.tolerances import Record, compare, tolerance_for
 from tarflow_runtimes.decode.plan import Parallel, Sequential
-from tarflow_runtimes.decode.turn import Conditions, Floats, Turn
+from tarflow_runtimes.decode.turn import Conditions, Doubles, Floats, Turn
 from tarflow_runtimes.engines.api import Passes
 from tarflow_runtimes.errors import BundleError, VerificationError
 from tarflow_runtimes.model.density import bits_per_dim_of, log_prob_of
@@ -207,8 +207,10 @@ class _Run:
         x, z = reference.trajectory[k], reference.trajectory[k + 1]
         if "forward" in stages:
             actual_z, log_det = self.subject.forward(k, x, labels)
-            self.record(where, "forward", actual_z, z, (PORTABLE, "forward", k))
-            self.record(where, "log_det", log_det, reference.log_det[k], (PORTABLE, "forward", k))
+            runs_graphs = self.subject.provider in (PORTABLE, *self.bundle.graphs)
+            graph = (PORTABLE, "forward", k) if runs_graphs else None
+            self.record(where, "forward", actual_z, z, graph)
+            self.record(where, "log_det", log_det, reference.log_det[k], graph)
         if "gradient" in stages:
             cotangent = reference.cotangent[k + 1]
             actual_z, gradient = self.subject.vjp([k], x, labels, lambda _, images: cotangent[images])
@@ -261,7 +263,7 @@ class _Run:
         """Compare encode, score and denoise and, if the model is small enough, decode and sample, from end to end."""
         reference, labels = self.reference, self.reference.labels
         images, blocks = reference.trajectory[0], range(self.config.blocks)
-        log_dets: list[Floats] = []
+        log_dets: list[Floats | Doubles] = []
         x = images
         for k in blocks:
             x, log_det = self.subject.forward(k, x, labels)
@@ -281,7 +283,7 @@ class _Run:
         conditions = self.reference.conditions(kind, self.config.classes)
         return self.subject.invert(turns, u * self.deviation, conditions)[0]
 
-    def density(self, u: Floats, log_det: Floats) -> None:
+    def density(self, u: Floats, log_det: Floats | Doubles) -> None:
         """The log-likelihood, summed in float64."""
         prior = np.broadcast_to(self.deviation, u.shape[1:]).astype(np.float64)
         log_prob = log_prob_of(u, log_det - np.log(prior).sum())

@@ -8,14 +8,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 
 from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.bundle.reader import Bundle
-from tarflow_runtimes.decode.turn import Floats, Integers
+from tarflow_runtimes.decode.turn import Doubles, Floats, Integers
 from tarflow_runtimes.engines.api import Engine
-
-Doubles = npt.NDArray[np.float64]
 
 
 def encode_patches(engine: Engine, bundle: Bundle, patches: Floats, labels: Integers | None) -> tuple[Floats, Doubles]:

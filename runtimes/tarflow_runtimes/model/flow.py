@@ -18,7 +18,7 @@ from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.bundle.reader import Bundle, open_bundle
 from tarflow_runtimes.decode.plan import DecodeReport, Parallel, Plan, Sequential, Strategy
 from tarflow_runtimes.decode.tuned import Identity, TunedPlans, identity_of, plans_path, read_plans
-from tarflow_runtimes.decode.turn import Floats, Integers
+from tarflow_runtimes.decode.turn import Doubles, Floats, Integers
 from tarflow_runtimes.engines.api import Engine
 from tarflow_runtimes.engines.gpu.array import OnGpu
 from tarflow_runtimes.engines.open import Options, open_engine
@@ -39,7 +39,6 @@ SHIPPED: Final = "mnist.tarflow"
 BATCH_SIZE: Final = 64
 """Default number of images that run together. It bounds memory; the engine splits further where that is faster."""
 
-Doubles = npt.NDArray[np.float64]
 Labels = Sequence[Label] | npt.NDArray[Any] | None
 Arrays = Floats | OnGpu
 """Arrays that methods accept: float32 NumPy arrays and, for a GPU engine, float32 arrays on the GPU, which are copied
@@ -231,6 +230,8 @@ class Flow:
             if denoise
             else 0.0
         )
+        if denoise:
+            self._engine.require_vjp()
         seeds: int | tuple[int, ...] | None = None
         if noise is not None:
             if seed is not None:

@@ -96,6 +96,9 @@ class DeviceEngine:
         """Patches -> (z after these blocks, d/d patches of (c . z + sum of log|det|)) with c = `cotangent`(z)."""
         return vjp_recomputed(self.forward, self._gradient, blocks, patches, labels, cotangent)
 
+    def require_vjp(self) -> None:
+        """The device runs it as it runs all the rest."""
+
     def report(self) -> Mapping[str, Any]:
         """The engine, precision and device, and the report of the maker."""
         return {

@@ -1,7 +1,8 @@
-"""`NativeEngine`: sequential decoding in the native kernel, one call per block; everything else on ONNX Runtime.
+"""`NativeEngine`: sequential decoding and encoding in the native kernel, one call per block.
 
 The kernel takes all steps of all images of a block in one call, outside the interpreter. Its bits depend on the
-weights, the noise and the conditions of an image alone: not on the batch, the threads or the processor.
+weights, the input and the conditions of an image alone: not on the batch, the threads or the processor. Gradients and
+windows are ONNX Runtime's, which is asked for when one is.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
 from tarflow_runtimes.bundle.reader import Bundle
 from tarflow_runtimes.decode.plan import BlockReport, Sequential
-from tarflow_runtimes.decode.turn import Conditions, Floats, Integers, OnTurn, Turn
+from tarflow_runtimes.decode.turn import Conditions, Doubles, Floats, Integers, OnTurn, Turn
 from tarflow_runtimes.doctor.requirements import NATIVE_PRECISIONS
 from tarflow_runtimes.engines.api import Cotangent
 from tarflow_runtimes.engines.native.library import CANCELLED, Block, NativeError, Watch, open_library
@@ -29,9 +30,16 @@ PACKED_BYTES: Final = 4 << 30
 LOOK: Final = 0.02
 """Seconds between two checks of the progress of a call."""
 
+WATCHED_FLOPS: Final = 20e9
+"""Products of a forward pass from which its call is watched from another thread, so that Ctrl-C ends it at once; those
+below take a few LOOKs at most. The 0.3 ms of one digit became 0.5 ms by the thread."""
+
+
+Made = TypeVar("Made")
+
 
 class NativeEngine:
-    """The native kernel on the CPU; ONNX Runtime runs `forward`, `vjp` and windows.
+    """The native kernel on the CPU; ONNX Runtime runs `vjp` and windows.
 
     Raises:
         EngineError: when the library is not there, or the bundle is of a precision that the kernel does not read.
@@ -74,15 +82,24 @@ class NativeEngine:
             reports.append(report)
         return x, tuple(reports)
 
-    def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
+    def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Doubles]:
         """Patches [B, N, D], labels [B] -> (z [B, N, D], log|det| [B], nats) of one block."""
-        return self._ort_cpu().forward(block, patches, labels)
+        packed, is_reversed = self._block(block), self.bundle.blocks[block].is_reversed
+        ordered = patches[:, ::-1] if is_reversed else patches
+        run = functools.partial(self._library.forward, packed, ordered, labels=labels, threads=self._threads)
+        flops = 24 * self.bundle.config.layers * self.bundle.config.width**2 * patches.shape[0] * patches.shape[1]
+        z, log_det = run() if flops < WATCHED_FLOPS else _watched(run, len(patches), lambda _: None)
+        return np.ascontiguousarray(z[:, ::-1]) if is_reversed else z, log_det
 
     def vjp(
         self, blocks: Sequence[int], patches: Floats, labels: Integers | None, cotangent: Cotangent
     ) -> tuple[Floats, Floats]:
         """Patches -> (z after these blocks, d/d patches of (c . z + sum of log|det|)) with c = `cotangent`(z)."""
         return self._ort_cpu().vjp(blocks, patches, labels, cotangent)
+
+    def require_vjp(self) -> None:
+        """Open ONNX Runtime."""
+        self._ort_cpu()
 
     def report(self) -> Mapping[str, Any]:
         """The kernel, threads and device."""
@@ -153,16 +170,24 @@ class NativeEngine:
             return block
 
     def _ort_cpu(self) -> OrtCpuEngine:
-        """The ONNX Runtime engine for everything else, opened when first needed."""
+        """The ONNX Runtime engine for everything else, opened when first needed.
+
+        Raises:
+            EngineError: when the engine is closed, ONNX Runtime is missing, or the bundle has no graphs for it.
+        """
         with self._lock:
             if self._closed:
                 raise EngineError("the engine is closed", hint="load the bundle again")
             if self._rest is None:
-                self._rest = OrtCpuEngine(self.bundle)
+                try:
+                    self._rest = OrtCpuEngine(self.bundle)
+                except EngineError as error:
+                    why = f"engine native leaves gradients (denoise) and windows to ort-cpu: {error}"
+                    raise EngineError(why, hint=error.hint) from error
             return self._rest
 
 
-def _watched(run: Callable[..., Floats], images: int, on_done: Callable[[int], object]) -> Floats:
+def _watched(run: Callable[..., Made], images: int, on_done: Callable[[int], object]) -> Made:
     """Run a call of the kernel in a thread; report its steps from this thread, and cancel it on an interrupt."""
     watch, made, failed = Watch(), [], []
 
@@ -173,8 +198,8 @@ def _watched(run: Callable[..., Floats], images: int, on_done: Callable[[int], o
             failed.append(error)
 
     thread, told, runs = threading.Thread(target=call, name="tarflow-native", daemon=True), 0, True
-    thread.start()
     try:
+        thread.start()
         while runs:
             thread.join(LOOK)
             runs = thread.is_alive()  # read before the progress, so that the last steps are reported
@@ -184,7 +209,8 @@ def _watched(run: Callable[..., Floats], images: int, on_done: Callable[[int], o
                 on_done(done)
     except BaseException:  # Ctrl-C, or an exception of on_done: no kernel may continue after the call has ended
         watch.cancel[0] = 1
-        thread.join()
+        if thread.is_alive():
+            thread.join()
         raise
     if failed:
         error = failed[0]

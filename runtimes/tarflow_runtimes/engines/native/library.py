@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.bundle.reader import Bundle
-from tarflow_runtimes.decode.turn import Floats, Integers
+from tarflow_runtimes.decode.turn import Doubles, Floats, Integers
 from tarflow_runtimes.doctor.requirements import NATIVE_BUILD, native_library
 from tarflow_runtimes.errors import EngineError
 
-ABI: Final = 1
+ABI: Final = 3
 """TARFLOW_NATIVE_ABI of the header that the structures here follow."""
 
 ALIGNMENT: Final = 64
@@ -80,6 +80,27 @@ class Run(ctypes.Structure):
     ]
 
 
+class Pass(ctypes.Structure):
+    """`tarflow_native_pass`: the fields of one forward pass."""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("packed", ctypes.c_void_p),
+        ("packed_bytes", ctypes.c_size_t),
+        ("batch", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("kernel", ctypes.c_char_p),
+        ("x", ctypes.c_void_p),
+        ("z", ctypes.c_void_p),
+        ("log_det", ctypes.c_void_p),
+        ("labels", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_size_t),
+        ("cancel", ctypes.c_void_p),
+        ("progress", ctypes.c_void_p),
+    ]
+
+
 def aligned_bytes(count: int) -> npt.NDArray[np.uint8]:
     """Memory that begins at a multiple of ALIGNMENT."""
     room = np.empty(count + ALIGNMENT, np.uint8)
@@ -97,7 +118,7 @@ class Block:
 
 @dataclasses.dataclass(eq=False)
 class Watch:
-    """State shared with other threads while a block is inverted."""
+    """State shared with other threads during a call."""
 
     cancel: npt.NDArray[np.int32] = dataclasses.field(default_factory=lambda: np.zeros(1, np.int32))
     progress: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(1, np.int64))
@@ -111,15 +132,24 @@ def shape_of(config: ModelConfig) -> Shape:
 
 
 class Library:
-    """The functions of tarflow_native.h."""
+    """The functions of tarflow_native.h.
+
+    Raises:
+        OSError: when the file is no library, or another machine's.
+        EngineError: when it was built from other sources.
+    """
 
     def __init__(self, path: Path) -> None:
         self._library = library = ctypes.CDLL(str(path))
+        self.abi: int = library.tarflow_native_abi()
+        if self.abi != ABI:
+            raise EngineError(f"{path} has ABI {self.abi}, this package needs {ABI}", hint=NATIVE_BUILD)
         library.tarflow_native_kernel.restype = library.tarflow_native_message.restype = ctypes.c_char_p
         library.tarflow_native_kernel.argtypes = [ctypes.c_int64]
         library.tarflow_native_packed_bytes.restype = library.tarflow_native_workspace_bytes.restype = ctypes.c_size_t
+        library.tarflow_native_forward_bytes.restype = ctypes.c_size_t
         library.tarflow_native_workspace_bytes.argtypes = [ctypes.POINTER(Shape), *[ctypes.c_int64] * 3]
-        self.abi: int = library.tarflow_native_abi()
+        library.tarflow_native_forward_bytes.argtypes = [ctypes.POINTER(Shape), *[ctypes.c_int64] * 2]
         self._rooms: list[npt.NDArray[np.uint8]] = []  # workspaces of earlier calls; append and pop are atomic
 
     @property
@@ -137,6 +167,10 @@ class Library:
     def workspace_bytes(self, shape: Shape, batch: int, branches: int, threads: int) -> int:
         """Size in bytes of the workspace; 0 if an argument is out of range."""
         return int(self._library.tarflow_native_workspace_bytes(ctypes.byref(shape), batch, branches, threads))
+
+    def forward_bytes(self, shape: Shape, batch: int, threads: int) -> int:
+        """The workspace of the forward pass; 0 for what is out of range."""
+        return int(self._library.tarflow_native_forward_bytes(ctypes.byref(shape), batch, threads))
 
     def pack(self, bundle: Bundle, block: int) -> Block:
         """Pack a block of an opened bundle."""
@@ -196,13 +230,7 @@ class Library:
         noise = np.ascontiguousarray(noise, np.float32)
         x = np.empty_like(noise) if out is None else out
         batch, patches, _ = noise.shape
-        needed = self.workspace_bytes(block.shape, batch, branches, threads)
-        try:
-            room = self._rooms.pop()
-        except IndexError:
-            room = aligned_bytes(needed)
-        if room.nbytes < needed:
-            room = aligned_bytes(needed)
+        room = self._room(self.workspace_bytes(block.shape, batch, branches, threads))
         kept = [  # alive during the call
             None if array is None else np.ascontiguousarray(array, dtype)
             for array, dtype in ((labels, np.int64), (guidance, np.float32), (inverse_temperature, np.float32))
@@ -233,6 +261,53 @@ class Library:
         self._check(status)
         return x
 
+    def forward(
+        self,
+        block: Block,
+        patches: Floats,
+        *,
+        labels: Integers | None = None,
+        threads: int = 1,
+        kernel: str | None = None,
+        watch: Watch | None = None,
+        planted: Mapping[str, Any] | None = None,
+    ) -> tuple[Floats, Doubles]:
+        """Patches [B, N, D], labels [B] -> (z [B, N, D], log|det| [B], nats), in block order; `planted` as above."""
+        x = np.ascontiguousarray(patches, np.float32)
+        z, log_det = np.empty_like(x), np.empty(len(x))
+        own_labels = None if labels is None else np.ascontiguousarray(labels, np.int64)
+        room = self._room(self.forward_bytes(block.shape, len(x), threads))
+        given = Pass(
+            struct_size=ctypes.sizeof(Pass),
+            packed=block.packed.ctypes.data,
+            packed_bytes=block.packed.nbytes,
+            batch=len(x),
+            threads=threads,
+            kernel=None if kernel is None else kernel.encode(),
+            x=x.ctypes.data,
+            z=z.ctypes.data,
+            log_det=log_det.ctypes.data,
+            labels=None if own_labels is None else own_labels.ctypes.data,
+            workspace=room.ctypes.data,
+            workspace_bytes=room.nbytes,
+            cancel=None if watch is None else watch.cancel.ctypes.data,
+            progress=None if watch is None else watch.progress.ctypes.data,
+        )
+        for name, value in (planted or {}).items():
+            setattr(given, name, value)
+        status = self._library.tarflow_native_forward(ctypes.byref(given))
+        self._rooms.append(room)
+        self._check(status)
+        return z, log_det
+
+    def _room(self, needed: int) -> npt.NDArray[np.uint8]:
+        """A workspace: an earlier call's where it is large enough."""
+        try:
+            room = self._rooms.pop()
+        except IndexError:
+            return aligned_bytes(needed)
+        return room if room.nbytes >= needed else aligned_bytes(needed)
+
     def _check(self, status: int, culprit: str | None = None) -> None:
         if status:
             raise NativeError(status, self._library.tarflow_native_message(status).decode(), culprit)
@@ -249,9 +324,6 @@ def open_library() -> Library:
     if path is None:
         raise EngineError("engine native needs its library, which was not built", hint=NATIVE_BUILD)
     try:
-        library = Library(path)
+        return Library(path)
     except (OSError, AttributeError) as error:
         raise EngineError(f"the native kernel does not load from {path}: {error}", hint=NATIVE_BUILD) from error
-    if library.abi != ABI:
-        raise EngineError(f"{path} has ABI {library.abi}, this package needs {ABI}", hint=NATIVE_BUILD)
-    return library

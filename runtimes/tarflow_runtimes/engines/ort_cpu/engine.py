@@ -171,6 +171,9 @@ class OrtCpuEngine:
             z, gradient = zip(*pool.map(run, pieces), strict=True)
         return np.concatenate(z), np.concatenate(gradient)
 
+    def require_vjp(self) -> None:
+        """What it needs is there: the package and the bundle's graphs are looked for when the engine is opened."""
+
     def report(self) -> Mapping[str, Any]:
         """The version of ONNX Runtime, threads and device."""
         return {

@@ -1,8 +1,10 @@
-"""Engine `native` in the runtime: the same pictures as ort-cpu, one set of bits, progress, cancelling, refusals."""
+"""Engine `native` in the runtime: images and densities of ort-cpu, one set of bits, progress, cancelling, refusals."""
 
 from __future__ import annotations
 
 import _thread
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -71,10 +73,35 @@ def test_an_image_has_one_set_of_bits(native):
 
 
 @is_built
-def test_everything_else_is_that_of_ort_cpu(exported, flows, native):
+@pytest.mark.parametrize("name", MODELS)
+def test_densities_are_those_of_ort_cpu(exported, flows, native, name):
+    source, flow, other = exported(name), native(name), flows(name)
+    images, labels = source.images(5), source.labels(5)
+    for found, expected in zip(flow.encode(images, labels), other.encode(images, labels), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
+    z, log_det = flow.encode(images, labels)
+    assert (z.dtype, log_det.dtype) == (np.float32, np.float64)
+    np.testing.assert_allclose(flow.decode(z, labels), images, rtol=0, atol=1e-5)
+
+
+@is_built
+def test_a_density_has_one_set_of_bits(exported, native):
+    flow, images = native("class_n16"), exported("class_n16").images(64)
+    labels = np.arange(64) % 3
+    z, log_det = flow.encode(images, labels)
+    log_prob, posteriors = flow.log_prob(images, labels), flow.classify(images)
+    for first, count in ((0, 1), (7, 1), (59, 5)):
+        few = slice(first, first + count)
+        for found, expected in zip(flow.encode(images[few], labels[few]), (z, log_det), strict=True):
+            np.testing.assert_array_equal(found, expected[few])
+        np.testing.assert_array_equal(flow.log_prob(images[few], labels[few]), log_prob[few])
+        np.testing.assert_array_equal(flow.classify(images[few]), posteriors[few])
+
+
+@is_built
+def test_gradients_and_windows_are_those_of_ort_cpu(exported, flows, native):
     source, flow, other = exported("class"), native("class"), flows("class")
     images, labels = source.images(3), source.labels(3)
-    np.testing.assert_array_equal(flow.log_prob(images, labels), other.log_prob(images, labels))
     np.testing.assert_array_equal(flow.denoise(images, labels), other.denoise(images, labels))
     plan = tfr.Parallel(window=2, tolerance=1e-5)
     noise = source.latents(2)
@@ -117,6 +144,81 @@ def test_ctrl_c_ends_the_kernel(native):
     with pytest.raises(KeyboardInterrupt):
         draw()
     assert threading.active_count() == threads
+
+
+@is_built
+def test_ctrl_c_ends_a_long_encoding(exported, native, monkeypatch):
+    from tarflow_runtimes.engines.native import engine
+
+    flow, images = native("class_n16"), exported("class_n16").images(500)
+    expected = flow.log_prob(images)
+    monkeypatch.setattr(engine, "WATCHED_FLOPS", 0)
+    np.testing.assert_array_equal(flow.log_prob(images), expected)
+
+    def encode() -> None:
+        threading.Timer(0.05, _thread.interrupt_main).start()
+        for _ in range(1000):
+            flow.log_prob(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        encode()
+    assert "tarflow-native" not in {thread.name for thread in threading.enumerate()}
+
+
+WITHOUT_ONNXRUNTIME = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "onnxruntime":
+            raise ModuleNotFoundError("No module named 'onnxruntime'", name=name)
+
+sys.meta_path.insert(0, Missing())
+import tarflow_runtimes as tfr
+
+with tfr.load(engine="native") as flow:
+    images = flow.sample(2, labels=[3, 7], seed=0, guidance=1.0, denoise=False).images
+    z, log_det = flow.encode(images, [3, 7])
+    assert abs(flow.decode(z, [3, 7]) - images).max() < 1e-3
+    assert flow.log_prob(images, [3, 7]).shape == log_det.shape == (2,)
+    assert flow.classify(images).argmax(axis=1).tolist() == [3, 7]
+    steps = []
+    for call in (
+        lambda: flow.denoise(images, [3, 7]),
+        lambda: flow.sample(1, seed=0, on_step=steps.append),
+        lambda: flow.decode(z, [3, 7], plan=tfr.Parallel(window=4)),
+    ):
+        try:
+            call()
+        except tfr.EngineError as error:
+            print(error)
+            print(error.hint)
+    assert not steps, "it decoded before it said that it cannot denoise"
+assert "onnxruntime" not in sys.modules
+"""
+
+
+@is_built
+def test_what_needs_no_gradient_needs_no_onnx_runtime():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_ONNXRUNTIME], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    says = "engine native leaves gradients (denoise) and windows to ort-cpu: "
+    says += "engine ort-cpu needs ONNX Runtime, which is not installed"
+    assert done.stdout.splitlines() == [says, 'pip install "tarflow-sdk[ort]"'] * 3
+
+
+@is_built
+def test_it_passes_the_verification_that_travels():
+    """On the shipped bundle; what the kernel computes is no graph's."""
+    from tarflow_runtimes.measure.verify import verify
+
+    with tfr.load(engine="native") as flow:
+        records = verify(flow.bundle, flow.engine)
+    assert all(record.passed for record in records)
+    assert {record.graph for record in records if record.stage in ("inverse", "log_det")} == {None}
+    assert len(records) > 30
 
 
 @is_built
