@@ -1,4 +1,4 @@
-"""Engine `native` in the runtime: pictures and densities of ort-cpu, one set of bits, progress, cancelling, refusals."""
+"""Engine `native`: pictures and densities of ort-cpu, one set of bits, progress, cancelling, refusals."""
 
 from __future__ import annotations
 
