@@ -6,7 +6,7 @@
 ///     (a, b) = W_out h_i + b_out
 ///     z_0 = x_0;   z_{i+1} = (x_{i+1} - b) exp(-a);   log|det| = -sum of a
 ///
-/// Every sum is that of the inverse: (a, b) of a patch have the bits that they have there. log|det| is summed in float64.
+/// Every sum is that of the inverse: (a, b) of a patch have the same bits there. log|det| is summed in float64.
 ///
 /// A task is one layer of one tile of rows: a few whole images, or 16 n patches of one. Tasks are numbered layer by
 /// layer, and in a layer tile by tile; threads that share a group of images take them in this order, so that the first
