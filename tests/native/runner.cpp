@@ -2,9 +2,10 @@
 //
 //     runner JOB KERNEL THREADS OUTPUT
 //
-// KERNEL - is the best one. OUTPUT is x, the inverse of the noise, then z and log|det| of x. With more than one thread the
-// same job runs in two calls at once that share the packed weights, another thread watches the progress, and two more
-// calls are cancelled; that is what the thread sanitizer looks at. The format of JOB is `write_job` of conftest.py.
+// KERNEL - is the best one. OUTPUT is x, the inverse of the noise, then z and log|det| of x. With more than one thread
+// the same job runs in two calls at once that share the packed weights, another thread watches the progress, and two
+// more calls are cancelled; that is what the thread sanitizer looks at. The format of JOB is `write_job` of
+// conftest.py.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>

@@ -1,7 +1,7 @@
 // Runs one job of the native kernel as WebAssembly:  node runner.mjs MODULE JOB OUTPUT
 //
-// The format of JOB is `write_job` of conftest.py, that of OUTPUT the one of runner.cpp. Prints the time of the inverse in
-// milliseconds.
+// The format of JOB is `write_job` of conftest.py, that of OUTPUT the one of runner.cpp. Prints the time of the inverse
+// in milliseconds.
 import { readFileSync, writeFileSync } from "node:fs";
 
 const [, , modulePath, jobPath, outputPath] = process.argv;

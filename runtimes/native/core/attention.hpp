@@ -36,7 +36,8 @@ static void append_value(const float *v, i64 position, i64 head_dim, float *valu
   for (i64 e = head_dim; e < stride; ++e) to[e] = 0.0F;
 }
 
-/// logits[j] = sum of q[e] K[j][e] over even e + the same over odd e, of QUERIES queries and BLOCKS blocks of 16 positions.
+/// logits[j] = sum of q[e] K[j][e] over even e + the same over odd e, of QUERIES queries and BLOCKS blocks of 16
+/// positions.
 template <int QUERIES, int BLOCKS>
 static void logits_of(const float *q, i64 q_stride, const float *keys, i64 head_dim, float *logits, i64 stride) {
   const i64 block = head_dim * LANES;
@@ -76,8 +77,8 @@ static float exponentials(float *logits, i64 count) {
   return sum_of_lanes(sum);
 }
 
-/// out = (sum of w[j] V[j] over even j + the same over odd j) / total, of QUERIES queries and VECTORS vectors of a head.
-/// The first query reads `count` positions, each of the others one more than the one before.
+/// out = (sum of w[j] V[j] over even j + the same over odd j) / total, of QUERIES queries and VECTORS vectors of a
+/// head. The first query reads `count` positions, each of the others one more than the one before.
 template <int QUERIES, int VECTORS>
 static void weighted_values(const float *weights, i64 weights_stride, i64 count, const float *values, i64 stride,
                             const float *total, float *out, i64 out_stride) {

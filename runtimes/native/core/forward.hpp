@@ -1,11 +1,12 @@
 /// The forward pass of one block: patches to noise, the patches of an image as rows under the causal mask.
 ///
 ///     h_i = W_in x_i + b_in + (pos_embed_i + class_embed)                                  for i = 0 .. N - 2
-///     for each layer:  h_i += W_o attention(norm(h_i), K_0..i, V_0..i) + b_o;   h_i += W_2 gelu(W_1 norm(h_i) + b_1) + b_2
+///     for each layer:  h_i += W_o attention(norm(h_i), K_0..i, V_0..i) + b_o
+///                      h_i += W_2 gelu(W_1 norm(h_i) + b_1) + b_2
 ///     (a, b) = W_out h_i + b_out
 ///     z_0 = x_0;   z_{i+1} = (x_{i+1} - b) exp(-a);   log|det| = -sum of a
 ///
-/// Every sum is that of the inverse: (a, b) of a patch have the bits that they have there. Those of log|det| are float64.
+/// Every sum is that of the inverse: (a, b) of a patch have the same bits there. log|det| is summed in float64.
 ///
 /// A task is one layer of one tile of rows: a few whole images, or 16 n patches of one. Tasks are numbered layer by
 /// layer, and in a layer tile by tile; threads that share a group of images take them in this order, so that the first
@@ -74,13 +75,15 @@ static void each_piece(const Passing &run, const Tile &tile, const Work &work) {
 /// h = W_in x + b_in + (pos_embed + class_embed).
 static void embed_tile(const Passing &run, const Tile &tile) {
   const Layout &layout = *run.pass.layout;
-  const i64 stride = run.space.width_stride, values = run.shape.values, row_bytes = round_up(run.shape.width, PANEL) * 4;
+  const i64 stride = run.space.width_stride, values = run.shape.values;
+  const i64 row_bytes = round_up(run.shape.width, PANEL) * 4;
   const auto packed = [&](i64 offset) { return reinterpret_cast<const float *>(run.pass.packed + offset); };
   each_piece(run, tile, [&](const Piece &piece) {
     const float *x = run.pass.x + (piece.image * run.shape.patches + piece.position) * values;
     float *h = run.h + (tile.first + piece.row) * stride;
     product(layout.proj_in, run.pass.packed, Rows{x, values, h, stride, piece.count, false}, run.room);
-    const float *label = run.pass.labels ? packed(layout.class_embed + run.pass.labels[piece.image] * row_bytes) : nullptr;
+    const i64 *labels = run.pass.labels;
+    const float *label = labels ? packed(layout.class_embed + labels[piece.image] * row_bytes) : nullptr;
     for (i64 row = 0; row < piece.count; ++row) {
       const float *place = packed(layout.pos_embed + (piece.position + row) * row_bytes);
       float *to = h + row * stride;

@@ -109,15 +109,16 @@ i64 workspace_of_group(const Shape &shape, i64 branches, const Groups &groups) {
 
 Crowd crowd;
 
-/// Rows of a tile of the forward pass: enough that the weights are not waited for, few enough that what lies between two
-/// layers stays in the second-level cache. Tiles of one image begin at a multiple of LANES, where a block of keys does.
+/// Rows of a tile of the forward pass: enough that the weights are not waited for, few enough that what lies between
+/// two layers stays in the second-level cache. Tiles of one image begin at a multiple of LANES, where a block of keys
+/// does.
 constexpr i64 TILE_ROWS = 64;
 
 /// Rows from which another thread pays in the forward pass.
 constexpr i64 FORWARD_THREAD_ROWS = 16;
 
-/// How a batch goes forward: in groups of `images`, each taken by one thread, or by several where there are fewer images
-/// than threads.
+/// How a batch goes forward: in groups of `images`, each taken by one thread, or by several where there are fewer
+/// images than threads.
 struct PassGroups {
   i64 images, count, threads;
   bool shared;
