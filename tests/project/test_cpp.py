@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,19 @@ def test_quick(build: Callable[..., Path]) -> None:
     listed = _ctest(build("cpp"), "quick")
     for name in ("unit_native", "unit_sampling_native", "parity_shipped_ort-cpu", "consumer_installed", "symbols"):
         assert name in listed
+
+
+@pytest.mark.timeout(600)
+def test_the_first_program_of_the_docs(build: Callable[..., Path], tmp_path: Path) -> None:
+    """It is compiled and run as it stands, without ONNX Runtime."""
+    code = re.search(r"^```cpp\n(.*?)^```", (ROOT / "docs" / "CPP.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert code is not None
+    (tmp_path / "app.cpp").write_text(code.group(1))
+    (tmp_path / "mnist.tarflow").symlink_to(BUNDLE)
+    program, folder = tmp_path / "app", build("cpp")
+    compiled = "c++", "-std=c++17", "-Wall", "-Werror", f"-I{SOURCE / 'include'}", tmp_path / "app.cpp"
+    _run(*compiled, folder / "libtarflow.so", f"-Wl,-rpath,{folder}", "-o", program)
+    assert "drawn by native on " in _run("env", "-C", tmp_path, program, TARFLOW_ORT_LIBRARY="/nowhere")
 
 
 @pytest.mark.cpp

@@ -112,7 +112,7 @@ void OrtCpuEngine::invert(const Turn& turn, Floats& patches) const {
 }
 
 Floats OrtCpuEngine::forward(std::int64_t block, const Floats& patches, const Labels& labels,
-                       std::vector<double>& log_det) const {
+                             std::vector<double>& log_det) const {
   std::map<std::string, Floats> results = run(block, "forward", {{"patches", &patches}}, labels);
   const Floats& added = results.at("log_det");
   for (std::size_t i = 0; i < log_det.size(); ++i) log_det[i] += static_cast<double>(added[i]);
@@ -176,7 +176,8 @@ std::int64_t OrtCpuEngine::vjp_images() const {
 }
 
 /// `alone`: no other call runs meanwhile, so that this one may have all threads.
-ForwardHalf OrtCpuEngine::forward_half(std::int64_t block, const Floats& patches, const Labels& labels, bool alone) const {
+ForwardHalf OrtCpuEngine::forward_half(std::int64_t block, const Floats& patches, const Labels& labels,
+                                       bool alone) const {
   const std::shared_ptr<Session> ahead = session(block, "vjp_forward", threads_of(alone));
   ForwardHalf half;
   half.backward = session(block, "vjp_backward", threads_of(alone));
@@ -206,7 +207,7 @@ int OrtCpuEngine::threads_of(bool alone) const {
 /// A forward or gradient graph on a whole batch: a few images at a time, side by side where that is faster. The
 /// activations of all runs together stay within kActivationBytes, or are those of one image each.
 std::map<std::string, Floats> OrtCpuEngine::run(std::int64_t block, const char* kind, const Named& arrays,
-                                          const Labels& labels) const {
+                                                const Labels& labels) const {
   const Config& c = config();
   const std::int64_t batch = batch_of(*arrays[0].second);
   const std::int64_t image_bytes = 4 * c.patches * (4 * c.heads() * c.patches + 20 * c.width);
