@@ -63,7 +63,7 @@ Floats encode_patches(const Engine& engine, Floats x, const Labels& labels, cons
   log_det.assign(size(engine.batch_of(x)), 0.0);
   for (std::int64_t block = 0; block < engine.config().blocks; ++block) {
     call.check();
-    x = engine.forward(block, x, labels, log_det);
+    x = engine.forward(block, x, labels, call, log_det);
   }
   const Floats& prior = engine.bundle().prior;
   if (prior.empty()) return x;

@@ -53,7 +53,7 @@ class Engine {
   /// z [B, N, D] -> x [B, N, D] of one block, one patch after the other, in place.
   virtual void invert(const Turn& turn, Floats& patches) const = 0;
   /// Patches -> z; log|det| [B], nats, is added to `log_det`.
-  virtual Floats forward(std::int64_t block, const Floats& patches, const Labels& labels,
+  virtual Floats forward(std::int64_t block, const Floats& patches, const Labels& labels, const Call& call,
                          std::vector<double>& log_det) const = 0;
   /// The derivative of (c . z + log|det|) of all blocks with respect to the patches, with c = `cotangent`(z).
   virtual Floats vjp(const Floats& patches, const Labels& labels, const Cotangent& cotangent,

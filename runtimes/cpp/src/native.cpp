@@ -130,9 +130,9 @@ void NativeEngine::invert(const Turn& turn, Floats& patches) const {
   if (reversed) reverse(patches, c);
 }
 
-Floats NativeEngine::forward(std::int64_t block, const Floats& patches, const Labels& labels,
+Floats NativeEngine::forward(std::int64_t block, const Floats& patches, const Labels& labels, const Call& call,
                              std::vector<double>& log_det) const {
-  return ort_cpu("the density").forward(block, patches, labels, log_det);
+  return ort_cpu("the density").forward(block, patches, labels, call, log_det);
 }
 
 Floats NativeEngine::vjp(const Floats& patches, const Labels& labels, const Cotangent& cotangent,

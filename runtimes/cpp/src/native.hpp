@@ -40,7 +40,7 @@ class NativeEngine final : public Engine {
   const char* name() const override { return "native"; }
   const char* kernel() const override;
   void invert(const Turn& turn, Floats& patches) const override;
-  Floats forward(std::int64_t block, const Floats& patches, const Labels& labels,
+  Floats forward(std::int64_t block, const Floats& patches, const Labels& labels, const Call& call,
                  std::vector<double>& log_det) const override;
   Floats vjp(const Floats& patches, const Labels& labels, const Cotangent& cotangent,
              const Call& call) const override;

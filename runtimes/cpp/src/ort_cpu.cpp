@@ -111,9 +111,9 @@ void OrtCpuEngine::invert(const Turn& turn, Floats& patches) const {
   pool.run(work, std::min(workers_, static_cast<std::int64_t>(cuts.size())));
 }
 
-Floats OrtCpuEngine::forward(std::int64_t block, const Floats& patches, const Labels& labels,
+Floats OrtCpuEngine::forward(std::int64_t block, const Floats& patches, const Labels& labels, const Call& call,
                              std::vector<double>& log_det) const {
-  std::map<std::string, Floats> results = run(block, "forward", {{"patches", &patches}}, labels);
+  std::map<std::string, Floats> results = run(block, "forward", {{"patches", &patches}}, labels, call);
   const Floats& added = results.at("log_det");
   for (std::size_t i = 0; i < log_det.size(); ++i) log_det[i] += static_cast<double>(added[i]);
   return std::move(results.at("z"));
@@ -157,12 +157,13 @@ Floats OrtCpuEngine::vjp_recomputed(const Floats& patches, const Labels& labels,
   for (std::int64_t block = 0; block < config().blocks; ++block) {
     call.check();
     inputs.push_back(x);
-    x = forward(block, x, labels, unused);
+    x = forward(block, x, labels, call, unused);
   }
   Floats upstream = cotangent(std::move(x));
   for (std::int64_t block = config().blocks - 1; block >= 0; --block) {
     call.check();
-    upstream = run(block, "gradient", {{"patches", &inputs.back()}, {"cotangent", &upstream}}, labels).at("gradient");
+    const Named given = {{"patches", &inputs.back()}, {"cotangent", &upstream}};
+    upstream = run(block, "gradient", given, labels, call).at("gradient");
     inputs.pop_back();
   }
   return upstream;
@@ -207,7 +208,7 @@ int OrtCpuEngine::threads_of(bool alone) const {
 /// A forward or gradient graph on a whole batch: a few images at a time, side by side where that is faster. The
 /// activations of all runs together stay within kActivationBytes, or are those of one image each.
 std::map<std::string, Floats> OrtCpuEngine::run(std::int64_t block, const char* kind, const Named& arrays,
-                                                const Labels& labels) const {
+                                                const Labels& labels, const Call& call) const {
   const Config& c = config();
   const std::int64_t batch = batch_of(*arrays[0].second);
   const std::int64_t image_bytes = 4 * c.patches * (4 * c.heads() * c.patches + 20 * c.width);
@@ -226,7 +227,7 @@ std::map<std::string, Floats> OrtCpuEngine::run(std::int64_t block, const char* 
     for (const auto& [name, value] : values) given.emplace(name, value);
     made[static_cast<std::size_t>(piece)] = opened->run(given, count);
   };
-  WorkerPool(pieces, nullptr).run(run_piece, std::min(workers_, pieces));
+  WorkerPool(pieces, nullptr, &call).run(run_piece, std::min(workers_, pieces));
   std::map<std::string, Floats> results;
   for (const std::map<std::string, Ort::Value>& values : made) {
     for (const auto& [name, value] : values) append(results[name], value);

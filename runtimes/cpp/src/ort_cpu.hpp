@@ -43,7 +43,7 @@ class OrtCpuEngine final : public Engine {
                const char* user);
   const char* name() const override { return "ort-cpu"; }
   void invert(const Turn& turn, Floats& patches) const override;
-  Floats forward(std::int64_t block, const Floats& patches, const Labels& labels,
+  Floats forward(std::int64_t block, const Floats& patches, const Labels& labels, const Call& call,
                  std::vector<double>& log_det) const override;
   /// Cuts the batch into pieces whose activations can be kept, or recomputes them where one image's cannot.
   Floats vjp(const Floats& patches, const Labels& labels, const Cotangent& cotangent,
@@ -58,8 +58,8 @@ class OrtCpuEngine final : public Engine {
   Floats vjp_recomputed(const Floats& patches, const Labels& labels, const Cotangent& cotangent,
                         const Call& call) const;
   int threads_of(bool alone) const;
-  std::map<std::string, Floats> run(std::int64_t block, const char* kind, const Named& arrays,
-                                    const Labels& labels) const;
+  std::map<std::string, Floats> run(std::int64_t block, const char* kind, const Named& arrays, const Labels& labels,
+                                    const Call& call) const;
   std::shared_ptr<Session> session(std::int64_t block, const char* kind, int threads) const;
   std::shared_ptr<const EmbeddingTables> tables(std::int64_t block) const;
 
