@@ -149,7 +149,8 @@ tarflow_status tarflow_model_engine(const tarflow_model* model, tarflow_engine* 
   return guarded([&] {
     need(model, "model");
     const Engine& used = *model->engine;
-    put({0, used.name(), ort_version(), used.bundle().precision.c_str(), used.threads(), used.kernel()}, engine, "engine");
+    put({0, used.name(), ort_version(), used.bundle().precision.c_str(), used.threads(), used.kernel()}, engine,
+        "engine");
   });
 }
 

@@ -18,7 +18,8 @@ std::shared_ptr<const Engine> open_engine(Bundle bundle, const EngineOptions& op
   const auto shared = std::make_shared<const Bundle>(std::move(bundle));
   std::string name = options.name;
   if (name.empty() || name == "auto") name = NativeEngine::reads(shared->precision) ? "native" : "ort-cpu";
-  if (name == "native") return std::make_shared<const NativeEngine>(shared, options.threads, logger, options.ort_library);
+  if (name == "native")
+    return std::make_shared<const NativeEngine>(shared, options.threads, logger, options.ort_library);
   if (name == "ort-cpu")
     return std::make_shared<const OrtCpuEngine>(shared, options.threads, logger, options.ort_library, "engine ort-cpu");
   if (name == "ort-cuda" || name == "trt" || name == "trt-rtx")

@@ -1,4 +1,5 @@
-// NativeEngine: sequential decoding in the native kernel (runtimes/native), one call a block; ONNX Runtime for the rest.
+// NativeEngine: sequential decoding in the native kernel (runtimes/native), one call a block.
+// The rest runs on ONNX Runtime.
 #pragma once
 
 #include <memory>

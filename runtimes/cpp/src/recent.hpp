@@ -16,7 +16,8 @@ class Recent {
  public:
   explicit Recent(std::int64_t most) : most_(std::max<std::int64_t>(1, most)) {}
 
-  /// The value of that key, of `make`() where there is none; before which the one used longest ago goes when there are too many.
+  /// The value of that key, of `make`() where there is none; when there are too many, the one used longest ago goes
+  /// before that.
   template <typename Make>
   std::shared_ptr<Value> get(const Key& key, Make make) {
     const std::lock_guard<std::mutex> lock(mutex_);

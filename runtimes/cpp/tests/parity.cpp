@@ -38,7 +38,8 @@ class Comparison {
     if (!(equal || (here > 0.0 && worst <= here))) ++failures;
   }
   void print(const std::string& engine) const {
-    std::printf("%s, ONNX Runtime %s: %d of %d arrays are bit-identical\n", engine.c_str(), tarflow_ort_version(), equal_, arrays_);
+    std::printf("%s, ONNX Runtime %s: %d of %d arrays are bit-identical\n", engine.c_str(), tarflow_ort_version(),
+                equal_, arrays_);
   }
 
  private:

@@ -123,7 +123,7 @@ TARFLOW_API void tarflow_model_options_defaults(tarflow_model_options *options, 
 /* Open and check the bundle directory at `path`; `options` may be NULL. *model is the caller's, to be freed with
  * tarflow_model_free(); NULL on failure. Any thread.
  * TARFLOW_ERROR_BUNDLE: it is missing, damaged, unsafe, or of another version. TARFLOW_ERROR_ENGINE: the engine is
- * unknown or does not read the bundle's precision, or ort-cpu cannot load ONNX Runtime; no other engine takes its place.
+ * unknown or does not read the bundle's precision, or ort-cpu cannot load ONNX Runtime; no other takes its place.
  *
  * Engine native needs ONNX Runtime for the denoiser (also that of sample), encode, log_prob and classify alone, and
  * loads it when one of them is called: without it they are TARFLOW_ERROR_ENGINE. The process keeps the first ONNX
@@ -209,7 +209,7 @@ TARFLOW_API void tarflow_sample_options_defaults(tarflow_sample_options *options
 
 /* Draw n images into `images`, [n, C, height, width] or [n, N, D], `images_length` floats; `options` may be NULL. Image
  * i is a function of the seed and first_index + i alone, in whatever batch it is drawn.
- * TARFLOW_ERROR_INPUT: arguments out of range or that contradict each other. TARFLOW_ERROR_ENGINE: the engine failed, or
+ * TARFLOW_ERROR_INPUT: arguments out of range or that contradict each other. TARFLOW_ERROR_ENGINE: it failed, or
  * denoise needs an ONNX Runtime that is not there, which is found out before the first step.
  * TARFLOW_ERROR_CANCELLED: on_step or tarflow_sampler_cancel(); the sampler is as usable as before. Images that hold
  * values which are not finite are no error: the log warns, and the report lists them. */
