@@ -58,7 +58,7 @@ cpp-deps:
 		apt-get --quiet install --yes --no-install-recommends $(CPP_PACKAGES); }
 	runtimes/cpp/cmake/fetch_onnxruntime_headers.sh
 
-test-cpp: $(VENV)/ready
+test-cpp: $(VENV)/ready native
 	$(BIN)/python -m pytest -k "test_cpp or embed_c" tests/project $(PYTEST_OPTIONS)
 
 fuzz-cpp:

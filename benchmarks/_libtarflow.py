@@ -9,6 +9,33 @@ from typing import Any
 import numpy as np
 
 
+class ModelOptions(ctypes.Structure):
+    """`tarflow_model_options`."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("ort_library", ctypes.c_char_p),
+        ("on_log", ctypes.c_void_p),
+        ("log_user_data", ctypes.c_void_p),
+        ("threads", ctypes.c_int32),
+        ("skip_digests", ctypes.c_int32),
+        ("engine", ctypes.c_char_p),
+    )
+
+
+class EngineReport(ctypes.Structure):
+    """`tarflow_engine`."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("name", ctypes.c_char_p),
+        ("ort_version", ctypes.c_char_p),
+        ("precision", ctypes.c_char_p),
+        ("threads", ctypes.c_int64),
+        ("kernel", ctypes.c_char_p),
+    )
+
+
 class SampleOptions(ctypes.Structure):
     """The C struct `tarflow_sample_options`."""
 
@@ -29,26 +56,27 @@ class SampleOptions(ctypes.Structure):
 
 
 class LibTarFlow:
-    """A model and one sampler of it.
+    """A model on an engine, and one sampler of it; `engine` describes what runs.
 
     Raises:
         RuntimeError: from any method, with the library's message.
     """
 
-    def __init__(self, library: str | Path, bundle: str | Path) -> None:
+    def __init__(self, library: str | Path, bundle: str | Path, engine: str) -> None:
         self._library = ctypes.CDLL(str(library))
         for name in ("message", "hint"):
             getattr(self._library, f"tarflow_last_{name}").restype = ctypes.c_char_p
-        self._library.tarflow_ort_version.restype = ctypes.c_char_p
         model, self._sampler = ctypes.c_void_p(), ctypes.c_void_p()
-        self._check(self._library.tarflow_model_open(str(bundle).encode(), None, ctypes.byref(model)))
+        chosen = ModelOptions()
+        self._library.tarflow_model_options_defaults(ctypes.byref(chosen), ctypes.c_size_t(ctypes.sizeof(chosen)))
+        chosen.engine = engine.encode()
+        self._check(self._library.tarflow_model_open(str(bundle).encode(), ctypes.byref(chosen), ctypes.byref(model)))
+        found = EngineReport(struct_size=ctypes.sizeof(EngineReport))
+        self._check(self._library.tarflow_model_engine(model, ctypes.byref(found)))
+        on = found.kernel.decode() or f"ONNX Runtime {found.ort_version.decode()}"
+        self.engine = f"{on}, {found.threads} threads"
         self._check(self._library.tarflow_sampler_create(model, ctypes.byref(self._sampler)))
         self._library.tarflow_model_free(model)
-
-    @property
-    def ort_version(self) -> str:
-        """Version of the ONNX Runtime that it loaded."""
-        return str(self._library.tarflow_ort_version().decode())
 
     def sample(self, noise: np.ndarray, labels: list[int] | None, **options: Any) -> np.ndarray:
         """Noise float32 [n, N, D] -> n images, flat; `options` are fields of `tarflow_sample_options`."""

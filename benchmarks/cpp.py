@@ -1,9 +1,10 @@
-"""Sequential sampling and denoising: libtarflow against the Python runtime, same bundle, same noise, same ONNX Runtime.
+"""Sequential sampling and denoising, two sides in turn: libtarflow and the Python runtime, on any of their engines.
 
-    python benchmarks/cpp.py --library build/cpp/libtarflow.so [--bundle NAME.tarflow] [--batch 1,16,64] [--json FILE]
+    python benchmarks/cpp.py --library build/cpp/libtarflow.so [--sides cpp:ort-cpu,cpp:native] [--batch 1,16,64]
 
-Each side runs in a separate process and is called in turn; times are medians over the rounds, the ratio is the median
-of the rounds' ratios, above 1 if libtarflow is faster. The images of both sides are compared bit for bit.
+A side is RUNTIME:ENGINE; runtimes are `cpp` and `python`. Each runs in a separate process and is called in turn on the
+same bundle, noise and ONNX Runtime; times are medians over the rounds, the ratio is the median of the rounds' ratios,
+above 1 if the second side is faster. The images of both sides are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -26,31 +27,33 @@ from _peer import Peer, serve
 from _work import header, write_json
 
 
-def serve_python(bundle: str, _: str) -> None:
+def serve_python(bundle: str, _: str, engine: str) -> None:
     """The Python runtime."""
     import tarflow_runtimes as tfr
 
-    flow = tfr.load(bundle)
+    flow = tfr.load(bundle, engine)
 
     def sample(noise: str, labels: list[int] | None, guidance: float, *, denoise: bool) -> np.ndarray:
         given = np.load(noise)
         return flow.sample(len(given), labels=labels, noise=given, guidance=guidance, denoise=denoise).images
 
-    serve(sample, runtime=f"onnxruntime {flow.engine_report['onnxruntime']}, {flow.engine_report['threads']} threads")
+    report = flow.engine_report
+    on = report.get("kernel") or f"ONNX Runtime {report['onnxruntime']}"
+    serve(sample, runtime=f"{on}, {report['threads']} threads")
 
 
-def serve_cpp(bundle: str, library: str) -> None:
+def serve_cpp(bundle: str, library: str, engine: str) -> None:
     """Libtarflow, called through ctypes."""
-    opened = LibTarFlow(library, bundle)
+    opened = LibTarFlow(library, bundle, engine)
 
     def sample(noise: str, labels: list[int] | None, guidance: float, *, denoise: bool) -> np.ndarray:
         return opened.sample(np.load(noise), labels, guidance=guidance, denoise=int(denoise))
 
-    serve(sample, runtime=f"onnxruntime {opened.ort_version}")
+    serve(sample, runtime=opened.engine)
 
 
 def compare(  # noqa: PLR0917 - both sides and their work
-    python: Peer, cpp: Peer, folder: Path, shape: tuple[int, ...], rounds: int, seconds: float, **options: object
+    first: Peer, second: Peer, folder: Path, shape: tuple[int, ...], rounds: int, seconds: float, **options: object
 ) -> dict[str, object]:
     """Both sides in turn on the same noise, the one that begins changing: seconds, their ratio, whether bits agree.
 
@@ -59,25 +62,26 @@ def compare(  # noqa: PLR0917 - both sides and their work
     np.save(folder / "noise.npy", np.random.default_rng(shape[0]).standard_normal(shape, dtype=np.float32))
     request = {"noise": str(folder / "noise.npy"), **options}
     images = []
-    for peer in (python, cpp):
+    for peer in (first, second):
         peer.call(**request, save=str(folder / "images.npy"))
         images.append(np.load(folder / "images.npy").ravel())
     times: list[tuple[float, float]] = []
     began = time.perf_counter()
     while len(times) < rounds or time.perf_counter() - began < seconds:
-        order = (python, cpp) if len(times) % 2 else (cpp, python)
-        taken = {peer.name: peer.call_rested(**request) for peer in order}
-        times.append((taken["python"], taken["cpp"]))
+        order = (first, second) if len(times) % 2 else (second, first)
+        taken = {id(peer): peer.call_rested(**request) for peer in order}
+        times.append((taken[id(first)], taken[id(second)]))
     mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-    ratios = sorted(python_seconds / cpp_seconds for python_seconds, cpp_seconds in times)
+    ratios = sorted(before / after for before, after in times)
     return {
         "rounds": len(times),
-        "python_ms": 1e3 * mine,
-        "cpp_ms": 1e3 * theirs,
+        "first_ms": 1e3 * mine,
+        "second_ms": 1e3 * theirs,
         "ratio": statistics.median(ratios),
         "ratio_low": ratios[0],
         "ratio_high": ratios[-1],
         "bit_identical": bool(np.array_equal(*images)),
+        "largest_difference": float(np.abs(images[0] - images[1]).max()),
     }
 
 
@@ -92,6 +96,7 @@ def shared_library() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", required=True, help="libtarflow.so")
+    parser.add_argument("--sides", default="cpp:ort-cpu,cpp:native", help="two, as RUNTIME:ENGINE")
     parser.add_argument("--bundle", help="the shipped digits unless given")
     parser.add_argument("--batch", default="1,16,64")
     parser.add_argument("--guidance", default="0,1.5")
@@ -106,12 +111,17 @@ def main() -> None:
     os.environ.setdefault("TARFLOW_ORT_LIBRARY", shared_library())
     bundle = open_bundle(arguments.bundle or shipped_bundle(), verify_digests=False)
     config = bundle.config
-    given = (str(Path(__file__).resolve()), str(bundle.path), str(Path(arguments.library).resolve()))
-    python, cpp = Peer("python", *given), Peer("cpp", *given)
-    head = header(bundle=bundle.path.name, python=python.ready["runtime"], cpp=cpp.ready["runtime"],
-                  rounds=arguments.rounds)  # fmt: skip
+    sides = arguments.sides.split(",")
+    peers = []
+    for side in sides:
+        runtime, _, engine = side.partition(":")
+        script, library = str(Path(__file__).resolve()), str(Path(arguments.library).resolve())
+        peers.append(Peer(runtime, script, str(bundle.path), library, engine))
+    first, second = peers
+    head = header(bundle=bundle.path.name, first=f"{sides[0]}, {first.ready['runtime']}",
+                  second=f"{sides[1]}, {second.ready['runtime']}", rounds=arguments.rounds)  # fmt: skip
     print(json.dumps(head))
-    print("batch guide denoise  Python ms    C++ ms  Python/C++  (low..high)  same bits")
+    print("batch guide denoise   first ms second ms first/second (low..high)  same bits")
     rows = []
     with tempfile.TemporaryDirectory() as name:
         for batch in map(int, arguments.batch.split(",")):
@@ -120,17 +130,17 @@ def main() -> None:
             calls = [(float(guidance), False) for guidance in arguments.guidance.split(",")]
             for guidance, denoise in [*calls, (0.0, True)] if config.noise_std else calls:
                 options = {"labels": labels, "guidance": guidance, "denoise": denoise}
-                row = compare(python, cpp, Path(name), shape, arguments.rounds, arguments.seconds, **options)
+                row = compare(first, second, Path(name), shape, arguments.rounds, arguments.seconds, **options)
                 rows.append({"batch": batch, "guidance": guidance, "denoise": denoise} | row)
                 print(
-                    f"{batch:5d} {guidance:5.1f} {denoise!s:>7} {row['python_ms']:10.1f} {row['cpp_ms']:9.1f}"
+                    f"{batch:5d} {guidance:5.1f} {denoise!s:>7} {row['first_ms']:10.1f} {row['second_ms']:9.1f}"
                     f" {row['ratio']:10.2f}x {row['ratio_low']:6.2f}..{row['ratio_high']:.2f}  {row['bit_identical']}",
                     flush=True,
                 )
                 if arguments.json:
                     write_json(arguments.json, {"header": head, "rows": rows})
-    python.close()
-    cpp.close()
+    for peer in peers:
+        peer.close()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ using Labels = std::vector<std::int64_t>;
 static void show(const std::string& bundle) {
   const tarflow::Model model(bundle);
   const auto classes = model.config().classes;
-  std::printf("%lld classes on ONNX Runtime %s\n", static_cast<long long>(classes), tarflow_ort_version());
+  const tarflow_engine engine = model.engine();
+  std::printf("%lld classes on engine %s %s\n", static_cast<long long>(classes), engine.name, engine.kernel);
   tarflow::Sampler sampler(model);
   Labels labels;
   for (std::int64_t i = 0; i < classes; ++i) labels.push_back(i);

@@ -13,6 +13,7 @@ int main(int argc, char **argv) {
   tarflow_model *model = NULL;
   tarflow_sampler *sampler = NULL;
   tarflow_config config;
+  tarflow_engine engine;
   tarflow_sample_options options;
   float *images = NULL;
   size_t length;
@@ -22,16 +23,18 @@ int main(int argc, char **argv) {
     fprintf(stderr, "usage: embed_c BUNDLE\n");
     return 2;
   }
-  config.struct_size = sizeof config;
+  tarflow_config_init(&config);
+  tarflow_engine_init(&engine);
   tarflow_sample_options_init(&options);
   options.seed = 7;
+  options.denoise = 0; /* as drawn: what takes the training noise out needs ONNX Runtime */
   bad = failed(tarflow_model_open(argv[1], NULL, &model)) || failed(tarflow_model_config(model, &config)) ||
-        failed(tarflow_sampler_create(model, &sampler));
+        failed(tarflow_model_engine(model, &engine)) || failed(tarflow_sampler_create(model, &sampler));
   if (!bad) {
     length = 2 * (size_t)(config.patches * config.patch_values);
     images = (float *)malloc(length * sizeof *images);
     bad = images == NULL || failed(tarflow_sampler_sample(sampler, 2, NULL, &options, images, length));
-    if (!bad) printf("2 images of %ld x %ld, first value %f\n", (long)config.image_size, (long)config.image_size, images[0]);
+    if (!bad) printf("2 images of %ld values by %s, the first is %f\n", (long)(length / 2), engine.name, images[0]);
   }
   free(images);
   tarflow_sampler_free(sampler);

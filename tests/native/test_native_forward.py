@@ -49,11 +49,9 @@ def test_int8_weights_with_int8_activations(models, name):
     z, log_det = model.forward(patches, labels)
     exact_z, exact_log_det = model.exact_forward(patches, labels)
     assert 0 < np.sqrt(np.mean((z - exact_z) ** 2)) < 0.02
-    np.testing.assert_allclose(log_det, exact_log_det, rtol=0.01, atol=0.1)
+    np.testing.assert_allclose(log_det, exact_log_det, rtol=0.02, atol=0.5)
     back = model.native(z, model.conditions(9, "plain"))
-    assert (
-        np.median(np.abs(back - patches)) < 1e-5
-    )  # both ways round alike, but where a value lies between two integers
+    assert np.median(np.abs(back - patches)) < 1e-5  # both ways round alike, but for values halfway
 
 
 def test_digits_are_at_least_as_exact_as_with_onnx_runtime(models):

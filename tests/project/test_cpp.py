@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 
 import tarflow_runtimes as tfr
 from tarflow_export import convert_bundle, export_bundle
+from tarflow_runtimes.doctor.requirements import NATIVE_BUILD, native_library  # whether Python has the kernel
 from tarflow_sdk import FlowConfig
 from tarflow_sdk.testing import random_model, tiny_config
 
@@ -32,6 +34,7 @@ SHIPPED = ROOT / "tests" / "goldens" / "shipped.safetensors"
 MATRIX: dict[str, FlowConfig] = {
     "class": tiny_config(labels=("cat", "dog", "wild")),
     "unconditional": tiny_config(classes=0, patch_size=2),
+    "many_patches": tiny_config(patch_size=1),
     "no_nvp": tiny_config(nvp=False, image_channels=2),
     "no_nvp_unconditional": tiny_config(nvp=False, classes=0, noise="uniform", noise_std=None),
     "tokens": FlowConfig(
@@ -39,6 +42,12 @@ MATRIX: dict[str, FlowConfig] = {
     ),
 }
 """Models with random weights."""
+
+ENGINES: dict[str, tuple[str, ...]] = {
+    "native": ("float32", "bfloat16", "int8"),
+    "ort-cpu": ("float32", "float16", "int8"),
+}
+"""The precisions that each engine computes in."""
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +64,12 @@ def _module(path: Path) -> ModuleType:
 
 
 golden = _module(SOURCE / "tests" / "golden.py")
+
+
+def _load(bundle: Path, engine: str) -> tfr.Flow:
+    if engine == "native" and native_library() is None:
+        pytest.skip(f"Python's native kernel was not built: {NATIVE_BUILD}")
+    return tfr.load(bundle, engine)
 
 
 def _done(*command: str | Path, **environment: str | Path) -> tuple[int, str]:
@@ -92,9 +107,10 @@ def _ctest(folder: Path, label: str) -> str:
     return _run("ctest", "--test-dir", folder, "-L", label, "--output-on-failure", "--no-tests=error")
 
 
-def test_python_computes_the_committed_golden_file() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_python_computes_the_committed_golden_file(engine: str) -> None:
     cases, arrays = golden.read(SHIPPED)
-    with tfr.load(BUNDLE) as flow:
+    with _load(BUNDLE, engine) as flow:
         assert cases == [
             {**case, "arrays": accepted["arrays"]}
             for case, accepted in zip(golden.cases(flow.config, small=True), cases, strict=True)
@@ -111,8 +127,21 @@ def test_python_computes_the_committed_golden_file() -> None:
 @pytest.mark.timeout(600)
 def test_quick(build: Callable[..., Path]) -> None:
     listed = _ctest(build("cpp"), "quick")
-    for name in ("unit_sampling", "parity_shipped", "consumer_installed", "symbols"):
+    for name in ("unit_native", "unit_sampling_native", "parity_shipped_ort-cpu", "consumer_installed", "symbols"):
         assert name in listed
+
+
+@pytest.mark.timeout(600)
+def test_the_first_program_of_the_docs(build: Callable[..., Path], tmp_path: Path) -> None:
+    """It is compiled and run as it stands, without ONNX Runtime."""
+    code = re.search(r"^```cpp\n(.*?)^```", (ROOT / "docs" / "CPP.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert code is not None
+    (tmp_path / "app.cpp").write_text(code.group(1))
+    (tmp_path / "mnist.tarflow").symlink_to(BUNDLE)
+    program, folder = tmp_path / "app", build("cpp")
+    compiled = "c++", "-std=c++17", "-Wall", "-Werror", f"-I{SOURCE / 'include'}", tmp_path / "app.cpp"
+    _run(*compiled, folder / "libtarflow.so", f"-Wl,-rpath,{folder}", "-o", program)
+    assert "drawn by native on " in _run("env", "-C", tmp_path, program, TARFLOW_ORT_LIBRARY="/nowhere")
 
 
 @pytest.mark.cpp
@@ -140,45 +169,80 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
 @pytest.fixture(scope="session")
 def goldens(random_bundle: Callable[..., Path]) -> Callable[..., tuple[Path, Path]]:
-    """`goldens(name, precision)`: a random bundle, and its golden file from this machine."""
+    """`goldens(name, engine, precision)`: a random bundle, and its golden file of an engine on this machine."""
 
     @functools.cache
-    def make(name: str, precision: str = "float32") -> tuple[Path, Path]:
+    def make(name: str, engine: str, precision: str = "float32") -> tuple[Path, Path]:
         bundle = random_bundle(name, precision)
-        expected = bundle.parent / "golden.safetensors"
-        golden.write(bundle, expected, small=False)
+        expected = bundle.parent / f"{engine}.safetensors"
+        with _load(bundle, engine) as flow:
+            golden.write(flow, expected, small=False)
         return bundle, expected
 
     return make
 
 
-def _check(folder: Path, bundle: Path, expected: Path, library: Path, samples: int) -> None:
+def _check(folder: Path, model: tuple[Path, Path], engine: str, library: Path, samples: int) -> None:
     """Memory and every number of a random model, in one build."""
-    heap = _run(folder / "tests" / "tarflow_memory", bundle, str(samples), TARFLOW_ORT_LIBRARY=library)
+    bundle, expected = model
+    heap = _run(folder / "tests" / "tarflow_memory", bundle, engine, str(samples), TARFLOW_ORT_LIBRARY=library)
     assert "0 from step to step" in heap
-    equal = _run(folder / "tests" / "tarflow_parity", bundle, expected, "--exact", TARFLOW_ORT_LIBRARY=library)
+    equal = _run(folder / "tests" / "tarflow_parity", bundle, expected, engine, "--exact", TARFLOW_ORT_LIBRARY=library)
     assert "bit-identical" in equal
 
 
 @pytest.mark.timeout(600)
-def test_quick_random(build: Callable[..., Path], goldens: Callable[..., tuple[Path, Path]], cpp_library: Path) -> None:
-    _check(build("cpp"), *goldens("class"), cpp_library, 1000)
+@pytest.mark.parametrize(("name", "engine"), [("many_patches", "native"), ("class", "ort-cpu")])
+def test_quick_random(
+    name: str, engine: str, build: Callable[..., Path], goldens: Callable[..., tuple[Path, Path]], cpp_library: Path
+) -> None:
+    _check(build("cpp"), goldens(name, engine), engine, cpp_library, 1000)
 
 
 @pytest.mark.cpp
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+@pytest.mark.parametrize(
+    ("engine", "precision"), [(name, dtype) for name, dtypes in ENGINES.items() for dtype in dtypes]
+)
 @pytest.mark.parametrize("name", MATRIX)
-def test_matrix(
+def test_matrix(  # noqa: PLR0917 - cases and fixtures
     name: str,
+    engine: str,
     precision: str,
     build: Callable[..., Path],
     goldens: Callable[..., tuple[Path, Path]],
     cpp_library: Path,
 ) -> None:
-    """Random models: every guidance, batches of 1, 3 and 17, bit for bit what Python computes here."""
-    program = build("cpp") / "tests" / "tarflow_parity"
-    assert "bit-identical" in _run(program, *goldens(name, precision), "--exact", TARFLOW_ORT_LIBRARY=cpp_library)
+    """Random models: every guidance, batches of 1, 3 and 17, bit for bit what Python's engine computes here."""
+    command = build("cpp") / "tests" / "tarflow_parity", *goldens(name, engine, precision), engine, "--exact"
+    assert f"{engine}, ONNX Runtime" in _run(*command, TARFLOW_ORT_LIBRARY=cpp_library)
+
+
+@pytest.mark.cpp
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("engine", "precision", "said"),
+    [
+        ("native", "float16", "engine native reads float32, bfloat16, int8, bundle class.tarflow is of float16"),
+        ("ort-cpu", "bfloat16", "bundle class.tarflow is of bfloat16 and has no graphs for ort-cpu"),
+        ("auto", "bfloat16", "bundle class.tarflow is of bfloat16 and has no graphs for ort-cpu"),
+    ],
+)
+def test_an_engine_and_a_precision_that_do_not_fit(  # noqa: PLR0917 - cases and fixtures
+    engine: str,
+    precision: str,
+    said: str,
+    build: Callable[..., Path],
+    random_bundle: Callable[..., Path],
+    cpp_library: Path,
+    tmp_path: Path,
+) -> None:
+    """Neither here nor for the denoiser does another engine take its place; without it, native draws in bfloat16."""
+    command = build("cpp") / "tarflow-sample", random_bundle("class", precision), "--engine", engine, "-o"
+    code, printed = _done(*command, tmp_path / "x.png", TARFLOW_ORT_LIBRARY=cpp_library)
+    assert (code, said in printed, "hint: " in printed) == (2, True, True), printed
+    code, printed = _done(*command, tmp_path / "x.png", "--no-denoise", TARFLOW_ORT_LIBRARY=cpp_library)
+    assert (code, ", native," in printed) == ((0, True) if engine == "auto" else (2, False)), printed
 
 
 @pytest.mark.cpp
@@ -198,7 +262,8 @@ def test_sanitizers(
     options = f"suppressions={SOURCE / 'tests' / 'tsan.supp'}:halt_on_error=1"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TSAN_OPTIONS", options)
-        _check(folder, *goldens("class"), cpp_library, 100)
+        for name, engine in (("many_patches", "native"), ("class", "ort-cpu")):
+            _check(folder, goldens(name, engine), engine, cpp_library, 100)
 
 
 WHEELS = ("1.28.0", "1.29.0", "1.30.0", "1.31.1", "1.32.0")
@@ -220,34 +285,38 @@ def test_one_program_runs_on_every_onnx_runtime(version: str, build: Callable[..
     with zipfile.ZipFile(archive) as files:
         (member,) = [name for name in files.namelist() if "/libonnxruntime.so" in name]
         library = files.extract(member, tmp_path)
-    assert f"ONNX Runtime {version}" in _run(program, BUNDLE, SHIPPED, TARFLOW_ORT_LIBRARY=library)
+    assert f"ONNX Runtime {version}" in _run(program, BUNDLE, SHIPPED, "ort-cpu", TARFLOW_ORT_LIBRARY=library)
 
 
 @pytest.mark.cpp
 @pytest.mark.parametrize("guidance", [tfr.Guidance(), tfr.Guidance(weight=1.3, attention_temperature=0.7)])
-@pytest.mark.parametrize(("name", "precision"), [("class", "float16"), ("no_nvp", "float32"), ("tokens", "int8")])
+@pytest.mark.parametrize(
+    ("name", "precision", "engine"),
+    [("class", "float16", "ort-cpu"), ("no_nvp", "float32", "native"), ("tokens", "int8", "native")],
+)
 @pytest.mark.timeout(600)
 def test_tool(  # noqa: PLR0917 - cases and fixtures
     name: str,
     precision: str,
+    engine: str,
     guidance: tfr.Guidance,
     build: Callable[..., Path],
     random_bundle: Callable[..., Path],
     cpp_library: Path,
     tmp_path: Path,
 ) -> None:
-    """`tarflow-sample` draws, bit for bit, what the Python runtime does, and says so."""
+    """`tarflow-sample` draws, bit for bit, what the Python runtime does, and says on which engine it chose to."""
     bundle, output = random_bundle(name, precision), tmp_path / "images.npy"
     flags = ["--labels", "0,1,null", "--seed", "3", "-n", "5", "--batch-size", "2", "--json", "-o", str(output)]
     if guidance.weight:
         flags += ["--guidance", "1.3", "--attention-temperature", "0.7"]
     said = _run(build("cpp") / "tarflow-sample", bundle, *flags, TARFLOW_ORT_LIBRARY=cpp_library)
     report = json.loads(said[said.index("{") : said.rindex("}") + 1])  # what it says to people goes to stderr
-    with tfr.load(bundle) as flow:
+    with _load(bundle, engine) as flow:
         sample = flow.sample(5, labels=[0, 1, -1, 0, 1], seed=3, batch_size=2, guidance=guidance)
         assert report["digest"] == flow.bundle.digest
     np.testing.assert_array_equal(np.load(output), sample.images)
-    assert (report["precision"], report["non_finite"]) == (precision, [])
+    assert (report["engine"], report["precision"], report["non_finite"]) == (engine, precision, [])
 
 
 @pytest.mark.cpp
@@ -264,9 +333,12 @@ def test_tool_writes_no_pictures_of_tokens(
 
 @pytest.mark.cpp
 @pytest.mark.timeout(600)
-def test_pictures_of_the_tool(build: Callable[..., Path], cpp_library: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_pictures_of_the_tool(engine: str, build: Callable[..., Path], cpp_library: Path, tmp_path: Path) -> None:
     """A grid of `tarflow-sample` holds the pixels and the text of one of `tarflow-infer`."""
+    _load(BUNDLE, engine).close()
     flags = ["-n", "7", "--labels", "4,2", "--seed", "5", "--guidance", "1.5", "--guide", "a", "--anneal-guidance"]
+    flags += ["--engine", engine]
     ours, theirs = tmp_path / "ours.png", tmp_path / "theirs.png"
     _run(build("cpp") / "tarflow-sample", BUNDLE, *flags, "-o", ours, TARFLOW_ORT_LIBRARY=cpp_library)
     _run(Path(sys.executable).with_name("tarflow-infer"), BUNDLE, *flags, "-o", theirs)
@@ -334,7 +406,7 @@ def test_a_graph_that_is_not_what_its_manifest_says(  # noqa: PLR0917 - cases an
     tmp_path: Path,
 ) -> None:
     """Its digest is right, and it is refused before anything of it is read: when it is opened, else when it has run."""
-    bundle, expected = goldens("class")
+    bundle, expected = goldens("class", "ort-cpu")
     copy = Path(shutil.copytree(bundle, tmp_path / "odd.tarflow"))
     manifest = json.loads((copy / "manifest.json").read_text())
     for path in copy.glob(f"graphs/{graph}.onnx".replace("graphs/portable", "block_*")):
@@ -345,7 +417,8 @@ def test_a_graph_that_is_not_what_its_manifest_says(  # noqa: PLR0917 - cases an
         entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         manifest["files"][path.relative_to(copy).as_posix()] = entry
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    code, printed = _done(build("cpp") / "tests" / "tarflow_parity", copy, expected, TARFLOW_ORT_LIBRARY=cpp_library)
+    command = build("cpp") / "tests" / "tarflow_parity", copy, expected, "ort-cpu"
+    code, printed = _done(*command, TARFLOW_ORT_LIBRARY=cpp_library)
     assert code == 1
     assert f"graph {graph}" in printed
     assert said in printed

@@ -90,14 +90,6 @@ Config read_config(const Fields& fields, bool is_tokens) {
   return c;
 }
 
-std::string read_precision(const Fields& manifest) {
-  std::string precision = manifest.choice("precision", {"float32", "float16", "bfloat16", "int8"});
-  if (precision == "bfloat16")
-    throw bundle_problem(manifest.root, "its precision is bfloat16, in which no processor computes",
-                         "run it on a GPU from Python, or export the checkpoint in float32, float16 or int8");
-  return precision;
-}
-
 Files read_files(const Fields& fields, bool verify_digests) {
   Files files;
   for (const auto& item : fields.data.items()) {
@@ -335,9 +327,8 @@ std::vector<float> read_prior(const Fields& manifest, const Config& config, cons
 
 std::vector<float> Bundle::floats(const Block& block, const std::string& tensor) const {
   const Tensor& entry = tensors.at(tensor);
-  const std::string bytes = read_file(block.weights, entry.offset, entry.bytes);
-  std::vector<float> values(bytes.size() / sizeof(float));
-  std::memcpy(values.data(), bytes.data(), bytes.size());
+  std::vector<float> values(static_cast<std::size_t>(entry.bytes) / sizeof(float));
+  std::memcpy(values.data(), MappedFile(block.weights).data() + entry.offset, static_cast<std::size_t>(entry.bytes));
   return values;
 }
 
@@ -352,14 +343,14 @@ Bundle open_bundle(const std::string& path, bool verify_digests) {
   bundle.digest = sha256_of(raw);
   const bool is_tokens = manifest.choice("data", {"image", "tokens"}) == "tokens";
   bundle.config = read_config(manifest.child("config"), is_tokens);
-  bundle.precision = read_precision(manifest);
+  bundle.precision = manifest.choice("precision", {"float32", "float16", "bfloat16", "int8"});
   if (!is_tokens && manifest.list("image_range") != Json({-1.0, 1.0}))
     throw manifest.error("image_range", "is not [-1, 1]");
   check_cache(manifest.child("cache"), bundle.config, bundle.cache_dtype());
   const Files files = read_files(manifest.child("files"), verify_digests);
   bundle.blocks = read_blocks(manifest, bundle.config, files);
   bundle.tensors = read_tensors(manifest.child("tensors"), bundle.config, bundle.blocks);
-  bundle.graphs = read_graphs(manifest, bundle, files, verify_digests);
+  if (bundle.precision != "bfloat16") bundle.graphs = read_graphs(manifest, bundle, files, verify_digests);
   bundle.prior = read_prior(manifest, bundle.config, files);
   if (manifest.has("reference")) file_of(manifest, "reference", files);
   return bundle;

@@ -55,13 +55,15 @@ struct Bundle {
   std::string path;  // absolute, without links
   std::string digest;
   Config config;
-  std::string precision;                // float32, float16 or int8
-  std::map<std::string, Graph> graphs;  // by kind: forward, gradient, step, step_guided, step_tempered, vjp_*
+  std::string precision;                // float32, float16, bfloat16 or int8
+  std::map<std::string, Graph> graphs;  // of ort-cpu, by kind: forward, gradient, step, step_guided, step_tempered,
+                                        // vjp_*; none in bfloat16, in which it does not compute
   std::map<std::string, Tensor> tensors;
   std::vector<Block> blocks;
   std::vector<float> prior;  // [N, D], or empty when the variance is one everywhere
 
-  std::string cache_dtype() const { return precision == "float16" ? "float16" : "float32"; }
+  std::string name() const { return path.substr(path.rfind('/') + 1); }
+  std::string cache_dtype() const { return precision == "int8" ? "float32" : precision; }
   /// A tensor of a block's weights, which must be float32. Throws Error (TARFLOW_ERROR_BUNDLE).
   std::vector<float> floats(const Block& block, const std::string& tensor) const;
 };

@@ -1,6 +1,9 @@
 #include "bundle_files.hpp"
 
+#include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -69,18 +72,25 @@ std::string confined(const std::string& root, const std::string& name) {
   return here;
 }
 
-std::string read_file(const std::string& path, std::int64_t offset, std::int64_t length) {
+std::string read_file(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
-  std::string bytes;
-  if (length < 0) {
-    bytes.assign(std::istreambuf_iterator<char>(file), {});
-  } else {
-    bytes.resize(static_cast<std::size_t>(length));
-    file.seekg(offset).read(bytes.data(), length);
-  }
+  std::string bytes(std::istreambuf_iterator<char>(file), {});
   if (!file) throw bundle_error("cannot read " + path, kFetchAgain);
   return bytes;
 }
+
+MappedFile::MappedFile(const std::string& path) : memory_(MAP_FAILED) {
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  struct stat status = {};
+  if (file >= 0 && fstat(file, &status) == 0) {
+    size_ = static_cast<std::size_t>(status.st_size);
+    memory_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
+  }
+  if (file >= 0) close(file);
+  if (memory_ == MAP_FAILED) throw bundle_error("cannot read " + path, kFetchAgain);
+}
+
+MappedFile::~MappedFile() { munmap(memory_, size_); }
 
 std::string sha256_of(const std::string& bytes) {
   Sha256 hash;

@@ -26,8 +26,23 @@ std::string resolve_directory(const std::string& path);
 /// The absolute path of the file `name` of the bundle at `root`; refuses to leave the directory or to follow a link.
 std::string confined(const std::string& root, const std::string& name);
 
-/// The bytes from `offset` on, `length` of them or all there are. Throws Error (TARFLOW_ERROR_BUNDLE).
-std::string read_file(const std::string& path, std::int64_t offset = 0, std::int64_t length = -1);
+/// Throws Error (TARFLOW_ERROR_BUNDLE).
+std::string read_file(const std::string& path);
+
+/// A file in memory as long as this lives; pages are read as they are needed. Throws Error (TARFLOW_ERROR_BUNDLE).
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string& path);
+  ~MappedFile();
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  const char* data() const { return static_cast<const char*>(memory_); }
+  std::size_t size() const { return size_; }
+
+ private:
+  void* memory_;
+  std::size_t size_ = 0;
+};
 
 std::string sha256_of(const std::string& bytes);
 

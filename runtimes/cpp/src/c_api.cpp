@@ -5,6 +5,7 @@
 
 #include "arguments.hpp"
 #include "noise.hpp"
+#include "ort.hpp"
 
 using namespace tarflow::detail;
 
@@ -100,11 +101,10 @@ tarflow_status tarflow_model_open(const char* path, const tarflow_model_options*
     if (chosen.threads < 0 || chosen.threads > 4096)
       throw input_error("threads must be 0 to 4096, got " + std::to_string(chosen.threads));
     const Logger logger{chosen.on_log, chosen.log_user_data};
-    Bundle bundle = open_bundle(path, chosen.skip_digests == 0);
-    load_ort(chosen.ort_library != nullptr ? chosen.ort_library : "");
-    logger(TARFLOW_LOG_INFO, std::string("ONNX Runtime ") + ort_version());
+    const auto text = [](const char* given) { return std::string(given != nullptr ? given : ""); };
+    const EngineOptions engine{text(chosen.engine), chosen.threads, text(chosen.ort_library)};
     auto opened = std::make_unique<tarflow_model>();
-    opened->engine = std::make_shared<const Engine>(std::move(bundle), chosen.threads, logger);
+    opened->engine = open_engine(open_bundle(path, chosen.skip_digests == 0), engine, logger);
     *model = opened.release();
   });
 }
@@ -149,7 +149,8 @@ tarflow_status tarflow_model_engine(const tarflow_model* model, tarflow_engine* 
   return guarded([&] {
     need(model, "model");
     const Engine& used = *model->engine;
-    put({0, "ort-cpu", ort_version(), used.bundle().precision.c_str(), used.threads()}, engine, "engine");
+    put({0, used.name(), ort_version(), used.bundle().precision.c_str(), used.threads(), used.kernel()}, engine,
+        "engine");
   });
 }
 

@@ -78,7 +78,7 @@ std::vector<int64_t> find_non_finite(const Engine& engine, int64_t n, const floa
 }
 
 void sample(const Engine& engine, int64_t n, const int64_t* labels, const tarflow_sample_options& options,
-            float* images, size_t images_length, const Call& call) {
+            float* images, size_t images_length, Call& call) {
   const Config& config = engine.config();
   const int64_t dims = config.dims();
   check_count(n);
@@ -89,9 +89,7 @@ void sample(const Engine& engine, int64_t n, const int64_t* labels, const tarflo
   if (options.batch_size < 0)
     throw input_error("batch_size must be at least 0, got " + std::to_string(options.batch_size));
   const Labels numbers = class_numbers(labels, n, config);
-  DecodeInputs inputs;
-  inputs.guidance = guidance_of(options, numbers, config);
-  inputs.call = &call;
+  DecodeInputs inputs{{}, guidance_of(options, numbers, config), {}, call};
   const double sigma =
       options.denoise != 0 ? sigma_of(config, "leave the training noise in the images: denoise = 0") : 0.0;
   if (options.noise != nullptr) {
@@ -100,6 +98,7 @@ void sample(const Engine& engine, int64_t n, const int64_t* labels, const tarflo
     check_finite("noise", options.noise, n * dims);
   }
   check_first_index(options.first_index, n);
+  if (options.denoise != 0) engine.prepare_vjp();
   const int64_t size = options.batch_size != 0 ? options.batch_size : kBatchSize;
   const int64_t chunks = (n - 1) / size + 1, steps = config.blocks * (config.patches - 1);
   for (int64_t start = 0, chunk = 0; start < n; start += size, ++chunk) {
@@ -158,7 +157,7 @@ void tarflow_sample_options_defaults(tarflow_sample_options* options, size_t siz
 
 tarflow_status tarflow_sampler_sample(tarflow_sampler* sampler, int64_t n, const int64_t* labels,
                                       const tarflow_sample_options* options, float* images, size_t images_length) {
-  return on_sampler(sampler, [&](const Engine& engine, const Call& call) {
+  return on_sampler(sampler, [&](const Engine& engine, Call& call) {
     sampler->images = 0;
     sampler->non_finite.clear();
     const auto chosen = given(options, tarflow_sample_options_defaults, "options");

@@ -5,7 +5,6 @@
 #include <functional>
 
 #include "engine.hpp"
-#include "worker_pool.hpp"
 
 namespace tarflow::detail {
 
@@ -18,7 +17,7 @@ struct Guidance {
   bool guide_b = true;
   bool anneal = false;
 
-  std::int64_t branches() const { return weight > 0.0 ? 2 : 1; }
+  std::int64_t branches() const { return static_cast<float>(weight) > 0.0F ? 2 : 1; }  // computed in float32
   Floats weights(std::int64_t patches) const;  // [2, N]: of the step that yields patch i + 1
   Floats inverse_temperature() const;          // [G]
 };
@@ -29,7 +28,7 @@ struct DecodeInputs {
   Guidance guidance;
   /// Called in the caller's thread with how many of the K * (N - 1) steps are done; what it throws ends the run.
   std::function<void(std::int64_t block, std::int64_t steps)> on_done;
-  const Call* call = nullptr;
+  Call& call;
 };
 
 /// Standard normal latents [B, N, D] -> patches of the image [B, N, D].

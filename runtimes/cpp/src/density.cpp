@@ -1,6 +1,5 @@
 #include "density.hpp"
 
-#include <algorithm>
 #include <cmath>
 
 namespace tarflow::detail {
@@ -39,26 +38,6 @@ Floats last_cotangent(const Engine& engine, Floats z) {
   return z;
 }
 
-/// The score where nothing but the blocks' inputs can be kept: each gradient repeats its block's forward pass.
-Floats score_recomputed(const Engine& engine, const Floats& patches, const Labels& labels,
-                        const Call& call) {
-  std::vector<Floats> inputs;
-  Floats x = patches;
-  std::vector<double> unused;
-  for (std::int64_t block = 0; block < engine.config().blocks; ++block) {
-    call.check();
-    inputs.push_back(x);
-    x = engine.forward(block, x, labels, unused);
-  }
-  Floats cotangent = last_cotangent(engine, std::move(x));
-  for (std::int64_t block = engine.config().blocks - 1; block >= 0; --block) {
-    call.check();
-    cotangent = engine.gradient(block, inputs.back(), cotangent, labels);
-    inputs.pop_back();
-  }
-  return cotangent;
-}
-
 /// Calls visit(index in the images, index in the patches) for every value of a batch.
 template <typename Visit>
 void each_value(std::int64_t batch, const Config& c, Visit visit) {
@@ -84,7 +63,7 @@ Floats encode_patches(const Engine& engine, Floats x, const Labels& labels, cons
   log_det.assign(size(engine.batch_of(x)), 0.0);
   for (std::int64_t block = 0; block < engine.config().blocks; ++block) {
     call.check();
-    x = engine.forward(block, x, labels, log_det);
+    x = engine.forward(block, x, labels, call, log_det);
   }
   const Floats& prior = engine.bundle().prior;
   if (prior.empty()) return x;
@@ -108,32 +87,7 @@ std::vector<double> log_prob_of(const Floats& u, const std::vector<double>& log_
 }
 
 Floats score(const Engine& engine, const Floats& patches, const Labels& labels, const Call& call) {
-  const std::int64_t most = engine.vjp_images();
-  if (most == 0) return score_recomputed(engine, patches, labels, call);
-  const std::int64_t batch = engine.batch_of(patches), dims = engine.config().dims();
-  const std::int64_t share = (batch + engine.workers() - 1) / engine.workers();
-  const std::int64_t limit = std::min(most, share), count = (batch + limit - 1) / limit;
-  const std::vector<Part> pieces = cut(batch, count);
-  Floats result(patches.size());
-  const auto run = [&](std::int64_t number) {
-    const auto [start, stop] = pieces[size(number)];
-    Floats x(patches.begin() + start * dims, patches.begin() + stop * dims);
-    const Labels y = labels.empty() ? Labels{} : Labels(labels.begin() + start, labels.begin() + stop);
-    std::vector<ForwardHalf> halves;
-    for (std::int64_t block = 0; block < engine.config().blocks; ++block) {
-      call.check();
-      halves.push_back(engine.vjp(block, x, y, count == 1));
-      x = std::move(halves.back().z);
-    }
-    Floats cotangent = last_cotangent(engine, std::move(x));
-    for (; !halves.empty(); halves.pop_back()) {
-      call.check();
-      cotangent = halves.back().way_back(cotangent);
-    }
-    std::copy(cotangent.begin(), cotangent.end(), result.begin() + start * dims);
-  };
-  WorkerPool(count, nullptr, &call).run(run, std::min(engine.workers(), count));
-  return result;
+  return engine.vjp(patches, labels, [&](Floats z) { return last_cotangent(engine, std::move(z)); }, call);
 }
 
 Floats patchify(const float* images, std::int64_t batch, const Config& config) {

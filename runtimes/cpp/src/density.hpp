@@ -3,7 +3,6 @@
 #pragma once
 
 #include "engine.hpp"
-#include "worker_pool.hpp"
 
 namespace tarflow::detail {
 
@@ -15,7 +14,7 @@ Floats encode_patches(const Engine& engine, Floats patches, const Labels& labels
 std::vector<double> log_prob_of(const Floats& u, const std::vector<double>& log_det);
 
 /// The gradient of log q with respect to the patches. It starts from -u / sqrt(prior) and runs back through the blocks,
-/// each of which adds the gradient of its own log|det|. The batch is split into pieces whose activations can be kept.
+/// each of which adds that of its own log|det|.
 Floats score(const Engine& engine, const Floats& patches, const Labels& labels, const Call& call);
 
 /// Images [B, C, height, width] -> patches [B, N, D], row-major, each patch flattened channel first; and back. Tokens

@@ -1,92 +1,82 @@
-// Engine: ONNX Runtime over the blocks of one bundle. Sessions are opened when first needed and share one arena.
-//
-// A batch is cut over single-threaded runs in threads of this process rather than over threads inside each operator:
-// the parts then never wait for each other, and what a part keeps in its caches stays near one core.
+// Engine: what runs the blocks of one bundle. Nothing above it asks which one it is.
 #pragma once
 
-#include <list>
-#include <map>
+#include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "bundle.hpp"
-#include "cache_pool.hpp"
 #include "log.hpp"
-#include "session.hpp"
-#include "stepper.hpp"
+#include "worker_pool.hpp"
 
 namespace tarflow::detail {
 
-/// A part of a batch: images start .. stop - 1.
-struct Part {
-  std::int64_t start, stop;
-  std::int64_t count() const { return stop - start; }
+using Floats = std::vector<float>;
+using Labels = std::vector<std::int64_t>;
+
+/// One block's turn in a run of a batch.
+struct Turn {
+  std::int64_t block = 0;
+  const Labels& labels;               // [G, B], empty without classes
+  const Floats& guidance;             // [2, N]: g for a and for b, at each step
+  const Floats& inverse_temperature;  // [G]
+  OnStep on_step;                     // or empty; called in this thread, what it throws ends the run
+  Call& call;
+
+  std::int64_t branches() const { return static_cast<std::int64_t>(inverse_temperature.size()); }
 };
 
-/// `count` equal parts of the images, in order.
-std::vector<Part> cut(std::int64_t images, std::int64_t count);
+/// The derivative of something with respect to z, given the z [., N, D] of some images; called from any thread.
+using Cotangent = std::function<Floats(Floats z)>;
 
-/// z of a block for some images, and the activations for its backward pass.
-struct ForwardHalf {
-  Floats z;
-  Shape shape;  // [B, N, D]
-  std::map<std::string, Ort::Value> kept;
-  std::shared_ptr<Session> backward;
-
-  /// The gradient of these images for a cotangent [B, N, D], once; frees what was kept.
-  Floats way_back(const Floats& cotangent);
-};
-
-/// Every method may be called from several threads at once. Labels are [B], the null class as `classes`, and empty on
-/// models without classes. Throws Error (TARFLOW_ERROR_ENGINE) when a graph cannot be opened or run.
+/// Every method may be called from several threads at once. Patches are [B, N, D] in the order of the data; labels [B],
+/// the null class as `classes`, and empty on models without classes. Throws Error (TARFLOW_ERROR_ENGINE).
 class Engine {
  public:
   /// `threads` is how many processors to use; 0 is all that this process may use.
-  Engine(Bundle bundle, int threads, Logger logger);
-  const Bundle& bundle() const { return bundle_; }
-  const Config& config() const { return bundle_.config; }
+  Engine(std::shared_ptr<const Bundle> bundle, int threads, Logger logger);
+  virtual ~Engine() = default;
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  const Bundle& bundle() const { return *bundle_; }
+  const Config& config() const { return bundle_->config; }
   const Logger& logger() const { return logger_; }
   int threads() const { return threads_; }
-  /// The number of parts of a batch to run in parallel threads; 1 if that is not faster.
-  std::int64_t workers() const { return workers_; }
-
   /// B of patches [B, N, D].
   std::int64_t batch_of(const Floats& patches) const;
-  /// How to cut a batch for `stepper`.
-  std::vector<Part> parts(std::int64_t images, std::int64_t branches) const;
-  /// Start an inverse. `alone`: no other part runs meanwhile, so that this one may have all threads.
-  std::unique_ptr<Stepper> stepper(std::int64_t block, const StepInputs& inputs, bool alone) const;
-  /// Patches [B, N, D] -> z [B, N, D]; log|det| [B], nats, is added to `log_det`.
-  Floats forward(std::int64_t block, const Floats& patches, const Labels& labels, std::vector<double>& log_det) const;
-  /// Derivative of (cotangent . z + log|det|) of one block with respect to its `patches`, [B, N, D].
-  Floats gradient(std::int64_t block, const Floats& patches, const Floats& cotangent, const Labels& labels) const;
-  /// The most images for `vjp` such that the activations of all blocks fit; 0 to use `gradient` instead.
-  std::int64_t vjp_images() const;
-  /// Patches [B, N, D] -> z and the saved activations. `alone`: no other call runs meanwhile.
-  ForwardHalf vjp(std::int64_t block, const Floats& patches, const Labels& labels, bool alone) const;
+
+  virtual const char* name() const = 0;
+  /// The instruction set that it computes with, or "" where that is not its own affair.
+  virtual const char* kernel() const { return ""; }
+  /// z [B, N, D] -> x [B, N, D] of one block, one patch after the other, in place.
+  virtual void invert(const Turn& turn, Floats& patches) const = 0;
+  /// Patches -> z; log|det| [B], nats, is added to `log_det`.
+  virtual Floats forward(std::int64_t block, const Floats& patches, const Labels& labels, const Call& call,
+                         std::vector<double>& log_det) const = 0;
+  /// The derivative of (c . z + log|det|) of all blocks with respect to the patches, with c = `cotangent`(z).
+  virtual Floats vjp(const Floats& patches, const Labels& labels, const Cotangent& cotangent,
+                     const Call& call) const = 0;
+  /// Load what `vjp` needs, ahead of long work that ends with it.
+  virtual void prepare_vjp() const {}
+
+ protected:
+  const std::shared_ptr<const Bundle>& shared_bundle() const { return bundle_; }
 
  private:
-  using Named = std::vector<std::pair<std::string, const Floats*>>;
-
-  int threads_of(bool alone) const;
-  std::map<std::string, Floats> run(std::int64_t block, const char* kind, const Named& arrays,
-                                    const Labels& labels) const;
-  std::shared_ptr<Session> session(std::int64_t block, const char* kind, int threads) const;
-  std::shared_ptr<const EmbeddingTables> tables(std::int64_t block) const;
-
-  Bundle bundle_;
+  std::shared_ptr<const Bundle> bundle_;
   int threads_;
   Logger logger_;
-  std::int64_t block_bytes_ = 1, workers_ = 1;
-  bool wide_ = false;
-  int operator_threads_ = 1;
-  mutable CachePool caches_;
-  mutable std::mutex mutex_;  // of what follows
-  mutable std::list<std::pair<std::string, std::shared_ptr<Session>>> sessions_;  // the one used last stands last
-  mutable std::map<std::int64_t, std::shared_ptr<const EmbeddingTables>> tables_;
 };
+
+struct EngineOptions {
+  std::string name;         // empty or auto: native where it reads the bundle's precision, else ort-cpu
+  int threads = 0;          // as of Engine
+  std::string ort_library;  // as of load_ort
+};
+
+/// The engine of that name, or Error (TARFLOW_ERROR_ENGINE): never another one.
+std::shared_ptr<const Engine> open_engine(Bundle bundle, const EngineOptions& options, Logger logger);
 
 }  // namespace tarflow::detail

@@ -94,7 +94,7 @@ void start(void* handle, const std::string& path) {
 
 }  // namespace
 
-void load_ort(const std::string& library) {
+void load_ort(const std::string& library, const std::string& user) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (environment != nullptr) {
     if (!library.empty() && !is_loaded(library))
@@ -117,8 +117,9 @@ void load_ort(const std::string& library) {
     }
     return;
   }
-  throw engine_error("ONNX Runtime is not found: " + reasons,
-                     "set TARFLOW_ORT_LIBRARY to the path of libonnxruntime.so");
+  throw engine_error("ONNX Runtime, which " + user + " needs, is not found: " + reasons,
+                     "pip install onnxruntime, and set TARFLOW_ORT_LIBRARY to libonnxruntime.so* in its folder capi; "
+                     "sampling on engine native with denoise = 0 needs none");
 }
 
 const char* ort_version() {

@@ -10,8 +10,8 @@
 namespace tarflow::detail {
 
 /// Load ONNX Runtime once for the process: `library`, else TARFLOW_ORT_LIBRARY, else beside this library and the
-/// program, else where the system's loader looks. Throws Error (TARFLOW_ERROR_ENGINE).
-void load_ort(const std::string& library);
+/// program, else where the system's loader looks. Throws Error (TARFLOW_ERROR_ENGINE), which says that `user` needs it.
+void load_ort(const std::string& library, const std::string& user);
 
 /// The version in use, "" before load_ort; a static string.
 const char* ort_version();

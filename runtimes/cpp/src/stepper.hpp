@@ -5,14 +5,11 @@
 #include <memory>
 #include <vector>
 
-#include "bundle.hpp"
 #include "cache_pool.hpp"
+#include "engine.hpp"
 #include "session.hpp"
 
 namespace tarflow::detail {
-
-using Floats = std::vector<float>;
-using Labels = std::vector<std::int64_t>;
 
 /// What an inverse of one block starts from: noise [B, N, D] in the order of the data, which must outlive it.
 struct StepInputs {

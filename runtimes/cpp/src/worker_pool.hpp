@@ -16,29 +16,28 @@ namespace tarflow::detail {
 class Call {
  public:
   /// Whether the call may begin: none is running.
-  bool begin() noexcept {
-    int idle = kIdle;
-    return state_.compare_exchange_strong(idle, kRunning);
-  }
-  void end() noexcept { state_ = kIdle; }
-  void cancel() noexcept {
-    int running = kRunning;
-    state_.compare_exchange_strong(running, kCancelled);
-  }
-  bool cancelled() const noexcept { return state_ == kCancelled; }
+  bool begin() noexcept { return change(kIdle, kRunning); }
+  void end() noexcept { __atomic_store_n(&state_, kIdle, __ATOMIC_SEQ_CST); }
+  void cancel() noexcept { change(kRunning, kCancelled); }
+  bool cancelled() const noexcept { return __atomic_load_n(&state_, __ATOMIC_SEQ_CST) == kCancelled; }
   /// Throws Error (TARFLOW_ERROR_CANCELLED) when the call is to end.
   void check() const;
+  /// While a call runs: a word that is 0 until the call is cancelled, to be read atomically.
+  const std::int32_t* word() const noexcept { return &state_; }
 
  private:
-  enum : int { kIdle, kRunning, kCancelled };
-  std::atomic<int> state_{kIdle};
+  static constexpr std::int32_t kRunning = 0, kCancelled = 1, kIdle = 2;
+  bool change(std::int32_t from, std::int32_t to) noexcept {
+    return __atomic_compare_exchange_n(&state_, &from, to, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+  }
+  std::int32_t state_ = kIdle;
 };
+
+using OnStep = std::function<void(std::int64_t steps)>;
 
 /// Runs the parts of one batch, once, in threads; the caller's thread works too, and alone calls `on_step`.
 class WorkerPool {
  public:
-  using OnStep = std::function<void(std::int64_t steps)>;
-
   WorkerPool(std::int64_t parts, OnStep on_step, const Call* call = nullptr)
       : done_(static_cast<std::size_t>(parts)), on_step_(std::move(on_step)), call_(call),
         caller_(std::this_thread::get_id()) {}

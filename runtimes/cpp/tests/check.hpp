@@ -27,6 +27,13 @@ inline int failures = 0;
     }                                                                                                            \
   } while (false)
 
+/// A model on an engine, of the command line.
+inline tarflow::Model open_on(const std::string& engine, const std::string& bundle) {
+  tarflow::Model::Options options;
+  options.engine = engine;
+  return {bundle, options};
+}
+
 /// Runs the tests; what they throw is a failure.
 template <typename Tests>
 int finish(Tests tests) {

@@ -1,6 +1,6 @@
 """Golden files: what the Python runtime computes for a bundle, for parity.cpp and for later versions of Python's own.
 
-    golden.py BUNDLE FILE [--small]
+    golden.py BUNDLE FILE [--engine ENGINE] [--small]
 
 A golden file is a safetensors file. Its metadata hold `cases`, a JSON list of {"name", "call", "arguments", "arrays"}:
 what was called, with which arguments, and for each array that came out its `limit` and `floor`. `floor` is how far
@@ -40,8 +40,8 @@ LIMITS = {"log_det": 1e-5, "log_prob": 1e-5, "log_posteriors": 1e-4}
 """Of |difference| / max(1, |value|), for sums over all dimensions; elsewhere 1e-4 of |difference|."""
 
 
-def cases(config: tfr.ModelConfig, *, small: bool) -> list[Case]:
-    """Calls that make sense for a model; the later ones take the images of the first."""
+def cases(config: tfr.ModelConfig, *, small: bool, scores: bool = True) -> list[Case]:
+    """Calls that make sense for a model; the later ones take the images of the first. `scores`: of the density, too."""
     found: list[Case] = [{"name": "noise", "call": "noise", "arguments": {"seed": 7, "first_index": 3, "n": 2}}]
     for n in (2,) if small else (17, 3, 1):
         labels = [-1 if i % 3 == 1 else i % config.classes for i in range(n)] if config.classes else None
@@ -51,8 +51,10 @@ def cases(config: tfr.ModelConfig, *, small: bool) -> list[Case]:
             arguments = {"n": n, "labels": labels, "seed": 7 + n, "first_index": 2**40, "denoise": False, **given}
             found.append({"name": f"{kind}_{n}", "call": "sample", "arguments": arguments})
     images, first = found[1]["name"], found[1]["arguments"]
-    cut = {"n": 5, "labels": None, "seed": 9, "batch_size": 2, "denoise": config.noise_std is not None}
+    cut = {"n": 5, "labels": None, "seed": 9, "batch_size": 2, "denoise": scores and config.noise_std is not None}
     found.append({"name": "cut", "call": "sample", "arguments": cut})
+    if not scores:
+        return found
     on = {"n": first["n"], "labels": first["labels"], "images": images}
     found += [{"name": call, "call": call, "arguments": on} for call in ("encode", "log_prob")]
     if config.classes:
@@ -110,25 +112,24 @@ def _floors(flow: tfr.Flow, case: Case, arrays: dict[str, Floats], images: Float
     return worst
 
 
-def write(bundle: Path, target: Path, *, small: bool) -> None:
+def write(flow: tfr.Flow, target: Path, *, small: bool) -> None:
     """Compute all cases and their floors; a small batch shares the floor of the larger ones of its kind."""
     tensors: dict[str, Floats] = {}
     known: dict[str, float] = {}
-    with tfr.load(bundle) as flow:
-        listed = cases(flow.config, small=small)
-        for case in listed:
-            images = tensors.get(case["arguments"].get("images", ""))
-            arrays = compute(flow, case, images)
-            exact = case["call"] == "noise"
-            floors = dict.fromkeys(arrays, 0.0) if exact else _floors(flow, case, arrays, images)
-            for name in floors:
-                kind = name.split("_")[0] if case["call"] == "sample" else name
-                floors[name] = known[kind] = max(floors[name], known.get(kind, 0.0))
-            case["arrays"] = {
-                name: {"limit": 0.0 if exact else max(LIMITS.get(name, 1e-4), 4 * floors[name]), "floor": floors[name]}
-                for name in arrays
-            }
-            tensors |= {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    listed = cases(flow.config, small=small, scores=flow.bundle.precision != "bfloat16")
+    for case in listed:
+        images = tensors.get(case["arguments"].get("images", ""))
+        arrays = compute(flow, case, images)
+        exact = case["call"] == "noise"
+        floors = dict.fromkeys(arrays, 0.0) if exact else _floors(flow, case, arrays, images)
+        for name in floors:
+            kind = name.split("_")[0] if case["call"] == "sample" else name
+            floors[name] = known[kind] = max(floors[name], known.get(kind, 0.0))
+        case["arrays"] = {
+            name: {"limit": 0.0 if exact else max(LIMITS.get(name, 1e-4), 4 * floors[name]), "floor": floors[name]}
+            for name in arrays
+        }
+        tensors |= {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     save_file(tensors, target, metadata={"cases": json.dumps(listed)})
 
 
@@ -142,6 +143,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("bundle", type=Path)
     parser.add_argument("file", type=Path)
+    parser.add_argument("--engine", default="ort-cpu")
     parser.add_argument("--small", action="store_true")
     chosen = parser.parse_args()
-    write(chosen.bundle, chosen.file, small=chosen.small)
+    with tfr.load(chosen.bundle, chosen.engine) as opened:
+        write(opened, chosen.file, small=chosen.small)

@@ -1,5 +1,5 @@
-// The same numbers as Python: parity BUNDLE GOLDEN [--exact], a file that golden.py wrote. With --exact it was written
-// on this machine with this ONNX Runtime, and every bit is asked for, but of posteriors.
+// The same numbers as Python: parity BUNDLE GOLDEN ENGINE [--exact], a file that golden.py wrote. With --exact it was
+// written on this machine with this engine and ONNX Runtime, and every bit is asked for, but of posteriors.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -37,8 +37,9 @@ class Comparison {
     const double here = exact_ ? (name == "log_posteriors" ? 1e-14 : 0.0) : limit;
     if (!(equal || (here > 0.0 && worst <= here))) ++failures;
   }
-  void print() const {
-    std::printf("ONNX Runtime %s: %d of %d arrays are bit-identical\n", tarflow_ort_version(), equal_, arrays_);
+  void print(const std::string& engine) const {
+    std::printf("%s, ONNX Runtime %s: %d of %d arrays are bit-identical\n", engine.c_str(), tarflow_ort_version(),
+                equal_, arrays_);
   }
 
  private:
@@ -103,11 +104,11 @@ static void compare(const tarflow::Model& model, const Golden& golden, bool exac
       }
     }
   }
-  comparison.print();
+  comparison.print(model.engine().name);
 }
 
 int main(int argc, char** argv) {
-  const bool exact = argc == 4 && std::string(argv[3]) == "--exact";
-  if (argc != (exact ? 4 : 3)) return 2;
-  return finish([&] { compare(tarflow::Model(argv[1]), Golden(argv[2]), exact); });
+  const bool exact = argc == 5 && std::string(argv[4]) == "--exact";
+  if (argc != (exact ? 5 : 4)) return 2;
+  return finish([&] { compare(open_on(argv[3], argv[1]), Golden(argv[2]), exact); });
 }

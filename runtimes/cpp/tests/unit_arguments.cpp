@@ -13,6 +13,7 @@ static void test_library(const char* bundle) {
   tarflow_model* model = nullptr;
   tarflow_model_options options;
   tarflow_model_options_init(&options);
+  options.engine = "ort-cpu";
   options.ort_library = "/nowhere/libonnxruntime.so";
   CHECK_FAILS(tarflow_model_open(bundle, &options, &model), TARFLOW_ERROR_ENGINE, "/nowhere/libonnxruntime.so");
   CHECK(*tarflow_last_hint() != '\0');
@@ -30,11 +31,31 @@ static void test_other_library(const char* bundle) {
   tarflow_model* model = nullptr;
   tarflow_model_options options;
   tarflow_model_options_init(&options);
+  options.engine = "ort-cpu";
   options.ort_library = renamed.c_str();
   CHECK(tarflow_model_open(bundle, &options, &model) == TARFLOW_OK);
   tarflow_model_free(model);
   options.ort_library = "libm.so.6";
   CHECK_FAILS(tarflow_model_open(bundle, &options, &model), TARFLOW_ERROR_ENGINE, "already, not from libm.so.6");
+}
+
+/// The engine that was asked for, or an error.
+static void test_engines(const char* bundle) {
+  tarflow_model* model = nullptr;
+  tarflow_model_options options;
+  tarflow_model_options_init(&options);
+  CHECK(options.engine == nullptr);
+  options.engine = "Native";
+  CHECK_FAILS(tarflow_model_open(bundle, &options, &model), TARFLOW_ERROR_ENGINE, "unknown engine 'Native'");
+  CHECK(std::strstr(tarflow_last_hint(), "native, ort-cpu, auto") != nullptr);
+  for (const char* name : {"ort-cuda", "trt", "trt-rtx"}) {
+    options.engine = name;
+    CHECK_FAILS(tarflow_model_open(bundle, &options, &model), TARFLOW_ERROR_ENGINE, "is not in libtarflow");
+    CHECK(std::strstr(tarflow_last_hint(), "docs/GPU.md") != nullptr);
+  }
+  CHECK(model == nullptr);
+  for (const char* name : {"native", "ort-cpu"}) CHECK(open_on(name, bundle).engine().name == std::string(name));
+  for (const char* name : {"", "auto"}) CHECK(open_on(name, bundle).engine().name == std::string("native"));
 }
 
 static void test_arguments(const tarflow::Model& model) {
@@ -85,6 +106,7 @@ int main(int argc, char** argv) {
   if (argc != 2) return 2;
   return finish([&] {
     test_library(argv[1]);
+    test_engines(argv[1]);
     test_arguments(tarflow::Model(argv[1]));
     test_other_library(argv[1]);
   });

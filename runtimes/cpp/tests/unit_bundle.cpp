@@ -72,8 +72,8 @@ void test_manifest() {
   changed("schema_version is 3", "/schema_version", 3, "upgrade");
   changed("format", "/format", "other-bundle");
   changed("data must be one of image, tokens, got 'audio'", "/data", "audio");
-  changed("bfloat16", "/precision", "bfloat16", "GPU");
-  changed("contradicts the precision", "/precision", "float16");
+  changed("contradicts the precision: expected bfloat16", "/precision", "bfloat16");
+  changed("contradicts the precision: expected float16", "/precision", "float16");
   changed("width must be of type integer, got boolean", "/config/width", true);
   changed("width must be 1 to", "/config/width", 99999999999);
   changed("too large", "/config/image_size", 262144);  // 2^32 patches

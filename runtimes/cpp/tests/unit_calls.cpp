@@ -1,4 +1,4 @@
-// Cancelling from another thread, logs, classes, and every status once: unit_calls BUNDLE
+// Cancelling from another thread, logs, classes, and every status once: unit_calls BUNDLE ENGINE
 #include <sys/resource.h>
 
 #include <atomic>
@@ -84,9 +84,10 @@ void test_busy(const tarflow::Model& model) {
   CHECK(refused == 1);
 }
 
-void test_log(const std::string& bundle) {
+void test_log(const std::string& bundle, const std::string& name) {
   std::atomic<int> lines{0};
   tarflow::Model::Options options;
+  options.engine = name;
   options.on_log = [&](tarflow_log_level level, const char* text) {
     CHECK(level >= TARFLOW_LOG_INFO && level <= TARFLOW_LOG_ERROR && *text != '\0');
     ++lines;
@@ -97,19 +98,20 @@ void test_log(const std::string& bundle) {
     const tarflow::Model model(bundle, options);
     CHECK(lines >= 1);
     const tarflow_engine engine = model.engine();
-    CHECK(std::string(engine.name) == "ort-cpu" && std::string(engine.precision) == "float32" && engine.threads >= 1);
-    CHECK(std::string(engine.ort_version) == tarflow_ort_version() && *engine.ort_version != '\0');
+    CHECK(engine.name == name && std::string(engine.precision) == "float32" && engine.threads >= 1);
+    CHECK((*engine.kernel != '\0') == (name == "native") && (*engine.ort_version != '\0') == (name == "ort-cpu"));
     sampler = std::make_unique<tarflow::Sampler>(model);
   }
   const int before = lines;
   sampler->sample(1);  // the model is gone, what it shares is not
-  CHECK(lines > before);
+  CHECK(lines > before && *tarflow_ort_version() != '\0');
 }
 
 /// Latents that the model overflows on are no error: the report lists the images, and the log says how many.
-void test_overflow(const std::string& bundle) {
+void test_overflow(const std::string& bundle, const std::string& name) {
   std::atomic<int> warnings{0};
   tarflow::Model::Options opened;
+  opened.engine = name;
   opened.on_log = [&](tarflow_log_level level, const char*) { warnings += level == TARFLOW_LOG_WARNING ? 1 : 0; };
   const tarflow::Model model(bundle, opened);
   tarflow::Sampler sampler(model);
@@ -180,6 +182,7 @@ void test_statuses(const tarflow::Model& model, const std::string& bundle) {
   tarflow_model* other = nullptr;
   tarflow_model_options missing;
   tarflow_model_options_init(&missing);
+  missing.engine = "ort-cpu";
   missing.ort_library = "/nowhere/libonnxruntime.so";
   CHECK_FAILS(noted(tarflow_model_open(bundle.c_str(), &missing, &other)), TARFLOW_ERROR_ENGINE, "/nowhere");
   CHECK_FAILS(noted(tarflow_model_open((bundle + "/nowhere").c_str(), nullptr, &other)), TARFLOW_ERROR_BUNDLE,
@@ -210,11 +213,11 @@ void test_statuses(const tarflow::Model& model, const std::string& bundle) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 2) return 2;
+  if (argc != 3) return 2;
   return finish([&] {
-    test_log(argv[1]);
-    test_overflow(argv[1]);
-    const tarflow::Model model(argv[1]);
+    test_log(argv[1], argv[2]);
+    test_overflow(argv[1], argv[2]);
+    const tarflow::Model model = open_on(argv[2], argv[1]);
     test_cancel(model);
     test_busy(model);
     test_classes(model);

@@ -1,10 +1,13 @@
-// Philox, the seeded normals and SHA-256, against published and committed values.
+// What the library does not export: Philox, the seeded normals and SHA-256, against published and committed values;
+// and what is kept of things that are costly to make.
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "check.hpp"
 #include "noise.hpp"
+#include "recent.hpp"
 #include "sha256.hpp"
 
 using tarflow::detail::Words;
@@ -44,8 +47,26 @@ static void test_sha256() {
   CHECK(digest(million.data(), million.size()) == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
 }
 
+/// The one used longest ago goes, before another is made; who holds it keeps it.
+static void test_recent() {
+  tarflow::detail::Recent<int, const int> recent(2);
+  int made = 0;
+  const auto get = [&](int key) {
+    return recent.get(key, [&] { return std::make_shared<const int>(10 * ++made + key); });
+  };
+  const std::shared_ptr<const int> first = get(1);
+  const std::weak_ptr<const int> second = get(2);
+  CHECK(*first == 11 && *second.lock() == 22 && get(1) == first && made == 2);
+  recent.get(3, [&] {
+    CHECK(second.expired());
+    return std::make_shared<const int>(3);
+  });
+  CHECK(get(1) == first && *get(2) == 32 && *get(3) == 43 && *first == 11 && *get(1) == 51);
+}
+
 int main() {
   return finish([] {
+    test_recent();
     test_noise();
     test_sha256();
   });

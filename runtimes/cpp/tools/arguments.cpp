@@ -13,6 +13,8 @@ const char* const kUsage =
     "Draw images from a bundle. They are the same for the same seed, on every machine and in any batch size, up to\n"
     "rounding, and those that tarflow-infer draws.\n"
     "\n"
+    "  --engine ENGINE              native, ort-cpu, or auto: native where it reads the bundle's precision [default:\n"
+    "                               auto]\n"
     "  --ort-library FILE           ONNX Runtime's library [default: searched]\n"
     "  --threads COUNT              processors to use [default: all that this process may use]\n"
     "  -n COUNT                     images to draw [default: one per label, else 16]\n"
@@ -134,6 +136,7 @@ Arguments parse(int argc, char** argv) {
     };
     const auto is_switch = [&](const char* name) { return flag == name && !has_attached; };
     if (flag == "-n") a.n = count(flag, value());
+    else if (flag == "--engine") a.model.engine = value();
     else if (flag == "--ort-library") a.model.ort_library = value();
     else if (flag == "--threads") a.model.threads = static_cast<int>(whole(flag, value(), 1, 4096));
     else if (flag == "--labels") a.labels = value();

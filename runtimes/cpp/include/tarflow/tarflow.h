@@ -70,8 +70,8 @@ typedef int32_t tarflow_status;
 enum {
   TARFLOW_OK = 0,
   TARFLOW_ERROR_INPUT = 1,     /* an argument is out of range or contradicts another */
-  TARFLOW_ERROR_BUNDLE = 2,    /* the bundle is missing, damaged, unsafe, or of an unsupported version or precision */
-  TARFLOW_ERROR_ENGINE = 3,    /* ONNX Runtime is missing, too old, or failed; a graph returned an invalid output */
+  TARFLOW_ERROR_BUNDLE = 2,    /* the bundle is missing, damaged, unsafe, or of an unsupported version */
+  TARFLOW_ERROR_ENGINE = 3,    /* the engine cannot run here or on this bundle, or failed; ONNX Runtime is missing */
   TARFLOW_ERROR_CANCELLED = 4, /* the progress callback or tarflow_sampler_cancel() asked to stop */
   TARFLOW_ERROR_MEMORY = 5,    /* out of memory */
   TARFLOW_ERROR_INTERNAL = 6   /* a bug in this library, or a callback that threw */
@@ -93,7 +93,7 @@ TARFLOW_API const char *tarflow_status_name(tarflow_status status);
 TARFLOW_API const char *tarflow_last_message(void);
 TARFLOW_API const char *tarflow_last_hint(void);
 
-/* The version of ONNX Runtime in use, such as "1.32.0"; a static string, "" before the first model. Any thread. */
+/* The version of ONNX Runtime in use, such as "1.32.0"; a static string, "" before anything needed it. Any thread. */
 TARFLOW_API const char *tarflow_ort_version(void);
 
 /* Write the seeded noise of images first_index .. first_index + n - 1 to noise [n, patches, patch_values]. Any thread.
@@ -117,6 +117,7 @@ typedef struct tarflow_model_options {
   void *log_user_data;     /* passed to on_log; must live as long as the model and its samplers */
   int32_t threads;         /* processors to use; 0 means all that are available to this process */
   int32_t skip_digests;    /* nonzero: do not compare the SHA-256 of the files (sizes and paths always are) */
+  const char *engine;      /* "native" or "ort-cpu"; NULL, or "auto": native where it reads the bundle's precision */
 } tarflow_model_options;
 
 /* Fill the first `size` bytes of the struct with defaults. Call tarflow_model_options_init() instead. */
@@ -124,9 +125,12 @@ TARFLOW_API void tarflow_model_options_defaults(tarflow_model_options *options, 
 
 /* Open and check the bundle directory at `path`; `options` may be NULL. The caller frees *model with
  * tarflow_model_free(); it is NULL on failure. Any thread.
- * TARFLOW_ERROR_BUNDLE: it is missing, damaged, unsafe, of another version, or bfloat16. TARFLOW_ERROR_ENGINE: ONNX
- * Runtime cannot be loaded. The process keeps the first ONNX Runtime that it loads: requesting another file later fails
- * with TARFLOW_ERROR_ENGINE. */
+ * TARFLOW_ERROR_BUNDLE: it is missing, damaged, unsafe, or of another version. TARFLOW_ERROR_ENGINE: the engine is
+ * unknown or does not read the bundle's precision, or ort-cpu cannot load ONNX Runtime; no other engine is used instead.
+ *
+ * Engine native needs ONNX Runtime only for the denoiser (also that of sample), encode, log_prob and classify, and loads
+ * it when one of them is called: without it they return TARFLOW_ERROR_ENGINE. The process keeps the first ONNX Runtime
+ * that it loads: requesting another file later fails with TARFLOW_ERROR_ENGINE. */
 TARFLOW_API tarflow_status tarflow_model_open(const char *path, const tarflow_model_options *options,
                                               tarflow_model **model);
 
@@ -156,10 +160,11 @@ TARFLOW_API tarflow_status tarflow_model_label(const tarflow_model *model, int64
 
 typedef struct tarflow_engine {
   size_t struct_size;
-  const char *name;        /* "ort-cpu" */
-  const char *ort_version; /* of ONNX Runtime */
-  const char *precision;   /* of the bundle: "float32", "float16" or "int8" */
+  const char *name;        /* "native" or "ort-cpu" */
+  const char *ort_version; /* as tarflow_ort_version() */
+  const char *precision;   /* of the bundle: "float32", "float16", "bfloat16" or "int8" */
   int64_t threads;
+  const char *kernel;      /* of native, the instruction set that it computes with, such as "x86-64-v4"; else "" */
 } tarflow_engine;
 
 /* Describe the engine; the strings live as long as the model. Any thread. TARFLOW_ERROR_INPUT: invalid struct_size. */
@@ -206,7 +211,8 @@ TARFLOW_API void tarflow_sample_options_defaults(tarflow_sample_options *options
 
 /* Draw n images into `images`, [n, C, height, width] or [n, N, D], `images_length` floats; `options` may be NULL. The
  * noise of image i depends only on the seed and first_index + i, not on the batch.
- * TARFLOW_ERROR_INPUT: arguments are out of range or contradictory. TARFLOW_ERROR_ENGINE: ONNX Runtime failed.
+ * TARFLOW_ERROR_INPUT: arguments are out of range or contradictory. TARFLOW_ERROR_ENGINE: the engine failed, or denoise
+ * needs an ONNX Runtime that is missing, which is reported before the first step.
  * TARFLOW_ERROR_CANCELLED: by on_step or tarflow_sampler_cancel(); the sampler stays usable. Images with values that
  * are not finite are not an error: the log has a warning, and the report lists them. */
 TARFLOW_API tarflow_status tarflow_sampler_sample(tarflow_sampler *sampler, int64_t n, const int64_t *labels,

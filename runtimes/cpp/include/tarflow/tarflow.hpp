@@ -58,6 +58,7 @@ using OnLog = std::function<void(tarflow_log_level level, const char* text)>;
 class Model {
  public:
   struct Options {
+    std::string engine;       // native, ort-cpu; empty or auto: native if it reads the bundle's precision, else ort-cpu
     std::string ort_library;  // path of ONNX Runtime's library; empty searches, see docs/CPP.md
     OnLog on_log;             // empty: messages are dropped
     int threads = 0;          // processors to use; 0 means all that are available to this process
@@ -69,6 +70,7 @@ class Model {
     tarflow_model_options chosen;
     tarflow_model_options_init(&chosen);
     if (options.on_log) log_ = std::make_shared<const OnLog>(options.on_log);
+    chosen.engine = options.engine.empty() ? nullptr : options.engine.c_str();
     chosen.ort_library = options.ort_library.empty() ? nullptr : options.ort_library.c_str();
     chosen.on_log = log_ ? &Model::log : nullptr;
     chosen.log_user_data = const_cast<OnLog*>(log_.get());
