@@ -159,7 +159,7 @@ def progress_bar() -> Iterator[OnProgress]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        yield lambda stage, done, total: bar.update(task, description=f"{stage:<7}", completed=done, total=total)
+        yield lambda stage, done, total: bar.update(task, description=f"{stage:<9}", completed=done, total=total)
 
 
 def main() -> NoReturn:

@@ -157,7 +157,15 @@ def open_bundle(path: str | os.PathLike[str], verify_digests: bool = True) -> Bu
         raise BundleError(f"bundle {path}: no such directory", hint="check the path") from error
     if not root.is_dir():
         raise BundleError(f"bundle {path}: expected a directory, got a file", hint="name the NAME.tarflow directory")
-    raw = _read_manifest(root)
+    return read_bundle(root, _read_manifest(root), verify_digests)
+
+
+def read_bundle(root: Path, raw: bytes, verify_digests: bool = True) -> Bundle:
+    """The bundle in `root` whose manifest's bytes are `raw`; an exporter has them before they lie there.
+
+    Raises:
+        BundleError: as `open_bundle`.
+    """
     manifest = _Fields(_parse(root, raw), root, "")
     _check_version(manifest)
     config = _read_config(manifest)

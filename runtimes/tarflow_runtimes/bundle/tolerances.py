@@ -143,7 +143,7 @@ class Record:
     value: float | None
     tolerance: float
     passed: bool
-    graph: str | None = None
+    graph: str | None
 
     def to_json(self) -> dict[str, Any]:
         """The fields, JSON values only."""
@@ -159,8 +159,9 @@ def compare(
     tolerance: Tolerance,
     floors: Mapping[str, float],
     unit: float = 1.0,
+    graph: str | None = None,
 ) -> Record:
-    """Measure `actual` against `expected`; `unit` is the magnitude from which `max_scaled` is relative.
+    """Measure `actual`, which `graph` computed, against `expected`; `max_scaled` is relative from magnitude `unit` on.
 
     Never passes on another shape, an empty array, numbers that are no floats or a value that is not finite.
     """
@@ -188,6 +189,7 @@ def compare(
         value=value,
         tolerance=limit,
         passed=value is not None and value <= limit,
+        graph=graph,
     )
 
 
