@@ -15,7 +15,7 @@ from PIL import Image
 import tarflow_runtimes as tfr
 from tarflow_runtimes.cli import infer
 from tarflow_runtimes.cli.progress import StepClock
-from tarflow_runtimes.model.flow import BATCH_SIZE
+from tarflow_runtimes.decode.batches import BATCH_SIZE
 from tarflow_runtimes.model.noise import standard_normal
 
 SHAPE = (4, 16)

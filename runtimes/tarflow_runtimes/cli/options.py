@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tarflow_runtimes.cli.lists import count, items, size, weight
-from tarflow_runtimes.cli.shell import note
+from tarflow_runtimes.cli.shell import note, require
+from tarflow_runtimes.decode.batches import BATCH_SIZE
 from tarflow_runtimes.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ Target = Annotated[
 EngineDir = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Where engines are kept. [default: the user's cache folder]")
 ]
+
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="COUNT", help="Images that run together.")]
 
 DEFAULT_BATCH, DEFAULT_WINDOW, DEFAULT_BYTES = "1,8,64", "16", 20 << 30
 
@@ -128,3 +131,8 @@ def size_of(option: str, text: str) -> int:
         return size(text)
     except ValueError as error:
         raise InputError(f"{option} {text}: {error}", hint="give a number and K, M, G or T") from None
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse what is no number of images."""
+    require(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}", f"leave it out for {BATCH_SIZE}")
