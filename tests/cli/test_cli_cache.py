@@ -28,10 +28,11 @@ def _user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def built(class_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the six engines of the class bundle."""
     from tarflow_runtimes.cli.build import build_engines
-    from tarflow_runtimes.cli.options import shapes_of
+    from tarflow_runtimes.cli.options import BuildOptions
 
     folder = tmp_path_factory.mktemp("built") / "engines"
-    build_engines(class_bundle, "trt-rtx", shapes=shapes_of("2", "0", "1"), targets=["sm_89"], engine_dir=folder)
+    chosen = BuildOptions(batch="2", guidance="0", window="1", target="sm_89", engine_dir=folder)
+    build_engines(class_bundle, "trt-rtx", chosen)
     return folder
 
 
@@ -116,7 +117,7 @@ def test_a_flipped_byte_of_a_graph_is_a_miss_of_that_graph(
 
 
 def test_a_truncated_engine_is_a_miss_and_built_again(tarflow: Callable, kept: EngineCache, own_bundle: Path) -> None:
-    sidecar = next(one for one in kept.entries() if one.source.block == 0 and one.made.identity.graph == "step")
+    sidecar = next(one for one in kept.entries() if one.source.block == 0 and one.made.graph == "step")
     path = kept.path / f"{sidecar.key}.engine"
     path.write_bytes(path.read_bytes()[:100])
     found = explained(tarflow, kept, own_bundle)

@@ -350,11 +350,11 @@ class ExecutionContext:
         return True
 
 
-def build(package: Any, graph: Any, profiles: Any, *, on_build: Any = None, **options: Any) -> Any:
-    """What `_build.build` does, in this process: the fake package is not in another."""
+def build(package: Any, job: Any, on_build: Any = None) -> Any:
+    """What `build` does, in this process: the fake package is not in another."""
     from tarflow_runtimes.engines.trt.compile import compile_engine
 
-    return compile_engine(package, graph, profiles, on_share=on_build, **options)
+    return compile_engine(package, job, on_build)
 
 
 def module(engine: str) -> types.ModuleType:

@@ -1,4 +1,4 @@
-"""`TrtMaker`: TensorRT and TensorRT for RTX behind the device loop. One class for both; `_trt` knows the difference.
+"""`TrtMaker`: TensorRT and TensorRT for RTX behind the device loop. One class for both; `Package` knows the difference.
 
 The engine of a graph serves all shapes that its profiles allow, so that the weights lie on the GPU once. Every binding
 is an execution context of its own: a CUDA graph depends on the state of the context that it was captured from. They
@@ -26,7 +26,7 @@ from tarflow_runtimes.engines.trt.log import listen
 from tarflow_runtimes.engines.trt.package import import_package
 from tarflow_runtimes.engines.trt.profiles import Profile, shape_of
 from tarflow_runtimes.engines.trt.runtime import Kernels, LoadedEngine
-from tarflow_runtimes.engines.trt.sidecar import Sidecar, Verification
+from tarflow_runtimes.engines.trt.sidecar import Sidecar
 from tarflow_runtimes.engines.trt.supply import OnBuilding, Supply
 
 
@@ -115,9 +115,8 @@ class TrtMaker:
 
     def record_verification(self, *, passed: bool, facts: Mapping[str, Any]) -> int:
         """Write into the sidecars of all engines used so far what verification found; failed ones are refused."""
-        verification = Verification(gpu=self.gpu.name, driver=self.gpu.driver, passed=passed, facts=facts)
         for key, sidecar in self._used.items():
-            self._used[key] = self._supply.cache.record_verification(sidecar, verification)
+            self._used[key] = self._supply.cache.record_verification(sidecar, self.gpu, passed=passed, facts=facts)
         return len(self._used)
 
     def _engine(self, block: int, kind: str, images: int, branches: int, patches: int) -> tuple[LoadedEngine, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 Shape = tuple[int, ...]
 
@@ -42,15 +41,6 @@ class Profile:
             "S + 1": self.patches + 1,
             "L": kv_length,
         }
-
-    def to_json(self) -> dict[str, int]:
-        """As it stands in a sidecar."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_json(value: Any) -> Profile:
-        """The way back; KeyError, TypeError or ValueError on anything else."""
-        return Profile(**{field.name: int(value[field.name]) for field in dataclasses.fields(Profile)})
 
     def __str__(self) -> str:
         images = str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
