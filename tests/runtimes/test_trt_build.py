@@ -20,7 +20,7 @@ from tarflow_runtimes.engines.trt.compile import Built, Job, compile_engine
 from tarflow_runtimes.engines.trt.graphs import KINDS, LOOPS, open_graph
 from tarflow_runtimes.engines.trt.network import Graph, parse
 from tarflow_runtimes.engines.trt.package import PORTABLE_TARGETS, import_package
-from tarflow_runtimes.engines.trt.profiles import Profile, joined, profiles_for, shape_of, uncovered
+from tarflow_runtimes.engines.trt.profiles import Profile, profiles_for, shape_of, uncovered
 from tarflow_runtimes.engines.trt.supply import wanted_engines
 from tarflow_runtimes.model.flow import shipped_bundle
 from tarflow_sdk.testing import random_model, tiny_config
@@ -332,8 +332,6 @@ def test_profiles():
         "B 9 to 32, G 1, S 1",
         "B 1, G 1, S 16",
     ]
-    assert str(joined(profiles)[0]) == "B 1 to 32, G 1, S 1"
-    assert len(joined(profiles)) == 4
     assert uncovered([Profile(least=3, most=20, branches=2, patches=16)], profiles) == []
     too_much = Profile(least=1, most=33)
     assert uncovered([too_much], profiles) == [too_much]

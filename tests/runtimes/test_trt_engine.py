@@ -224,11 +224,11 @@ def test_an_engine_that_failed_its_verification_is_refused(opened, flows):
     with pytest.raises(tfr.EngineError, match=r"failed its verification on this Host GPU with CUDA 13\.0") as caught:
         opened().sample(1, labels=[0], seed=0, denoise=False)
     assert "--rebuild" in caught.value.hint
-    cache = maker_of(flow)._supply.cache
+    cache = maker_of(flow).supply.cache
     assert record_verification(flows("class").engine, passed=False, facts={}) == 0
     assert [len(one.verifications) for one in cache.entries()] == [1] * flow.config.blocks
     for block in range(flow.config.blocks):
-        maker_of(flow)._supply.get(block, "step", [Profile(least=1, most=1)], rebuild=True)
+        maker_of(flow).supply.get(block, "step", [Profile(least=1, most=1)], rebuild=True)
     assert opened().sample(1, labels=[0], seed=0, denoise=False).images.shape[0] == 1
 
 
@@ -246,7 +246,7 @@ def test_a_damaged_engine_is_built_again_and_not_loaded(opened, engine, tmp_path
 
 def test_a_damaged_engine_that_another_process_builds_is_waited_for(opened, engine):
     flow = opened()
-    supply, profiles = maker_of(flow)._supply, [Profile(least=1, most=1)]
+    supply, profiles = maker_of(flow).supply, [Profile(least=1, most=1)]
     sidecar = supply.get(0, "step", profiles).sidecar
     path = supply.cache.path / f"{sidecar.key}.engine"
     whole, before = path.read_bytes(), builds(engine)

@@ -102,31 +102,22 @@ class BuildOptions:
     max_size: MaxSize = "20G"
 
     def __post_init__(self) -> None:
-        _ = self.batches, self.weights, self.windows, self.targets, self.max_bytes
+        _ = self.shapes, self.targets, self.max_bytes
 
     @property
-    def batches(self) -> list[int]:
-        """`--batch`."""
-        return items("--batch", self.batch, count)
-
-    @property
-    def weights(self) -> list[float] | None:
-        """`--guidance`."""
-        return None if self.guidance is None else items("--guidance", self.guidance, weight)
-
-    @property
-    def windows(self) -> list[int]:
-        """`--window`."""
-        return items("--window", self.window, count)
+    def shapes(self) -> tuple[list[int], list[float] | None, list[int]]:
+        """Batches, guidance weights and windows."""
+        weights = None if self.guidance is None else items("--guidance", self.guidance, weight)
+        return items("--batch", self.batch, count), weights, items("--window", self.window, count)
 
     @property
     def targets(self) -> list[str] | None:
-        """`--target`."""
+        """The GPU architectures."""
         return None if self.target is None else items("--target", self.target, str)
 
     @property
     def max_bytes(self) -> int:
-        """`--max-size`."""
+        """What engines may take."""
         return size_of("--max-size", self.max_size)
 
     def wanted(self, bundle: Bundle) -> list[tuple[int, str, tuple[Profile, ...]]]:
@@ -134,12 +125,13 @@ class BuildOptions:
         from tarflow_runtimes.engines.trt.profiles import profiles_for
         from tarflow_runtimes.engines.trt.supply import wanted_engines
 
-        config = bundle.config
-        weights = self.weights or ((0.0, 1.0) if config.classes else (0.0,))
+        batches, weights, windows = self.shapes
+        if weights is None:
+            weights = [0.0, 1.0] if bundle.config.classes else [0.0]
         profiles = profiles_for(
-            self.batches,
+            batches,
             branches={1 + (weight > 0.0) for weight in weights},
-            windows={1, *(min(window, config.patches - 1) for window in self.windows)},
+            windows={1, *(min(window, bundle.config.patches - 1) for window in windows)},
         )
         return list(wanted_engines(bundle, profiles))
 

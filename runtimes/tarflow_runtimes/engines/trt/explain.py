@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from tarflow_runtimes.engines.trt.gpu import Gpu
-from tarflow_runtimes.engines.trt.profiles import joined, uncovered
+from tarflow_runtimes.engines.trt.profiles import Profile, uncovered
 from tarflow_runtimes.engines.trt.sidecar import EQUAL, Sidecar, Source, Wanted, host
 
 FAILED: Final = "it failed its verification here"
@@ -47,7 +47,7 @@ class Explanation:
 def differences(made: Wanted, wanted: Wanted) -> tuple[Difference, ...]:
     """Every field that stands against using an engine for what is wanted."""
 
-    def differ(field: str, built: Any, wanted: Any) -> Difference:
+    def differ(field: str, built: object, wanted: object) -> Difference:
         return Difference(field=field, built=_shown(built), wanted=_shown(wanted))
 
     implied = {"graph_digest", "flags"} if made.precision != wanted.precision else set()
@@ -56,14 +56,14 @@ def differences(made: Wanted, wanted: Wanted) -> tuple[Difference, ...]:
     if not set(wanted.targets) <= set(made.targets):
         found.append(differ("targets", made.targets, wanted.targets))
     if missing := uncovered(wanted.profiles, made.profiles):
-        have = "; ".join(map(str, joined(made.profiles)))
-        found.append(Difference(field="profiles", built=have, wanted="; ".join(map(str, missing))))
+        found.append(differ("profiles", made.profiles, missing))
     return tuple(found)
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(value) or "none"
+def _shown(value: object) -> str:
+    if isinstance(value, tuple | list):
+        separator = "; " if value and isinstance(value[0], Profile) else ", "
+        return separator.join(map(str, value)) or "none"
     return str(value)[:16]  # of a digest, as much as a person compares
 
 
