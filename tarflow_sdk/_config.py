@@ -31,6 +31,12 @@ SIZES: dict[DataKind, tuple[str, ...]] = {
 }
 """The fields that describe each kind of data; those of the other kind are None."""
 
+MODEL_LIMIT = 1 << 44
+"""Of blocks * layers * patches^2 * width: counts of bytes then fit 64 bits."""
+
+IMAGE_LIMIT = 1 << 31
+"""Of the values of an image."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FlowConfig:
@@ -108,6 +114,10 @@ class FlowConfig:
             raise ConfigError("tokens must be an integer >= 2, got 1", hint="a flow needs a token to start from")
         if self.patches < 2:
             raise ConfigError(f"patch_size {self.patch_size} leaves one patch of a {self.image_size} pixel image")
+        if self.blocks * self.layers * self.patches**2 * self.width > MODEL_LIMIT:
+            raise ConfigError("the model is too large: blocks * layers * patches^2 * width is above 2^44")
+        if self.dims > IMAGE_LIMIT:
+            raise ConfigError("the data are too large: an image has more than 2^31 values")
 
     def _check_noise(self) -> None:
         if self.noise not in ("gaussian", "uniform"):
@@ -118,7 +128,8 @@ class FlowConfig:
             return
         if self.noise == "uniform":
             raise ConfigError("noise_std has no meaning for a model trained with uniform noise")
-        if not isinstance(self.noise_std, (int, float)) or not 0.0 < self.noise_std < 10.0:
+        is_number = isinstance(self.noise_std, (int, float)) and not isinstance(self.noise_std, bool)
+        if not is_number or not 0.0 < self.noise_std < 10.0:
             raise ConfigError(f"noise_std must be a number in (0, 10), got {self.noise_std!r}")
 
     def _check_labels(self) -> None:

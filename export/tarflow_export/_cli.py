@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from tarflow_runtimes.cli.build import build_engines, check_builds
-from tarflow_runtimes.cli.options import EngineDir, Json
+from tarflow_runtimes.cli.options import BuildOptions, EngineDir, Json
 from tarflow_runtimes.cli.shell import command, new_app, note, print_json, run
 from tarflow_runtimes.engines.trt.folder import EngineFolder
 
@@ -88,7 +88,7 @@ def export(
         report = export_bundle(checkpoint, output, on_progress=on_progress, on_verified=show_table, **options)
     facts = report.to_json()
     if engine is not None:
-        facts["build"] = build_engines(report.path, engine, engine_dir=engine_dir)
+        facts["build"] = build_engines(report.path, engine, BuildOptions(engine_dir=engine_dir))
     if as_json:
         print_json(facts)
     else:
@@ -159,7 +159,7 @@ def progress_bar() -> Iterator[OnProgress]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        yield lambda stage, done, total: bar.update(task, description=f"{stage:<7}", completed=done, total=total)
+        yield lambda stage, done, total: bar.update(task, description=f"{stage:<9}", completed=done, total=total)
 
 
 def main() -> NoReturn:

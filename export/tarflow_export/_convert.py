@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tarflow_export._errors import ExportError
+from tarflow_export._make import make_bundle
 from tarflow_export._plan import plan_export
 from tarflow_export._report import ExportReport, OnProgress, Stages
 from tarflow_export._target import Target
-from tarflow_export._verify import SKIPPED, Verified, extent_of, verify_written
-from tarflow_export._write import REFERENCE_FILE, Contents, record_of, write_files, write_manifest
+from tarflow_export._verify import Extent, Verified
+from tarflow_export._write import Contents
 from tarflow_runtimes.bundle.config import Precision
 from tarflow_runtimes.bundle.reader import Bundle, open_bundle
-from tarflow_runtimes.bundle.tolerances import require_passed
 
 PRECISIONS: Final[tuple[Precision, ...]] = ("float16", "bfloat16", "int8")
 """The precisions that a float32 bundle can be converted to."""
@@ -52,7 +52,10 @@ def convert_bundle(
     stages = Stages(on_progress)
     with stages("check"):
         if precision not in PRECISIONS:
-            raise ExportError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+            raise ExportError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}",
+                hint="float16 and bfloat16 halve the weights, int8 quarters them",
+            )
         target = Target(Path(output), overwrite=overwrite)
         bundle = open_bundle(source)
         if bundle.path == target.path:
@@ -62,51 +65,37 @@ def convert_bundle(
                 f"bundle {bundle.path.name} is of {bundle.precision}: what is rounded cannot be rounded again",
                 hint="convert the float32 bundle that it was made from",
             )
-        _require_reference(bundle, verify=verify)
+        if verify:
+            _reference_of(bundle)
     with stages("plan"):
         plan = plan_export(bundle.config, precision)
+
+    def add_reference(path: Path, _: Extent) -> Mapping[str, float]:
+        shutil.copyfile(_reference_of(bundle), path)
+        floors: Mapping[str, float] = bundle.manifest["verification"]["floors"]
+        return floors
+
     contents = Contents(
         weight=bundle.tensor,
         prior=bundle.prior_variance,
         checkpoint=bundle.manifest["checkpoint"],
         converted={"digest": bundle.digest, "precision": bundle.precision},
     )
-    extent, blocks = extent_of(bundle.config), bundle.config.blocks
-    can_verify = precision != "bfloat16"
-    verification: dict[str, Any] = SKIPPED if can_verify and not verify else {**SKIPPED, "status": "unverified"}
-    verified = None
-    with target.growing() as folder:
-        with stages("write"):
-            files = write_files(folder, plan, contents, lambda k: stages.progress(k + 1, blocks))
-            if verify and bundle.reference is not None:
-                shutil.copyfile(bundle.reference, folder / REFERENCE_FILE)
-                files[REFERENCE_FILE] = record_of(folder / REFERENCE_FILE)
-                verification = {**verification, "floors": bundle.manifest["verification"]["floors"]}
-            write_manifest(folder, plan, contents, files=files, verification=verification)
-        if verify and can_verify:
-            with stages("verify"):
-                verified = verify_written(
-                    folder, extent, verification["floors"], lambda k: stages.progress(k + 1, blocks)
-                )
-                if on_verified is not None:
-                    on_verified(verified)
-                require_passed(verified.records)
-                write_manifest(folder, plan, contents, files=files, verification=verified.to_json())
-        made = open_bundle(folder, verify_digests=False)
-    return ExportReport(
-        path=target.path,
-        digest=made.digest,
-        nbytes=sum(record.size for record in files.values()),
-        parameters=bundle.manifest["checkpoint"]["parameters"],
+    return make_bundle(
+        target,
+        plan,
+        contents,
+        add_reference=add_reference if verify else None,
         assumptions=(),
-        verification=made.manifest["verification"],
-        seconds=stages.seconds,
+        stages=stages,
+        on_verified=on_verified,
     )
 
 
-def _require_reference(bundle: Bundle, *, verify: bool) -> None:
-    if verify and bundle.reference is None:
+def _reference_of(bundle: Bundle) -> Path:
+    if bundle.reference is None:
         raise ExportError(
             f"bundle {bundle.path.name} holds no reference outputs to verify with: it was exported with --no-verify",
             hint="add --no-verify, or export the checkpoint again without it",
         )
+    return bundle.reference

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tarflow_sdk._errors import TarFlowError
+from tarflow_sdk import TarFlowError
 
 
 class ExportError(TarFlowError):

@@ -1,11 +1,11 @@
-"""`export_bundle`: check, load, plan, write, verify, publish; every stage hands the next a typed result."""
+"""`export_bundle`: check, load and plan, each handing on a typed result; `make_bundle` does the rest."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,18 @@ import numpy as np
 import torch
 
 from tarflow_export._errors import ExportError
-from tarflow_export._plan import Plan, plan_export
+from tarflow_export._make import make_bundle
+from tarflow_export._plan import plan_export
 from tarflow_export._reference import compute_reference
 from tarflow_export._report import ExportReport, OnProgress, Stages
 from tarflow_export._source import bundle_config, weights_of
 from tarflow_export._target import SUFFIX, Target
-from tarflow_export._verify import SKIPPED, Verified, extent_of, verify_written
+from tarflow_export._verify import Extent, Verified, extent_of
 from tarflow_export._weights import is_linear
-from tarflow_export._write import REFERENCE_FILE, Contents, FileRecord, record_of, write_files, write_manifest
+from tarflow_export._write import Contents
 from tarflow_runtimes.bundle.config import ModelConfig, Precision
-from tarflow_runtimes.bundle.reader import open_bundle
-from tarflow_runtimes.bundle.tolerances import require_passed
-from tarflow_sdk._checkpoint import load_checkpoint
-from tarflow_sdk._model import TarFlow
+from tarflow_runtimes.engines.onnxruntime import import_onnxruntime
+from tarflow_sdk import TarFlow, load_checkpoint
 
 DTYPES: tuple[Precision, ...] = ("float32", "float16")
 
@@ -76,6 +75,7 @@ def export_bundle(
     Raises:
         CheckpointError: on a checkpoint that cannot be read or whose configuration stays open.
         ExportError: on a target that may not be written, weights that are not finite, options that do not fit.
+        EngineError: when ONNX Runtime is missing, or cannot run a graph.
         VerificationError: when a comparison with PyTorch misses its tolerance.
         OSError: when the disk refuses.
 
@@ -97,26 +97,22 @@ def export_bundle(
         loaded = load(model_or_path, dtype=dtype, **given)
     with stages("plan"):
         plan = plan_export(loaded.config, dtype)
-    with target.growing() as folder:
-        with stages("write"):
-            files = write_files(folder, plan, loaded.contents, lambda k: stages.progress(k + 1, plan.config.blocks))
-            write_manifest(folder, plan, loaded.contents, files=files, verification=SKIPPED)
-        if verify:
-            with stages("verify"):
-                verified = _verify(folder, plan, loaded, files, stages)
-                if on_verified is not None:
-                    on_verified(verified)
-                require_passed(verified.records)
-        bundle = open_bundle(folder, verify_digests=False)
-    # From here on the bundle stands under its name.
-    return ExportReport(
-        path=target.path,
-        digest=bundle.digest,
-        nbytes=sum(record.size for record in files.values()),
-        parameters=bundle.manifest["checkpoint"]["parameters"],
+
+    def add_reference(path: Path, extent: Extent) -> Mapping[str, float]:
+        with stages("reference"):
+            blocks = plan.config.blocks
+            measured = compute_reference(loaded.model, extent, lambda k: stages.progress(k + 1, blocks))
+            measured.reference.save(path)
+        return measured.floors
+
+    return make_bundle(
+        target,
+        plan,
+        loaded.contents,
+        add_reference=add_reference if verify else None,
         assumptions=loaded.assumptions,
-        verification=bundle.manifest["verification"],
-        seconds=stages.seconds,
+        stages=stages,
+        on_verified=on_verified,
     )
 
 
@@ -147,7 +143,7 @@ def check(
     if dtype not in DTYPES:
         raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}", hint="float32 is the default")
     if verify:
-        _require_engine()
+        import_onnxruntime()  # found out before the work
     if output is None:
         if isinstance(model_or_path, TarFlow):
             raise ExportError("a model in memory has no name to derive the bundle's from", hint="give output")
@@ -183,31 +179,3 @@ def load(model_or_path: TarFlow | str | Path, *, dtype: Precision, **given: Any)
         checkpoint={**source, "parameters": sum(parameter.numel() for parameter in model.parameters())},
     )
     return Loaded(model=model, contents=contents, assumptions=tuple(model.assumptions))
-
-
-def _require_engine() -> None:
-    """Find out before the work that the verification could not run."""
-    try:
-        import onnxruntime  # noqa: F401, PLC0415  (a check, made late: it takes a tenth of a second)
-    except ImportError as error:
-        raise ExportError(
-            "the verification needs onnxruntime, which is not installed",
-            hint='pip install "tarflow-sdk[export]", or add --no-verify',
-        ) from error
-
-
-def _verify(folder: Path, plan: Plan, loaded: Loaded, files: dict[str, FileRecord], stages: Stages) -> Verified:
-    """Stage `verify`: PyTorch's outputs into the bundle, then every graph against them."""
-    extent, blocks = extent_of(plan.config), plan.config.blocks
-    measured = compute_reference(loaded.model, extent, lambda k: stages.progress(k + 1, 2 * blocks))
-    measured.reference.save(folder / REFERENCE_FILE)
-    files[REFERENCE_FILE] = record_of(folder / REFERENCE_FILE)
-
-    def manifest(verification: dict[str, Any]) -> None:
-        write_manifest(folder, plan, loaded.contents, files=files, verification=verification)
-
-    # The engines read the bundle as anybody would: from its manifest, digests checked.
-    manifest({**SKIPPED, "floors": measured.floors})
-    verified = verify_written(folder, extent, measured.floors, lambda k: stages.progress(blocks + k + 1, 2 * blocks))
-    manifest(verified.to_json())
-    return verified

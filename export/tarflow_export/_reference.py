@@ -24,9 +24,7 @@ from tarflow_export._verify import Extent
 from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.measure.verify import Reference, unit_of
 from tarflow_runtimes.model.noise import standard_normal
-from tarflow_sdk._inverse import Guidance, inverse_block
-from tarflow_sdk._likelihood import PIXEL_SCALE_BITS
-from tarflow_sdk._model import NULL_LABEL, FlowBlock, TarFlow
+from tarflow_sdk import NULL_LABEL, FlowBlock, Guidance, TarFlow, inverse_block
 
 SEED = 0
 
@@ -112,9 +110,7 @@ class _Computation:
             "guidance": self._guidance(),
             "inverse_temperature": torch.tensor([1.0, 1.0 / TEMPERED.attention_temperature]),
             "log_prob": log_prob,
-            "bits_per_dim": PIXEL_SCALE_BITS - log_prob / (config.dims * math.log(2))
-            if config.data == "image"
-            else None,
+            "bits_per_dim": _bits_per_dim(log_prob, config) if config.data == "image" else None,
             "noise": noise,
             "sample": sample,
             "denoised": None if sigma is None else x + sigma**2 * cotangent[0],
@@ -252,6 +248,11 @@ def _labels(config: ModelConfig, images: int) -> Tensor | None:
     if not config.classes:
         return None
     return torch.tensor([config.classes - 1, NULL_LABEL, 0][:images])
+
+
+def _bits_per_dim(log_prob: Tensor, config: ModelConfig) -> Tensor:
+    """Of pixels 0 .. 255, a scale 2^7 times as wide as [-1, 1]."""
+    return 7.0 - log_prob / (config.dims * math.log(2))
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from tarflow_runtimes.bundle.reader import PORTABLE, Bundle
 from tarflow_runtimes.decode.plan import BlockReport, Parallel
 from tarflow_runtimes.decode.turn import Conditions, Floats, Integers, OnTurn, Turn
 from tarflow_runtimes.engines.api import Cotangent
+from tarflow_runtimes.engines.ort_cpu.session import Session
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -26,7 +26,7 @@ class _Runner:
         self.name, self.provider, self.precision = f"{provider} on the CPU", provider, bundle.precision
         self.bundle, self.config = bundle, bundle.config
         self._threads = threads
-        self._open: tuple[tuple[str, int], onnxruntime.InferenceSession] | None = None
+        self._open: tuple[tuple[str, int], Session] | None = None
 
     def forward(self, block: int, patches: Floats, labels: Integers | None) -> tuple[Floats, Floats]:
         """Patches [B, N, D], labels [B] -> z [B, N, D], log|det| [B]."""
@@ -44,10 +44,9 @@ class _Runner:
     def run(self, kind: str, block: int, feeds: Arrays, labels: Integers | None) -> Arrays:
         """Run once and return copies of the outputs by name; the originals keep all memory of the session alive."""
         session = self._session(kind, block)
-        names = [output.name for output in session.get_outputs()]
         given = feeds if labels is None else {**feeds, "labels": labels}
-        results = session.run(names, {name: np.ascontiguousarray(array) for name, array in given.items()})
-        return {name: result.copy() for name, result in zip(names, results, strict=True)}
+        results = session.run({name: np.ascontiguousarray(array) for name, array in given.items()}, session.outputs)
+        return {name: result.copy() for name, result in zip(session.outputs, results, strict=True)}
 
     def ordered(self, block: int, patches: Floats) -> Floats:
         """Convert between the order of the data and that of a block."""
@@ -60,18 +59,18 @@ class _Runner:
         names = [f"{kind}_{layer}" for layer in range(config.layers) for kind in ("key", "value")]
         return {name: np.ones(shape, self.bundle.cache_dtype) for name in names}
 
-    def _session(self, kind: str, block: int) -> onnxruntime.InferenceSession:
+    def _session(self, kind: str, block: int) -> Session:
         key = (kind, block)
         if self._open is None or self._open[0] != key:
             self._open = None  # frees the last one before the next one is loaded
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3  # unless caches are bound, it warns at every step that they are copied
-            options.intra_op_num_threads = self._threads or 0
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # slow when other work runs
-            folder = self.bundle.blocks[block].weights.parent
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-            model = self.bundle.read(self.bundle.graph(self.provider, kind, block))
-            session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            path = self.bundle.graph(self.provider, kind, block)
+            session = Session(
+                self.bundle.read(path),
+                name=self.bundle.name(path),
+                folder=self.bundle.blocks[block].weights.parent,
+                threads=self._threads or 0,
+                spinning=False,  # slow beside other work
+            )
             self._open = (key, session)
         return self._open[1]
 
@@ -134,7 +133,7 @@ class DecodeLoopRunner(_Runner):
             **self.caches(conditions.branches * batch),
         }
         kind = "window" if isinstance(turn.strategy, Parallel) else "step"
-        names = {value.name for value in self._session(kind, turn.block).get_inputs()}
+        names = self._session(kind, turn.block).inputs
         fixed = {name: array for name, array in fixed.items() if name in names}
         for _launch in range(turn.steps or patches - 1):
             state = _next(self.run(kind, turn.block, {**fixed, **state}, conditions.labels))

@@ -10,8 +10,7 @@ import torch
 
 from tarflow_export._weights import Floats
 from tarflow_runtimes.bundle.config import ModelConfig
-from tarflow_sdk._config import FlowConfig
-from tarflow_sdk._model import TarFlow
+from tarflow_sdk import FlowConfig, TarFlow
 
 
 def bundle_config(config: FlowConfig) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""`verify_written`: every graph of a bundle that has just been written, compared with PyTorch's outputs in it.
+"""`verify_graphs`: every graph of a bundle that is being made, compared with PyTorch's outputs in it.
 
 Portable graphs on all blocks; run-ready graphs, whose bytes are the same in all blocks, on some of them where the model
 is large. The whole model from end to end runs on the engine that will run it.
@@ -10,13 +10,12 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from tarflow_export._runners import DecodeLoopRunner, PortableRunner
 from tarflow_export._weights import block_shapes
 from tarflow_runtimes.bundle.config import ModelConfig
-from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from tarflow_runtimes.bundle.reader import Bundle
 from tarflow_runtimes.bundle.tolerances import Record
 from tarflow_runtimes.engines.ort_cpu.engine import Limits, OrtCpuEngine
 from tarflow_runtimes.measure.verify import verify
@@ -109,11 +108,8 @@ class Verified:
         }
 
 
-def verify_written(
-    folder: Path, extent: Extent, floors: Mapping[str, float], on_block: Callable[[int], None]
-) -> Verified:
-    """Compare every graph of the bundle in `folder`, which holds the reference and the floors."""
-    bundle = open_bundle(folder)
+def verify_graphs(bundle: Bundle, extent: Extent, on_block: Callable[[int], None]) -> Verified:
+    """Compare every graph of a bundle whose manifest holds the floors."""
     records = list(verify(bundle, PortableRunner(bundle, threads=extent.threads), end_to_end=False, on_block=on_block))
     for provider in bundle.graphs:
         if provider == "ort-cpu":
@@ -122,7 +118,10 @@ def verify_written(
             runner = DecodeLoopRunner(bundle, provider, threads=extent.threads)
             records += verify(bundle, runner, blocks=extent.some, stages=("inverse", "window"), end_to_end=False)
     return Verified(
-        engine=", ".join(("portable", *bundle.graphs)), extent=extent, floors=floors, records=tuple(records)
+        engine=", ".join(("portable", *bundle.graphs)),
+        extent=extent,
+        floors=bundle.manifest["verification"]["floors"],
+        records=tuple(records),
     )
 
 

@@ -1,4 +1,4 @@
-"""Write the files of a bundle into a folder: graphs, blocks one by one, prior, manifest (docs/BUNDLE.md)."""
+"""The files of a bundle (docs/BUNDLE.md): graphs, blocks one by one and the prior, written; the manifest of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from tarflow_export._graphs import IR_VERSION, OPSET
 from tarflow_export._plan import Plan, block_file, block_order
 from tarflow_export._weights import WEIGHTS_FILE, Floats, block_tensors
-from tarflow_runtimes.bundle.reader import FORMAT, MANIFEST, PORTABLE, SCHEMA_VERSION
+from tarflow_runtimes.bundle.reader import FORMAT, PORTABLE, SCHEMA_VERSION
 
 REFERENCE_FILE: Final = "reference.npz"
 PRIOR_FILE: Final = "prior.npy"
@@ -99,15 +99,10 @@ def record_of(path: Path) -> FileRecord:
         return FileRecord(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def write_manifest(
-    folder: Path,
-    plan: Plan,
-    contents: Contents,
-    *,
-    files: Mapping[str, FileRecord],
-    verification: Mapping[str, Any],
-) -> None:
-    """Everything a reader needs to know, `manifest.json`."""
+def manifest_of(
+    plan: Plan, contents: Contents, files: Mapping[str, FileRecord], verification: Mapping[str, Any]
+) -> bytes:
+    """The bytes of `manifest.json`: everything a reader needs to know."""
     config, linear = plan.config, plan.layout.linear
     graphs: dict[str, dict[str, Any]] = {}
     for graph in plan.graphs:
@@ -151,7 +146,7 @@ def write_manifest(
         "tools": {"python": platform.python_version(), **{tool: _version(tool) for tool in TOOLS}},
         "files": {name: dataclasses.asdict(record) for name, record in sorted(files.items())},
     }  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", "utf-8")
+    return (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _version(distribution: str) -> str | None:

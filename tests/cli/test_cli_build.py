@@ -41,10 +41,10 @@ def test_a_second_build_finds_everything(tarflow: Callable, class_bundle: Path, 
     assert "block 0 step: was there" in second.err
     assert second.err.splitlines()[-1].startswith(f"6 engines for sm_89 in {folder}: 0 built, 6 were there")
     sidecar = json.loads(Path(built["engines"][0]["file"]).with_suffix(".json").read_text())
-    assert sidecar["profiles"] == [{"least": 1, "most": 2, "branches": 1, "patches": 1}]
+    assert sidecar["made"]["profiles"] == [{"least": 1, "most": 2, "branches": 1, "patches": 1}]
     assert sidecar["built"]["cache_updates"] == 5
     assert sidecar["built"]["gpu"] is None
-    assert sidecar["identity"]["flags"] == ["STRICT_NANS", "REQUIRE_USER_ALLOCATION"]
+    assert sidecar["made"]["flags"] == ["STRICT_NANS", "REQUIRE_USER_ALLOCATION"]
     again = tarflow("build", class_bundle, *QUICK, "--rebuild")
     assert "6 built, 0 were there" in again.err
 

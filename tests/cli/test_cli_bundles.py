@@ -172,7 +172,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "field missing": (
         lambda bundle: edit(bundle, lambda manifest: manifest["config"].pop("width")),
-        "width is missing",
+        "width must be an integer",
     ),
     "parent path": (lambda bundle: rename_file(bundle, "../own.tarflow/block_00/weights.bin"), "leaves the bundle"),
     "absolute path": (lambda bundle: rename_file(bundle, "/etc/hostname"), "not a relative path"),

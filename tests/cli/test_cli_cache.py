@@ -15,7 +15,7 @@ import pytest
 import fake_tensorrt
 from fake_cuda import FakeCuda, installed
 from tarflow_runtimes.cli.build import build_engines
-from tarflow_runtimes.cli.options import shapes_of
+from tarflow_runtimes.cli.options import BuildOptions
 
 SHAPES = ("--batch", "2", "--window", "1", "--guidance", "0", "--target", "sm_89")
 QUICK = ("--engine", "trt-rtx", *SHAPES)
@@ -30,7 +30,8 @@ def _user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def built(class_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the six engines of the class bundle."""
     folder = tmp_path_factory.mktemp("built") / "engines"
-    build_engines(class_bundle, "trt-rtx", shapes=shapes_of("2", "0", "1"), targets=["sm_89"], engine_dir=folder)
+    chosen = BuildOptions(batch="2", guidance="0", window="1", target="sm_89", engine_dir=folder)
+    build_engines(class_bundle, "trt-rtx", chosen)
     return folder
 
 

@@ -137,7 +137,19 @@ def test_a_failed_export_keeps_the_bundle_that_was_there(tmp_path: Path, wrong_w
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("stage", ["write", "verify"])
+def test_the_manifest_is_written_once_and_last(tmp_path: Path) -> None:
+    seen: dict[str, list[Path]] = {}
+
+    def look(stage: str, done: int, total: int) -> None:
+        seen[stage] = list(tmp_path.glob(".*/manifest.json"))
+
+    report = export_bundle(random_model(tiny_config()), tmp_path / "x.tarflow", on_progress=look)
+    assert list(seen) == ["check", "load", "plan", "write", "reference", "verify"]
+    assert not any(seen.values())
+    assert report.digest == open_bundle(report.path).digest
+
+
+@pytest.mark.parametrize("stage", ["write", "reference", "verify"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path, stage: str, error: Any) -> None:
     def interrupt(now: str, done: int, total: int) -> None:

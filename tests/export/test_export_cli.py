@@ -47,7 +47,7 @@ def test_reports_as_json(run: Run) -> None:
     report = json.loads(result.out)
     assert report["verification"]["status"] == "passed"
     assert report["digest"] == open_bundle("named.tarflow").digest
-    assert set(report["seconds"]) == {"check", "load", "plan", "write", "verify"}
+    assert set(report["seconds"]) == {"check", "load", "plan", "write", "reference", "verify"}
 
 
 def test_dry_run_says_the_plan_and_writes_nothing(run: Run, tmp_path: Path) -> None:

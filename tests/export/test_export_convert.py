@@ -157,8 +157,9 @@ def test_targets_and_precisions_that_do_not_fit(whole: Path, tmp_path: Path) -> 
     assert "does not exist" in refused(whole, tmp_path / "missing" / "y.tarflow", precision="int8")
     assert open_bundle(whole).digest == before
     for precision in ("float32", "float64", "int4"):
-        with pytest.raises(ExportError, match="precision must be one of float16, bfloat16, int8, got"):
+        with pytest.raises(ExportError, match="precision must be one of float16, bfloat16, int8, got") as caught:
             convert_bundle(whole, tmp_path / "y.tarflow", precision=precision)  # type: ignore[arg-type]
+        assert "int8 quarters them" in caught.value.hint
     with pytest.raises(BundleError, match="no such directory"):
         convert_bundle(tmp_path / "none.tarflow", tmp_path / "y.tarflow", precision="int8")
     assert not list(tmp_path.iterdir())

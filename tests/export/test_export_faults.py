@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
 from graphs import KINDS, PROVIDERS
 from tarflow_export import convert_bundle, export_bundle
-from tarflow_runtimes import VerificationError
+from tarflow_runtimes import EngineError, VerificationError
 from tarflow_sdk.testing import random_model, tiny_config
 
 Plant = Callable[..., None]
@@ -69,6 +70,25 @@ def check_planted(make: Any, folder: Path, graph: tuple[Any, str, str]) -> None:
     missed = {record.graph for record in seen[0].records if not record.passed}
     assert (f"block_00/{kind}.onnx" if provider == "portable" else f"graphs/{provider}/{kind}.onnx") in missed
     assert list(folder.iterdir()) == []
+
+
+def test_a_graph_that_loads_but_does_not_run_is_one_clear_line(tmp_path: Path, wrong_graph: Plant) -> None:
+    def too_few_rows(model: onnx.ModelProto) -> None:
+        """Patches beyond the last are asked for; nothing says so before the graph runs."""
+        node = next(node for node in model.graph.node if "order" in node.input)
+        offset = onnx.numpy_helper.from_array(np.int64(1000), "offset")
+        model.graph.initializer.append(offset)
+        at = list(model.graph.node).index(node)
+        model.graph.node.insert(at, onnx.helper.make_node("Add", ["order", "offset"], ["beyond"], name="beyond"))
+        for one in list(model.graph.node)[at + 1 :]:
+            one.input[:] = ["beyond" if name == "order" else name for name in one.input]
+
+    wrong_graph("portable", "forward", too_few_rows)
+    with pytest.raises(EngineError, match=r"^ONNX Runtime failed in block_00/forward.onnx: .*1000") as caught:
+        export_bundle(random_model(SMALLEST), tmp_path / "x.tarflow")
+    assert "tarflow doctor" in caught.value.hint
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

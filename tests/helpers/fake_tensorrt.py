@@ -362,9 +362,9 @@ class ExecutionContext:
         return True
 
 
-def build(package: Any, graph: Any, profiles: Any, *, on_build: Any = None, **options: Any) -> Any:
+def build(package: Any, job: Any, on_build: Any = None) -> Any:
     """What `build` does, in this process: the fake package is not in another."""
-    return compile_engine(package, graph, profiles, on_share=on_build, **options)
+    return compile_engine(package, job, on_build)
 
 
 MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}

@@ -57,6 +57,18 @@ def test_imports_run_one_way(package: str) -> None:
 
 
 ARCHITECTURE = ROOT / "docs" / "ARCHITECTURE.md"
+
+
+def test_the_exporter_needs_nothing_private_of_the_core() -> None:
+    for path in PACKAGES["tarflow_export"].rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                assert not name.startswith("tarflow_sdk._"), f"{path}: imports {name}"
+
+
 ROOMS = ("cli", "measure", "model", "engines", "decode", "doctor", "bundle", "io", "errors")
 """The folders of the runtime from top to bottom, as in ARCHITECTURE: each may import only the ones below it."""
 

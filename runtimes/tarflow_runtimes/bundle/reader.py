@@ -15,8 +15,8 @@ from typing import Any, Final, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
-from tarflow_runtimes.bundle.config import IMAGE_LIMIT, MODEL_LIMIT, PRECISIONS, ModelConfig, Order, Precision
-from tarflow_runtimes.errors import BundleError, EngineError
+from tarflow_runtimes.bundle.config import PRECISIONS, SIZES, ModelConfig, Order, Precision
+from tarflow_runtimes.errors import BundleError, EngineError, InputError
 
 MANIFEST: Final = "manifest.json"
 FORMAT: Final = "tarflow-bundle"
@@ -157,7 +157,15 @@ def open_bundle(path: str | os.PathLike[str], verify_digests: bool = True) -> Bu
         raise BundleError(f"bundle {path}: no such directory", hint="check the path") from error
     if not root.is_dir():
         raise BundleError(f"bundle {path}: expected a directory, got a file", hint="name the NAME.tarflow directory")
-    raw = _read_manifest(root)
+    return read_bundle(root, _read_manifest(root), verify_digests)
+
+
+def read_bundle(root: Path, raw: bytes, verify_digests: bool = True) -> Bundle:
+    """The bundle in `root` whose manifest's bytes are `raw`; an exporter has them before they lie there.
+
+    Raises:
+        BundleError: as `open_bundle`.
+    """
     manifest = _Fields(_parse(root, raw), root, "")
     _check_version(manifest)
     config = _read_config(manifest)
@@ -199,8 +207,6 @@ class _Fields:
         if name not in self.data:
             raise self.error(name, "is missing")
         value = self.data[name]
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self.error(name, f"must be of type {kind.__name__}, got {type(value).__name__}")
         return value
@@ -255,36 +261,15 @@ def _check_version(manifest: _Fields) -> None:
 
 
 def _read_config(manifest: _Fields) -> ModelConfig:
-    fields = manifest.child("config")
-    is_image = manifest.choice("data", ("image", "tokens")) == "image"
-    sizes = ("image_size", "image_channels", "patch_size") if is_image else ("tokens", "token_values")
-    labels = fields.data.get("labels")
-    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise fields.error("labels", "must be a list of names or null")
-    noise_std = fields.value("noise_std", float) if fields.data.get("noise_std") is not None else None
-    if noise_std is not None and not (math.isfinite(noise_std) and noise_std > 0.0):
-        raise fields.error("noise_std", f"must be positive, got {noise_std}")
-    config = ModelConfig(
-        **{name: fields.count(name) for name in sizes},
-        width=fields.count("width"),
-        blocks=fields.count("blocks"),
-        layers=fields.count("layers"),
-        head_dim=fields.count("head_dim"),
-        classes=fields.count("classes", 0),
-        nvp=fields.value("nvp", bool),
-        noise=fields.choice("noise", ("gaussian", "uniform")),
-        noise_std=noise_std,
-        labels=tuple(labels) if labels is not None else None,
-    )
-    if (config.image_size or 0) % (config.patch_size or 1) or config.width % config.head_dim or config.patches < 2:
-        raise fields.error(sizes[-1], "or head_dim does not divide the data or the width")
-    size = config.blocks * config.layers * config.patches**2 * config.width
-    if size > MODEL_LIMIT or config.dims > IMAGE_LIMIT:
-        raise fields.error("width", "or another size is too large")
-    if config.labels is not None and (
-        len(config.labels) != config.classes or len(set(config.labels)) != config.classes
-    ):
-        raise fields.error("labels", f"must be {config.classes} different names, got {len(config.labels)}")
+    data, fields = manifest.choice("data", tuple(SIZES)), manifest.child("config").data
+    given = {field.name: fields.get(field.name) for field in dataclasses.fields(ModelConfig)}
+    labels = given["labels"]
+    try:
+        config = ModelConfig(**given | {"labels": tuple(labels) if isinstance(labels, list) else labels})
+    except InputError as error:
+        raise manifest.error("config:", str(error)) from error
+    if config.data != data:
+        raise manifest.error("data", f"is {data!r}, but config describes data of kind {config.data!r}")
     return config
 
 

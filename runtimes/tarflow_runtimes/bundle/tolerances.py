@@ -63,23 +63,23 @@ _EXACT: Final = {
     ),
 }
 
-_HALF = "weights and activations of linear layers have 11 bits: 5e-4 each"
+_HALF = "weights and activations of linear layers have 11 bits: 5e-4 each; at least five times what was measured"
 _ROUNDED: Final = {
-    "forward": Tolerance(measure="relative", limit=5e-3, reason=_HALF),
-    "log_det": Tolerance(measure="max_scaled", limit=2e-2, reason=f"{_HALF}; the errors of a partly cancel in its sum"),
-    "gradient": Tolerance(measure="relative", limit=1e-2, reason=f"{_HALF}, forward and backward"),
-    "window": Tolerance(measure="relative", limit=1e-2, reason=f"{_HALF}; z is PyTorch's, from float32"),
-    "inverse": Tolerance(measure="relative", limit=2e-2, reason=f"{_HALF}, fed back from patch to patch"),
-    "sample": Tolerance(measure="relative", limit=5e-2, reason=f"{_HALF}, fed back through every patch and block"),
+    "forward": Tolerance(measure="relative", limit=1.25e-3, reason=_HALF),
+    "log_det": Tolerance(measure="max_scaled", limit=2e-2, reason=f"{_HALF}; where its sum nearly cancels, nats"),
+    "gradient": Tolerance(measure="relative", limit=2.5e-3, reason=f"{_HALF}, forward and backward"),
+    "window": Tolerance(measure="relative", limit=2.5e-3, reason=f"{_HALF}; z is PyTorch's, from float32"),
+    "inverse": Tolerance(measure="relative", limit=5e-3, reason=f"{_HALF}, fed back from patch to patch"),
+    "sample": Tolerance(measure="relative", limit=1.25e-2, reason=f"{_HALF}, fed back through every patch and block"),
     "round_trip": Tolerance(
-        measure="relative", limit=1e-2, reason="both ways round alike, so most of the error cancels"
+        measure="relative", limit=2.5e-3, reason="both ways round alike, so most of the error cancels"
     ),
-    "log_prob": Tolerance(measure="max_scaled", limit=1e-2, reason=_HALF),
-    "bits_per_dim": Tolerance(
-        measure="max_abs", limit=1e-2, reason="a hundredth of a bit is below what models differ by"
-    ),
-    "denoise": Tolerance(measure="max_abs", limit=2e-2, reason="two 8-bit steps"),
+    "log_prob": Tolerance(measure="max_scaled", limit=2.5e-3, reason=_HALF),
+    "bits_per_dim": Tolerance(measure="max_abs", limit=2.5e-3, reason=_HALF),
+    "denoise": Tolerance(measure="max_abs", limit=5e-3, reason="half an 8-bit step"),
 }
+"""float16 on a CPU. Measured on the two trained models and ten random ones, widths 64 to 512, up to 6 layers and 256
+patches: forward 2.4e-4, gradient 3.5e-4, window 3.4e-4, inverse 4.4e-4, sample 8.4e-4, bits/dim 4.6e-4 at worst."""
 
 
 def _scaled(table: Mapping[str, Tolerance], factor: float, reason: str) -> dict[str, Tolerance]:
@@ -92,21 +92,33 @@ def _scaled(table: Mapping[str, Tolerance], factor: float, reason: str) -> dict[
 _GPU_EXACT: Final = _scaled(
     _EXACT, 10.0, "ten times the CPU's: sums in another order, and exp, erf and rsqrt of CUDA, each 1 to 2 ulp off"
 )
-_GPU_ROUNDED: Final = _ROUNDED | {
+_ELEVEN_BITS: Final = _scaled(
+    _ROUNDED, 4.0, "four times the CPU's: sums in another order, perhaps of fewer bits; not measured"
+) | {"log_det": _ROUNDED["log_det"]}
+_GPU_ROUNDED: Final = _ELEVEN_BITS | {
     "sample": Tolerance(
         measure="relative", limit=2e-2, reason="a PSNR of 40 dB: images span 2 and have a root mean square of at most 1"
     )
 }
-_COARSE: Final = _scaled(_ROUNDED, 8.0, "bfloat16 has 3 bits less than float16")
+_COARSE: Final = _scaled(_ELEVEN_BITS, 8.0, "bfloat16 has 3 bits less than float16")
 
-_INT8: Final = _scaled(_ROUNDED, 4.0, "weights of layers have 7 bits and a sign, and in steps their activations, too")
+_INT8: Final = _scaled(
+    _ROUNDED, 16.0, "weights of layers have 7 bits and a sign, and in steps their activations, too"
+) | {
+    "log_det": Tolerance(
+        measure="max_scaled",
+        limit=0.5,
+        reason="where its sum nearly cancels, nats: 0.35 in the worst of a dozen models",
+    )
+}
+"""Measured as `_ROUNDED`: forward 5.9e-3, gradient 8.8e-3, window 1.6e-2, inverse 3.1e-2, sample 5.1e-2 at worst."""
 
 GPU_ENGINES: Final = ("ort-cuda", "trt", "trt-rtx")
 
 TOLERANCES: Final[Mapping[tuple[str, str], Mapping[str, Tolerance]]] = {
     ("*", "float32"): _EXACT,
     ("*", "float16"): _ROUNDED,
-    ("*", "tf32"): _ROUNDED,  # the factors of products have the 11 bits of float16
+    ("*", "tf32"): _ELEVEN_BITS,  # the factors of products have the 11 bits of float16
     ("*", "bfloat16"): _COARSE,
     ("*", "int8"): _INT8,
     **{(engine, "float32"): _GPU_EXACT for engine in GPU_ENGINES},
@@ -143,7 +155,7 @@ class Record:
     value: float | None
     tolerance: float
     passed: bool
-    graph: str | None = None
+    graph: str | None
 
     def to_json(self) -> dict[str, Any]:
         """The fields, JSON values only."""
@@ -159,8 +171,9 @@ def compare(
     tolerance: Tolerance,
     floors: Mapping[str, float],
     unit: float = 1.0,
+    graph: str | None = None,
 ) -> Record:
-    """Measure `actual` against `expected`; `unit` is the magnitude from which `max_scaled` is relative.
+    """Measure `actual`, which `graph` computed, against `expected`; `max_scaled` is relative from magnitude `unit` on.
 
     Never passes on another shape, an empty array, numbers that are no floats or a value that is not finite.
     """
@@ -188,6 +201,7 @@ def compare(
         value=value,
         tolerance=limit,
         passed=value is not None and value <= limit,
+        graph=graph,
     )
 
 

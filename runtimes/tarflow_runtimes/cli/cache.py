@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tarflow_runtimes.cli.options import (
-    DEFAULT_BATCH,
-    DEFAULT_WINDOW,
-    Batch,
-    EngineDir,
-    Guidance,
-    Json,
-    Shapes,
-    Target,
-    Tf32,
-    Window,
-    check_engine,
-    shapes_of,
-    size_of,
-    targets_of,
-)
+from tarflow_runtimes.cli.options import BuildOptions, Json, check_engine, takes_build_options
 from tarflow_runtimes.cli.shell import command, new_app, print_json
 from tarflow_runtimes.errors import EngineError, InputError
 
@@ -37,6 +23,7 @@ app = new_app()
 
 
 @command(app)
+@takes_build_options
 def cache(
     action: Annotated[str, typer.Argument(metavar="list|explain|prune")],
     bundle: Annotated[
@@ -47,15 +34,7 @@ def cache(
         str | None,
         typer.Option(metavar="trt|trt-rtx", help="explain: the (experimental) engine; required with BUNDLE."),
     ] = None,
-    tf32: Tf32 = False,
-    batch: Batch = DEFAULT_BATCH,
-    guidance: Guidance = None,
-    window: Window = DEFAULT_WINDOW,
-    target: Target = None,
-    engine_dir: EngineDir = None,
-    max_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="prune: size limit of all engines; the least recently used are removed.")
-    ] = "20G",
+    chosen: BuildOptions,
     as_json: Json = False,
 ) -> None:
     """Manage the stored TensorRT engines.
@@ -72,17 +51,16 @@ def cache(
         raise InputError(
             "BUNDLE goes with explain and --engine", hint="tarflow cache explain BUNDLE --engine trt, or trt-rtx"
         )
-    limit, shapes, targets = size_of("--max-size", max_size), shapes_of(batch, guidance, window), targets_of(target)
-    kept = EngineCache(engine_dir)
+    kept = EngineCache(chosen.engine_dir)
     if action == "list":
         facts, lines = _list(kept)
     elif action == "prune":
-        facts, lines = _prune(kept, limit)
+        facts, lines = _prune(kept, chosen.max_bytes)
     elif bundle is None or engine is None:
         facts, lines = _explain_every(kept)
     else:
         check_engine(engine)
-        facts, lines = _explain(bundle, engine, shapes, tf32=tf32, targets=targets, engine_dir=engine_dir)
+        facts, lines = _explain(bundle, engine, chosen)
     if as_json:
         print_json({"folder": str(kept.path)} | facts)
         return
@@ -106,14 +84,14 @@ def _list(kept: EngineCache) -> Told:
 
 
 def _facts(kept: EngineCache, sidecar: Sidecar) -> dict[str, Any]:
-    verdicts = {f"{one.gpu}, {one.driver}": one.passed for one in sidecar.verifications}
+    verdicts = {place: one["passed"] for place, one in sidecar.verifications.items()}
     failed = [place for place, passed in verdicts.items() if not passed]
     return {
         "key": sidecar.key,
         "name": sidecar.name,
         "package": sidecar.built.get("package"),
         "targets": list(sidecar.made.targets),
-        "profiles": [profile.to_json() for profile in sidecar.made.profiles],
+        "profiles": [dataclasses.asdict(profile) for profile in sidecar.made.profiles],
         "bytes": kept.nbytes(sidecar),
         "built": dict(sidecar.built),
         "verified": f"failed on {failed[0]}" if failed else "verified" if verdicts else "not verified",
@@ -146,31 +124,20 @@ def _unusable(kept: EngineCache, sidecar: Sidecar, gpu: Gpu | None) -> str:
     if gpu is None:
         return "there is no GPU here to use it on"
     try:
-        package = import_package(sidecar.made.identity.engine)
+        package = import_package(sidecar.made.engine)
     except EngineError as error:
         return str(error)
     return unusable(sidecar, package.version, gpu, kept.damage(sidecar))
 
 
-def _explain(
-    path: Path,
-    engine: str,
-    shapes: Shapes,
-    *,
-    tf32: bool,
-    targets: list[str] | None,
-    engine_dir: Path | None,
-) -> Told:
+def _explain(path: Path, engine: str, chosen: BuildOptions) -> Told:
     from tarflow_runtimes.bundle.reader import open_bundle
-    from tarflow_runtimes.engines.trt.gpu import gpu_for
-    from tarflow_runtimes.engines.trt.package import import_package
-    from tarflow_runtimes.engines.trt.supply import Supply, wanted_engines
 
-    package, bundle = import_package(engine), open_bundle(path)
-    supply = Supply(package, bundle, gpu=gpu_for(package), tf32=tf32, targets=targets, folder=engine_dir)
+    bundle = open_bundle(path)
+    supply = chosen.supply(engine, bundle)
     engines = [
         {"block": block, "graph": kind} | supply.explain(block, kind, profiles).to_json()
-        for block, kind, profiles in wanted_engines(bundle, shapes.profiles(bundle.config))
+        for block, kind, profiles in chosen.wanted(bundle)
     ]
     lines = [
         f"block {one['block']} {one['graph']}: {'hit' if one['hit'] else 'miss'}, {one['reason']}" for one in engines

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from tarflow_runtimes.cli.image_verbs import BATCH_SIZE, BatchOption, BundleOption, Files, opened
-from tarflow_runtimes.cli.options import Engine, EngineDir, Json, Overwrite, Tf32, load_options
+from tarflow_runtimes.cli.image_verbs import BundleOption, Files, opened
+from tarflow_runtimes.cli.options import BatchSize, Engine, EngineDir, Json, Overwrite, Tf32, load_options
 from tarflow_runtimes.cli.shell import command, new_app
+from tarflow_runtimes.decode.batches import BATCH_SIZE
 
 app = new_app()
 
@@ -27,7 +28,7 @@ def classify(
             "-o", "--output", metavar="PATH", help="Also write the log posteriors [B, classes], .npy or .npz."
         ),
     ] = None,
-    batch_size: BatchOption = BATCH_SIZE,
+    batch_size: BatchSize = BATCH_SIZE,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

@@ -8,16 +8,15 @@ from typing import Annotated
 import typer
 
 from tarflow_runtimes.cli.image_verbs import (
-    BATCH_SIZE,
-    BatchOption,
     BundleOption,
     Files,
     LabelsOption,
     opened,
     png_names,
 )
-from tarflow_runtimes.cli.options import Engine, EngineDir, Json, Overwrite, Tf32, load_options
+from tarflow_runtimes.cli.options import BatchSize, Engine, EngineDir, Json, Overwrite, Tf32, load_options
 from tarflow_runtimes.cli.shell import command, new_app, require
+from tarflow_runtimes.decode.batches import BATCH_SIZE
 
 app = new_app()
 
@@ -45,7 +44,7 @@ def denoise(
         typer.Option(metavar="SIGMA", help="Standard deviation of the noise. [default: the training noise]"),
     ] = None,
     strength: Annotated[float, typer.Option(metavar="FACTOR", help="Fraction of the step along the gradient.")] = 1.0,
-    batch_size: BatchOption = BATCH_SIZE,
+    batch_size: BatchSize = BATCH_SIZE,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

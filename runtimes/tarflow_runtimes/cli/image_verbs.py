@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tarflow_runtimes.cli.shell import counted, note, print_json, require
+from tarflow_runtimes.cli.options import check_batch_size
+from tarflow_runtimes.cli.shell import counted, note, print_json
+from tarflow_runtimes.decode.batches import cut
 
 if TYPE_CHECKING:
     from tarflow_runtimes import Flow
     from tarflow_runtimes.io.read import ImageSet
-
-BATCH_SIZE = 64
-"""Default number of images that run together."""
 
 Files = Annotated[
     list[Path],
@@ -38,7 +37,6 @@ LabelsOption = Annotated[
         help="Class of each image, by number or name; null for no class. A shorter list is repeated.",
     ),
 ]
-BatchOption = Annotated[int, typer.Option("--batch-size", metavar="COUNT", help="Images that run together.")]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,8 +56,7 @@ class Work:
         total = len(self.images.values)
         results = []
         with StepClock("images") as clock:
-            for start in range(0, total, self.batch_size):
-                part = slice(start, min(start + self.batch_size, total))
+            for part in cut(total, self.batch_size):
                 labels = None if self.labels is None else self.labels[part]
                 results.append(function(self.flow, self.images.values[part], labels))
                 clock.show(part.stop, total)
@@ -103,7 +100,7 @@ def opened(
     paths: list[Path], bundle: Path | None, options: dict[str, Any], *, labels: str | None, batch_size: int
 ) -> Iterator[Work]:
     """Open the model; read the images and labels of a command."""
-    require(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}", f"leave it out for {BATCH_SIZE}")
+    check_batch_size(batch_size)
 
     import tarflow_runtimes as tfr
     from tarflow_runtimes.cli.labels import check_labels, parse_labels, spread

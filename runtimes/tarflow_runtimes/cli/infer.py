@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tarflow_runtimes.cli.decode_options import check_decode, plan_of, warnings_told
-from tarflow_runtimes.cli.options import BundleArgument, Engine, EngineDir, Json, Overwrite, Tf32, load_options
+from tarflow_runtimes.cli.options import (
+    BatchSize,
+    BundleArgument,
+    Engine,
+    EngineDir,
+    Json,
+    Overwrite,
+    Tf32,
+    check_batch_size,
+    load_options,
+)
 from tarflow_runtimes.cli.shell import command, counted, new_app, note, print_json, require, run
+from tarflow_runtimes.decode.batches import BATCH_SIZE
 from tarflow_runtimes.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,9 +60,7 @@ def infer(
         int,
         typer.Option(metavar="INDEX", help="Number of the first image; for jobs that are split into parts."),
     ] = 0,
-    batch_size: Annotated[
-        int | None, typer.Option(metavar="COUNT", help="Images that run together. [default: 64]")
-    ] = None,
+    batch_size: BatchSize = BATCH_SIZE,
     guidance: Annotated[float, typer.Option(metavar="WEIGHT", help="Guidance weight, 0 for none.")] = 0.0,
     guide: Annotated[str, typer.Option(metavar="a|b|ab", help="Guide the scales a, the shifts b, or both.")] = "ab",
     attention_temperature: Annotated[
@@ -110,8 +119,8 @@ def infer(
         "attention_temperature": attention_temperature,
         "anneal_guidance": anneal_guidance,
         "denoise": not no_denoise,
-        "batch_size": batch_size,
     }
+    check_batch_size(batch_size)
     _check_options(n=n, seed=seed, noise=noise, **asked)
     check_decode(decode, tolerance, window, plans)
 
@@ -265,7 +274,6 @@ def _check_options(
     guidance: float,
     guide: str,
     attention_temperature: float,
-    batch_size: int | None,
     **_: bool,
 ) -> None:
     """Refuse options that are invalid for any bundle, before anything is loaded."""
@@ -275,11 +283,6 @@ def _check_options(
             0 <= first_index < 2**64,
             f"--first-index must be in 0 .. 2^64 - 1, got {first_index}",
             "images are numbered from 0",
-        ),
-        (
-            batch_size is None or batch_size >= 1,
-            f"--batch-size must be at least 1, got {batch_size}",
-            "leave it out for 64",
         ),
         (
             guidance >= 0.0 and math.isfinite(guidance),

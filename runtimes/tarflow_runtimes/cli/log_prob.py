@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from tarflow_runtimes.cli.image_verbs import BATCH_SIZE, BatchOption, BundleOption, Files, LabelsOption, opened
-from tarflow_runtimes.cli.options import Engine, EngineDir, Json, Overwrite, Tf32, load_options
+from tarflow_runtimes.cli.image_verbs import BundleOption, Files, LabelsOption, opened
+from tarflow_runtimes.cli.options import BatchSize, Engine, EngineDir, Json, Overwrite, Tf32, load_options
 from tarflow_runtimes.cli.shell import command, new_app
+from tarflow_runtimes.decode.batches import BATCH_SIZE
 
 app = new_app()
 
@@ -31,7 +32,7 @@ def log_prob(
             help="Also write log_prob.npy, or .npz with log_prob and, for images, bits_per_dim.",
         ),
     ] = None,
-    batch_size: BatchOption = BATCH_SIZE,
+    batch_size: BatchSize = BATCH_SIZE,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

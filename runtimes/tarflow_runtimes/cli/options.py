@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tarflow_runtimes.cli.lists import count, items, size, weight
-from tarflow_runtimes.cli.shell import note
+from tarflow_runtimes.cli.shell import note, require
+from tarflow_runtimes.decode.batches import BATCH_SIZE
 from tarflow_runtimes.errors import InputError
 
 if TYPE_CHECKING:
-    from tarflow_runtimes.bundle.config import ModelConfig
+    from tarflow_runtimes.bundle.reader import Bundle
     from tarflow_runtimes.engines.trt.profiles import Profile
-    from tarflow_runtimes.engines.trt.supply import Building
+    from tarflow_runtimes.engines.trt.supply import Building, OnBuilding, Supply
 
 BundleArgument = Annotated[
     Path | None, typer.Argument(metavar="BUNDLE", help="A .tarflow folder. [default: the digits of the package]")
@@ -55,7 +58,9 @@ EngineDir = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Where engines are stored. [default: the user's cache folder]")
 ]
 
-DEFAULT_BATCH, DEFAULT_WINDOW, DEFAULT_BYTES = "1,8,64", "16", 20 << 30
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="COUNT", help="Images that run together.")]
+
+MaxSize = Annotated[str, typer.Option(metavar="SIZE", help="What engines may take; those not used for longest go.")]
 
 
 def load_options(*, tf32: bool, engine_dir: Path | None) -> dict[str, Any]:
@@ -81,41 +86,92 @@ def check_engine(engine: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Shapes:
-    """The shapes that engines are built for, as given by options."""
+class BuildOptions:
+    """The options of the commands that build or look up engines: which engines, and where they are stored.
 
-    batches: Sequence[int]
-    weights: Sequence[float] | None
-    windows: Sequence[int]
+    Raises:
+        InputError: when one is not what it should be.
+    """
 
-    def profiles(self, config: ModelConfig) -> tuple[Profile, ...]:
-        """The profiles of the advance graph; a window longer than the block is the block."""
+    tf32: Tf32 = False
+    batch: Batch = "1,8,64"
+    guidance: Guidance = None
+    window: Window = "16"
+    target: Target = None
+    engine_dir: EngineDir = None
+    max_size: MaxSize = "20G"
+
+    def __post_init__(self) -> None:
+        _ = self.shapes, self.targets, self.max_bytes
+
+    @property
+    def shapes(self) -> tuple[list[int], list[float] | None, list[int]]:
+        """Batches, guidance weights and windows."""
+        weights = None if self.guidance is None else items("--guidance", self.guidance, weight)
+        return items("--batch", self.batch, count), weights, items("--window", self.window, count)
+
+    @property
+    def targets(self) -> list[str] | None:
+        """The GPU architectures."""
+        return None if self.target is None else items("--target", self.target, str)
+
+    @property
+    def max_bytes(self) -> int:
+        """What engines may take."""
+        return size_of("--max-size", self.max_size)
+
+    def wanted(self, bundle: Bundle) -> list[tuple[int, str, tuple[Profile, ...]]]:
+        """Every engine of a bundle: block, kind, profiles; a window longer than the block is the block."""
         from tarflow_runtimes.engines.trt.profiles import profiles_for
+        from tarflow_runtimes.engines.trt.supply import wanted_engines
 
-        weights = self.weights if self.weights is not None else (0.0, 1.0) if config.classes else (0.0,)
-        return profiles_for(
-            self.batches,
+        batches, weights, windows = self.shapes
+        if weights is None:
+            weights = [0.0, 1.0] if bundle.config.classes else [0.0]
+        profiles = profiles_for(
+            batches,
             branches={1 + (weight > 0.0) for weight in weights},
-            windows={1, *(min(window, config.patches - 1) for window in self.windows)},
+            windows={1, *(min(window, bundle.config.patches - 1) for window in windows)},
+        )
+        return list(wanted_engines(bundle, profiles))
+
+    def supply(
+        self, engine: str, bundle: Bundle, *, workspace: int | None = None, on_building: OnBuilding | None = None
+    ) -> Supply:
+        """The engines of a bundle for the GPU here, or for the targets."""
+        from tarflow_runtimes.engines.trt.gpu import gpu_for
+        from tarflow_runtimes.engines.trt.package import import_package
+        from tarflow_runtimes.engines.trt.supply import Supply
+
+        package = import_package(engine)
+        return Supply(
+            package,
+            bundle,
+            gpu=gpu_for(package),
+            tf32=self.tf32,
+            targets=self.targets,
+            folder=self.engine_dir,
+            workspace=workspace,
+            max_bytes=self.max_bytes,
+            on_building=on_building,
         )
 
 
-def shapes_of(batch: str, guidance: str | None, window: str) -> Shapes:
-    """Read `--batch`, `--guidance` and `--window`.
+def takes_build_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the options of `BuildOptions` in place of its parameter `chosen`."""
 
-    Raises:
-        InputError: when one is not a list of numbers.
-    """
-    return Shapes(
-        batches=items("--batch", batch, count),
-        weights=None if guidance is None else items("--guidance", guidance, weight),
-        windows=items("--window", window, count),
-    )
+    @functools.wraps(function)
+    def verb(*args: Any, **given: Any) -> None:
+        function(*args, chosen=BuildOptions(**{name: given.pop(name) for name in options}), **given)
 
-
-def targets_of(target: str | None) -> list[str] | None:
-    """Read the list of `--target`."""
-    return None if target is None else items("--target", target, str)
+    options = inspect.signature(BuildOptions, eval_str=True).parameters
+    parameters = inspect.signature(function, eval_str=True).parameters
+    listed: list[inspect.Parameter] = []
+    for name, parameter in parameters.items():
+        listed += options.values() if name == "chosen" else [parameter]
+    verb.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
+    verb.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
+    return verb
 
 
 def size_of(option: str, text: str) -> int:
@@ -128,3 +184,8 @@ def size_of(option: str, text: str) -> int:
         return size(text)
     except ValueError as error:
         raise InputError(f"{option} {text}: {error}", hint="give a number and K, M, G or T") from None
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse what is no number of images."""
+    require(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}", f"leave it out for {BATCH_SIZE}")

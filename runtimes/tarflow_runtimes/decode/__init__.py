@@ -1,1 +1,1 @@
-"""The inverse of a block: plans, sequential and parallel decoding, and the threads that share a batch."""
+"""The inverse of a block: batches, plans, sequential and parallel decoding, and the threads that share a batch."""

@@ -126,20 +126,8 @@ def _read(path: Path) -> tuple[TunedPlan, ...]:
 
 def entry_json(entry: TunedPlan) -> dict[str, Any]:
     """An entry as JSON values, in the format of the file."""
-    plain = {name: getattr(entry, name) for name in ("batch", "branches", "seconds", "sequential_seconds")}
-    return {
-        "identity": dict(entry.identity),
-        **plain,
-        "plan": [strategy_json(strategy) for strategy in entry.plan.blocks],
-    }
+    return dataclasses.asdict(entry) | {"plan": [strategy_json(strategy) for strategy in entry.plan.blocks]}
 
 
 def _from_json(value: Any) -> TunedPlan:
-    return TunedPlan(
-        identity=dict(value["identity"]),
-        batch=int(value["batch"]),
-        branches=int(value["branches"]),
-        plan=Plan(blocks=tuple(strategy_from_json(one) for one in value["plan"])),
-        seconds=float(value["seconds"]),
-        sequential_seconds=float(value["sequential_seconds"]),
-    )
+    return TunedPlan(**value | {"plan": Plan(blocks=tuple(strategy_from_json(one) for one in value["plan"]))})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -78,23 +79,17 @@ def _open_ort_cuda(bundle: Bundle, options: Options) -> Engine:
     return open_ort_cuda(bundle, tf32=options.tf32)
 
 
-def _open_trt(bundle: Bundle, options: Options) -> Engine:
+def _open_trt(engine: str, bundle: Bundle, options: Options) -> Engine:
     from tarflow_runtimes.engines.trt.engine import open_trt
 
-    return open_trt(bundle, "trt", tf32=options.tf32, folder=options.engine_dir, on_building=options.on_building)
-
-
-def _open_trt_rtx(bundle: Bundle, options: Options) -> Engine:
-    from tarflow_runtimes.engines.trt.engine import open_trt
-
-    return open_trt(bundle, "trt-rtx", tf32=options.tf32, folder=options.engine_dir, on_building=options.on_building)
+    return open_trt(bundle, engine, tf32=options.tf32, folder=options.engine_dir, on_building=options.on_building)
 
 
 ENGINES: Final[dict[str, Callable[[Bundle, Options], Engine]]] = {
     "native": _open_native,
     "ort-cpu": _open_ort_cpu,
     "ort-cuda": _open_ort_cuda,
-    "trt": _open_trt,
-    "trt-rtx": _open_trt_rtx,
+    "trt": functools.partial(_open_trt, "trt"),
+    "trt-rtx": functools.partial(_open_trt, "trt-rtx"),
 }
 """The engines by name, and the functions that open them and import their packages."""

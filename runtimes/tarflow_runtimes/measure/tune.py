@@ -6,6 +6,7 @@ No data is needed: the inputs of a block come from drawn noise, decoded sequenti
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from tarflow_runtimes.decode.plan import DEFAULT_TOLERANCE, INITS, BlockReport, Parallel, Plan, Sequential, Strategy
 from tarflow_runtimes.decode.tuned import TunedPlan, TunedPlans
-from tarflow_runtimes.decode.turn import Floats, Integers, OnTurn, Turn
+from tarflow_runtimes.decode.turn import Floats, Integers, Turn
 from tarflow_runtimes.errors import InputError
 from tarflow_runtimes.model.arguments import integer
 from tarflow_runtimes.model.flow import Flow
@@ -30,10 +31,10 @@ MARGIN: Final = 0.93
 """A window must take less than this share of the sequential time: the number of calls differs between draws."""
 
 GIVE_UP: Final = 1.25
-"""A first run that exceeds this multiple of the sequential time is stopped."""
+"""A run that takes longer than this multiple of the sequential time is ended, and its window no longer tried."""
 
 FINALISTS: Final = 3
-"""Number of candidates that are measured on all noise samples."""
+"""Windows that are measured on more than the first draw."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,135 +74,108 @@ def tune(
         raise InputError("nothing to tune: no batch or no guidance given")
     tolerance = real("tolerance", tolerance)
     draws, seed = integer("draws", draws, minimum=1), integer("seed", seed, below=2**64 - draws)
-    entries = []
-    for weight in guidance:
-        for batch in batches:
-            job = _Job(flow, integer("batch", batch, minimum=1), real("guidance", weight), tolerance, draws, seed)
-            entries.append(job.tuned(on_block))
-    return TunedPlans(entries=tuple(entries))
+    cases = [
+        _Case(flow, integer("batch", batch, minimum=1), real("guidance", weight))
+        for weight in guidance
+        for batch in batches
+    ]
+    return TunedPlans(entries=tuple(case.tuned(tolerance, range(seed, seed + draws), on_block) for case in cases))
 
 
 class _TooSlowError(Exception):
-    """Raised for a candidate that is too slow to win."""
+    """A window that cannot win any more."""
 
 
-class _Job:
-    """One batch size and guidance: some noise samples, decoded sequentially through the blocks."""
+class _Case:
+    """One batch size and guidance."""
 
-    def __init__(  # noqa: PLR0917 - private
-        self, flow: Flow, batch: int, weight: float, tolerance: float, draws: int, seed: int
-    ) -> None:
+    def __init__(self, flow: Flow, batch: int, weight: float) -> None:
         config = flow.config
-        self.flow, self.batch, self.weight, self.tolerance = flow, batch, weight, tolerance
+        self.flow, self.batch, self.weight = flow, batch, weight
         labels: Integers | None = np.arange(batch) % config.classes if config.classes else None
         guidance = Guidance(weight=weight, attention_temperature=1.0 if config.classes else 0.5)
         self.conditions = conditions_of([guidance] * batch, labels, config)
-        self.noise = [
-            standard_normal(seed + draw, 0, batch, config.patches, config.patch_values) for draw in range(draws)
-        ]
 
-    def tuned(self, on_block: OnBlock | None) -> TunedPlan:
+    def tuned(self, tolerance: float, seeds: range, on_block: OnBlock | None) -> TunedPlan:
         """Measure block after block, then the whole plan against a sequential run."""
         config, prior = self.flow.config, self.flow.bundle.prior_variance
-        xs = [u if prior is None else u * np.sqrt(prior) for u in self.noise]
-        strategies: list[Strategy] = [Sequential()] * config.blocks
+        draws = [standard_normal(seed, 0, self.batch, config.patches, config.patch_values) for seed in seeds]
+        xs = [u if prior is None else u * np.sqrt(prior) for u in draws]
+        sequential = Plan(blocks=(Sequential(),) * config.blocks)
+        strategies = list(sequential.blocks)
         for block in reversed(range(config.blocks)):
-            found, xs = self._block(block, xs)
+            found, xs = self.block(block, tolerance, xs)
             strategies[block] = found.strategy
             if on_block is not None:
                 on_block(found)
         plan = Plan(blocks=tuple(strategies))
-        seconds, sequential_seconds = self._whole(plan)
-        if seconds > sequential_seconds:
-            plan, seconds = Plan(blocks=(Sequential(),) * config.blocks), sequential_seconds
+        taken = [(self.whole(plan, u), self.whole(sequential, u)) for u in draws]
+        seconds, sequential_seconds = map(statistics.median, zip(*taken, strict=True))
         return TunedPlan(
             identity=self.flow.identity(),
             batch=self.batch,
             branches=self.conditions.branches,
-            plan=plan,
-            seconds=seconds,
+            plan=plan if seconds <= sequential_seconds else sequential,
+            seconds=min(seconds, sequential_seconds),
             sequential_seconds=sequential_seconds,
         )
 
-    def _block(self, block: int, xs: list[Floats]) -> tuple[BlockTuned, list[Floats]]:
-        """The fastest strategy of a block, and its outputs."""
-        self._sequential(block, xs[0])  # opens the session
-        seconds, output = self._sequential(block, xs[0])
-        sequential, outputs = [seconds], [output]
-        times = {one: [taken] for one, taken in self._candidates(block, xs[0], seconds)[:FINALISTS]}
-        for x in xs[1:]:
-            seconds, output = self._sequential(block, x)
+    def block(self, block: int, tolerance: float, xs: list[Floats]) -> tuple[BlockTuned, list[Floats]]:
+        """The fastest strategy of a block, measured on its inputs of every draw, and its outputs."""
+        self.run(block, Sequential(), xs[0])  # opens the session
+        taken: dict[Strategy, list[float]] = {window: [] for window in self.windows(block, tolerance, xs[0][:1])}
+        sequential, outputs = [], []
+        for draw, x in enumerate(xs):
+            seconds, output, _ = self.run(block, Sequential(), x)
             sequential.append(seconds)
             outputs.append(output)
-            for candidate, taken in times.items():
-                taken.append(self._parallel(block, x, candidate))
-        ratios = {
-            one: statistics.median(a / b for a, b in zip(taken, sequential, strict=True))
-            for one, taken in times.items()
-        }
-        best = min(ratios, key=lambda one: ratios[one], default=None)
-        if best is not None and ratios[best] >= MARGIN:
-            best = None
+            for window in list(taken):
+                try:
+                    taken[window].append(self.run(block, window, x, GIVE_UP * seconds)[0])
+                except _TooSlowError:
+                    del taken[window]
+            if draw == 0:
+                taken = dict(sorted(taken.items(), key=lambda item: item[1])[:FINALISTS])
+
+        def ratio(strategy: Strategy) -> float:
+            return statistics.median(a / b for a, b in zip(taken[strategy], sequential, strict=True))
+
+        taken = {window: seconds for window, seconds in taken.items() if ratio(window) < MARGIN}
+        taken[Sequential()] = sequential
+        best = min(taken, key=ratio)
         found = BlockTuned(
             batch=self.batch,
             guidance=self.weight,
             block=block,
-            strategy=best or Sequential(),
-            seconds=statistics.median(times[best] if best else sequential),
+            strategy=best,
+            seconds=statistics.median(taken[best]),
             sequential_seconds=statistics.median(sequential),
         )
         return found, outputs
 
-    def _candidates(self, block: int, x: Floats, sequential: float) -> list[tuple[Parallel, float]]:
-        """Windows that were not much slower on one draw, fastest first; the start is chosen on the whole block."""
-        whole = self.flow.config.patches - 1
-        sizes = [0, *(size for size in reversed(WINDOWS) if size < whole)]
-        starts = {init: self._calls(block, x[:1], Parallel(tolerance=self.tolerance, init=init)) for init in INITS}
-        init = min(starts, key=lambda one: starts[one])
-        found: list[tuple[Parallel, float]] = []
-        limit = GIVE_UP * sequential
-        for size in sizes:
-            candidate = Parallel(window=size, tolerance=self.tolerance, init=init)
-            try:
-                found.append((candidate, self._parallel(block, x, candidate, limit)))
-            except _TooSlowError:
-                continue
-        return sorted(found, key=lambda pair: pair[1])
+    def windows(self, block: int, tolerance: float, x: Floats) -> list[Parallel]:
+        """What is tried: every size, from the start with which the whole block takes fewer calls."""
+        sizes = [0, *(size for size in reversed(WINDOWS) if size < self.flow.config.patches - 1)]
+        wholes = [Parallel(tolerance=tolerance, init=init) for init in INITS]
+        best = min(wholes, key=lambda whole: self.run(block, whole, x)[2].calls)
+        return [dataclasses.replace(best, window=size) for size in sizes]
 
-    def _sequential(self, block: int, x: Floats) -> tuple[float, Floats]:
-        started = time.perf_counter()
-        output, _ = self._invert(Turn(block=block, strategy=Sequential()), x)
-        return time.perf_counter() - started, output
-
-    def _parallel(self, block: int, x: Floats, strategy: Parallel, limit: float | None = None) -> float:
-        """Seconds of one run; _TooSlowError when they exceed the limit."""
+    def run(
+        self, block: int, strategy: Strategy, x: Floats, limit: float = math.inf
+    ) -> tuple[float, Floats, BlockReport]:
+        """Seconds and results of a block on the first images of the batch; _TooSlowError beyond the limit."""
         started = time.perf_counter()
 
         def on_step(_turn: int, _done: int) -> None:
-            if limit is not None and time.perf_counter() - started > limit:
+            if time.perf_counter() - started > limit:
                 raise _TooSlowError
 
-        self._invert(Turn(block=block, strategy=strategy), x, on_step)
-        return time.perf_counter() - started
-
-    def _calls(self, block: int, x: Floats, strategy: Parallel) -> float:
-        """Calls of the block for one image; this also opens the session."""
-        _, report = self._invert(Turn(block=block, strategy=strategy), x)
-        return float(report.calls[0])
-
-    def _invert(self, turn: Turn, x: Floats, on_step: OnTurn | None = None) -> tuple[Floats, BlockReport]:
-        """Invert one block for the first images of the batch, as many as x has."""
         given = self.conditions.of(slice(0, len(x)))
-        output, (report,) = self.flow.engine.invert([turn], x, given, on_step)
-        return output, report
+        output, (report,) = self.flow.engine.invert([Turn(block=block, strategy=strategy)], x, given, on_step)
+        return time.perf_counter() - started, output, report
 
-    def _whole(self, plan: Plan) -> tuple[float, float]:
-        """Median seconds of whole decodes by the plan and sequentially, in turn."""
-        taken: dict[bool, list[float]] = {True: [], False: []}
-        for noise in self.noise:
-            for planned in (True, False):
-                started = time.perf_counter()
-                given = (self.flow.engine, self.flow.bundle, noise, self.conditions)
-                decode_patches(*given, plan=plan if planned else None)
-                taken[planned].append(time.perf_counter() - started)
-        return statistics.median(taken[True]), statistics.median(taken[False])
+    def whole(self, plan: Plan, noise: Floats) -> float:
+        """Seconds of a whole decode."""
+        started = time.perf_counter()
+        decode_patches(self.flow.engine, self.flow.bundle, noise, self.conditions, plan=plan)
+        return time.perf_counter() - started

@@ -196,10 +196,13 @@ class _Run:
         """Compare; `graph` is the provider, kind and block of the graph of the bundle that computed it, if any."""
         tolerance = tolerance_for(self.subject.name, self.subject.precision, stage)
         unit = unit_of(self.config.dims) if stage in ("log_det", "log_prob") else 1.0
-        made = compare(f"{where} {stage}", stage, actual, expected, tolerance=tolerance, floors=self.floors, unit=unit)
         known = graph is not None and graph[0] in (PORTABLE, *self.bundle.graphs)
         file = self.bundle.name(self.bundle.graph(*graph)) if graph is not None and known else None
-        self.records.append(dataclasses.replace(made, graph=file))
+        record = compare(
+            f"{where} {stage}", stage, actual, expected,
+            tolerance=tolerance, floors=self.floors, unit=unit, graph=file,
+        )  # fmt: skip
+        self.records.append(record)
 
     def block(self, k: int, stages: Collection[str]) -> None:
         """Compare each stage of one block on PyTorch's inputs."""

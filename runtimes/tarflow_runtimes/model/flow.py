@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from tarflow_runtimes.bundle.config import ModelConfig
 from tarflow_runtimes.bundle.reader import Bundle, open_bundle
+from tarflow_runtimes.decode.batches import BATCH_SIZE, cut
 from tarflow_runtimes.decode.plan import DecodeReport, Parallel, Plan, Sequential, Strategy
 from tarflow_runtimes.decode.tuned import Identity, TunedPlans, identity_of, plans_path, read_plans
 from tarflow_runtimes.decode.turn import Doubles, Floats, Integers
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
 SHIPPED: Final = "mnist.tarflow"
 """The bundle that ships with the package, in its folder `models`."""
-
-BATCH_SIZE: Final = 64
-"""Default number of images that run together. It bounds memory; the engine splits further where that is faster."""
 
 Labels = Sequence[Label] | npt.NDArray[Any] | None
 Arrays = Floats | OnGpu
@@ -325,7 +323,7 @@ class Flow:
         >>> z.shape, log_det.shape
         ((2, 49, 16), (2,))
         """
-        pairs = [encode_patches(self._engine, self._bundle, x, y) for x, y in self._chunks(images, labels)]
+        pairs = [encode_patches(self._engine, self._bundle, x, y) for x, y in self._batches(images, labels)]
         z, log_det = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
         return z, log_det
 
@@ -379,7 +377,7 @@ class Flow:
         True
         """
         scale = np.float32(real("strength", strength) * self._sigma(sigma, "pass sigma (--sigma)") ** 2)
-        parts = [x + scale * score(self._engine, self._bundle, x, y) for x, y in self._chunks(images, labels)]
+        parts = [x + scale * score(self._engine, self._bundle, x, y) for x, y in self._batches(images, labels)]
         return unpatchify(np.concatenate(parts), self.config)
 
     def classify(self, images: Arrays) -> Doubles:
@@ -420,21 +418,21 @@ class Flow:
         on_step: OnStep | None,
         finish: Callable[[Floats, Integers | None], Floats],
     ) -> tuple[Floats, DecodeReport]:
-        """Decode the latents of n images, chunk by chunk."""
+        """Decode the latents of n images, batch by batch."""
         size = BATCH_SIZE if batch_size is None else integer("batch_size", batch_size, minimum=1)
         steps = self.config.blocks * (self.config.patches - 1)
-        starts = range(0, n, size)
+        batches = cut(n, size)
         plan_for = self._plans_of(plan)
         finished, report = [], DecodeReport()
-        for chunk, start in enumerate(starts):
-            stop = min(n, start + size)
-            y = None if labels is None else labels[start:stop]
-            conditions = conditions_of(guidance[start:stop], y, self.config)
-            on_done = progress(on_step, chunk=chunk, chunks=len(starts), steps=steps)
-            chosen = plan_for(stop - start, conditions.branches)
-            x, how = decode_patches(self._engine, self._bundle, latents(start, stop), conditions, on_done, chosen)
+        for number, batch in enumerate(batches):
+            y = None if labels is None else labels[batch]
+            conditions = conditions_of(guidance[batch], y, self.config)
+            on_done = progress(on_step, chunk=number, chunks=len(batches), steps=steps)
+            chosen = plan_for(batch.stop - batch.start, conditions.branches)
+            u = latents(batch.start, batch.stop)
+            x, how = decode_patches(self._engine, self._bundle, u, conditions, on_done, chosen)
             finished.append(finish(x, y))
-            report = report.extended(how, start)
+            report = report.extended(how, batch.start)
         _warn(report)
         return unpatchify(np.concatenate(finished), self.config), report
 
@@ -460,13 +458,12 @@ class Flow:
         chosen = plan
         return lambda _images, _branches: chosen
 
-    def _chunks(self, images: Arrays, labels: Labels) -> Iterator[tuple[Floats, Integers | None]]:
+    def _batches(self, images: Arrays, labels: Labels) -> Iterator[tuple[Floats, Integers | None]]:
         """Patches and class numbers of at most BATCH_SIZE images at a time; the arguments are checked first."""
         given = self._images(images)
         numbers = class_numbers(labels, len(given), self.config)
-        for start in range(0, len(given), BATCH_SIZE):
-            chunk = slice(start, start + BATCH_SIZE)
-            yield patchify(given[chunk], self.config), None if numbers is None else numbers[chunk]
+        for batch in cut(len(given), BATCH_SIZE):
+            yield patchify(given[batch], self.config), None if numbers is None else numbers[batch]
 
     def _images(self, images: Arrays) -> Floats:
         return self._floats("images", images, ("B", *self.config.shape))

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tarflow_runtimes.bundle.reader import PORTABLE, Bundle
+from tarflow_runtimes.decode.batches import cut
 from tarflow_runtimes.decode.parallel import invert_in_parallel
 from tarflow_runtimes.decode.plan import BlockReport, Parallel, Sequential
 from tarflow_runtimes.decode.sequential import invert_sequentially
@@ -151,8 +151,8 @@ class OrtCpuEngine:
         size = self._vjp_images(len(blocks))
         if not size:
             return vjp_recomputed(self.forward, self._gradient, blocks, patches, labels, cotangent)
-        count = math.ceil(len(patches) / min(size, math.ceil(len(patches) / self._workers)))
-        threads = self._threads_of(alone=count == 1)
+        pieces = cut(len(patches), size, parts=self._workers)
+        threads = self._threads_of(alone=len(pieces) == 1)
 
         def run(piece: slice) -> tuple[Floats, Floats]:
             x, y, ways_back = patches[piece], None if labels is None else labels[piece], []
@@ -164,10 +164,9 @@ class OrtCpuEngine:
                 g = ways_back.pop()(g)
             return x, g
 
-        pieces = list(_cut(len(patches), count))
-        if count == 1:
+        if len(pieces) == 1:
             return run(pieces[0])
-        with ThreadPoolExecutor(min(self._workers, count), thread_name_prefix="tarflow") as pool:
+        with ThreadPoolExecutor(min(self._workers, len(pieces)), thread_name_prefix="tarflow") as pool:
             z, gradient = zip(*pool.map(run, pieces), strict=True)
         return np.concatenate(z), np.concatenate(gradient)
 
@@ -251,15 +250,15 @@ class OrtCpuEngine:
             parts += [_Part(form, images[piece]) for piece in self._cuts(len(images), 2 if form else 1)]
         return parts
 
-    def _cuts(self, images: int, branches: int) -> Iterator[slice]:
+    def _cuts(self, images: int, branches: int) -> list[slice]:
         config, rows = self.bundle.config, images * branches
         row_bytes = 8 * config.layers * config.patches * config.width
-        count = math.ceil(images / max(1, CACHE_BYTES // (branches * row_bytes)))
+        parts = 1
         if not self._wide:
             rows_per_part = min(ROWS_PER_PART, max(LEAST_ROWS_PER_PART, PART_CACHE_BYTES // row_bytes))
             rounds = math.ceil(rows / (rows_per_part * self._workers))
-            count = max(count, min(rounds * self._workers, rows // LEAST_ROWS_PER_PART, images))
-        return _cut(images, count)
+            parts = min(rounds * self._workers, rows // LEAST_ROWS_PER_PART)
+        return cut(images, max(1, CACHE_BYTES // (branches * row_bytes)), parts=parts)
 
     def _open_step(
         self, block: int, kind: str, part: _Part, noise: Floats, conditions: Conditions, *, alone: bool
@@ -317,11 +316,11 @@ class OrtCpuEngine:
 
         The activations of all runs together stay within ACTIVATION_BYTES, or are those of one image each.
         """
-        config, batch = self.bundle.config, len(patches)
+        config = self.bundle.config
         given = _given(patches=patches, labels=labels, **arrays)
         image_bytes = 4 * config.patches * (4 * config.heads * config.patches + 20 * config.width)
-        size = max(1, min(ACTIVATION_BYTES // (image_bytes * self._workers), math.ceil(batch / self._workers)))
-        pieces = [{name: array[i : i + size] for name, array in given.items()} for i in range(0, batch, size)]
+        cuts = cut(len(patches), max(1, ACTIVATION_BYTES // (image_bytes * self._workers)), parts=self._workers)
+        pieces = [{name: array[images] for name, array in given.items()} for images in cuts]
         session = self._open(block, PORTABLE, kind, self._threads_of(alone=len(pieces) == 1))
         if len(pieces) == 1 or self._workers == 1:
             results = [session.run(piece, list(outputs)) for piece in pieces]
@@ -360,12 +359,6 @@ def _forms(conditions: Conditions) -> npt.NDArray[np.str_]:
     guided = conditions.guidance.any(axis=(1, 2)) & (conditions.branches == 2)
     tempered = (conditions.inverse_temperature != 1.0).any(axis=0)
     return np.where(guided, np.where(tempered, "_tempered", "_guided"), "")
-
-
-def _cut(images: int, count: int) -> Iterator[slice]:
-    """`count` equal slices of the images, in order."""
-    edges = [images * i // count for i in range(count + 1)]
-    return (slice(start, stop) for start, stop in itertools.pairwise(edges))
 
 
 def _given(**arrays: npt.NDArray[Any] | None) -> dict[str, npt.NDArray[Any]]:

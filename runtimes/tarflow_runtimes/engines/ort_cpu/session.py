@@ -62,7 +62,7 @@ class Session:
         try:
             self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types
-            raise EngineError(f"ONNX Runtime cannot open {name} with {folder}: {first_line(error)}") from error
+            raise _failure(f"cannot open {name} with {folder}", error) from error
         self.inputs: dict[str, str] = {value.name: value.type for value in self.session.get_inputs()}
         self.outputs: list[str] = [value.name for value in self.session.get_outputs()]
 
@@ -71,7 +71,7 @@ class Session:
         try:
             return list(self.session.run(list(outputs), dict(feeds)))
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed in {self.name}: {first_line(error)}") from error
+            raise _failure(f"failed in {self.name}", error) from error
 
     def run_values(
         self, values: Mapping[str, Any], outputs: Sequence[str], arrays: Mapping[str, npt.NDArray[Any]] | None = None
@@ -82,7 +82,7 @@ class Session:
         try:
             results = self.session.run_with_ort_values(list(outputs), feeds)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed in {self.name}: {first_line(error)}") from error
+            raise _failure(f"failed in {self.name}", error) from error
         return dict(zip(outputs, results, strict=True))
 
     def checked(self, output: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
@@ -125,7 +125,14 @@ class BoundRun:
         try:
             self._run(self._binding, None)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed in a step: {first_line(error)}") from error
+            raise _failure("failed in a step", error) from error
+
+
+def _failure(what: str, error: Exception) -> EngineError:
+    return EngineError(
+        f"ONNX Runtime {what}: {first_line(error)}",
+        hint="the graph is damaged, or this ONNX Runtime cannot run it: tarflow doctor says which is installed",
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -1,7 +1,9 @@
 """`EngineCache`: the engines in a folder, found by their identity and removed when they become too large.
 
-The files of an engine are `KEY.engine` and its sidecar `KEY.json`, which is written last: an engine without one does
-not exist. Leftovers of a killed process are never loaded, and are removed by the next `prune`.
+An engine's files are `KEY.engine` and its sidecar `KEY.json`, which is written last: an engine without one is not
+there. KEY is a digest of all that the engine was made for; its first half leaves targets and shapes out, and by it an
+engine is looked up. A sidecar that does not belong to its name is none. What a process that was killed leaves behind is
+never loaded, and is removed by the next `prune`.
 """
 
 from __future__ import annotations
@@ -9,18 +11,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import re
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from tarflow_runtimes.engines.trt.explain import Explanation, explain
+from tarflow_runtimes.engines.trt.explain import FAILED, Explanation, differences, nearest
 from tarflow_runtimes.engines.trt.folder import EngineFolder
 from tarflow_runtimes.engines.trt.gpu import Gpu
-from tarflow_runtimes.engines.trt.sidecar import Sidecar, Source, Verification, Wanted, read_sidecar
+from tarflow_runtimes.engines.trt.sidecar import Sidecar, Source, Wanted, read_sidecar
 from tarflow_runtimes.errors import EngineError
 
 MAX_BYTES: Final = 20 << 30
@@ -38,29 +38,17 @@ class Pruned:
     nbytes: int
 
 
-class EngineCache:
-    """The engines in a folder, or in the user's cache folder.
+class EngineCache(EngineFolder):
+    """The engines in a folder, or in the user's cache folder."""
 
-    Raises:
-        EngineError: when the folder is not the user's own.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = EngineFolder(folder)
-        self.path = self._folder.path
-
-    def entries(self) -> list[Sidecar]:
-        """All engines, most recently used first."""
-        found = []
-        for path in self.path.glob("*.json"):
-            sidecar = self._read(path.stem)
-            if sidecar is not None:
-                found.append((self._used(sidecar), sidecar))
-        return [sidecar for _, sidecar in sorted(found, key=lambda pair: pair[0], reverse=True)]
+    def entries(self, identity: str = "") -> list[Sidecar]:
+        """All engines, or those of an identity; the one used last first."""
+        found = [self._read(path.stem) for path in self.path.glob(f"{identity}*.json")]
+        return sorted((sidecar for sidecar in found if sidecar is not None), key=self._used, reverse=True)
 
     def _read(self, key: str) -> Sidecar | None:
         try:
-            sidecar = read_sidecar(self._folder.read(f"{key}.json").decode())
+            sidecar = read_sidecar(self.read(f"{key}.json").decode())
         except (OSError, ValueError):
             return None
         return sidecar if sidecar.key == key else None
@@ -72,12 +60,22 @@ class EngineCache:
             return 0.0
 
     def explain(self, wanted: Wanted, source: Source, gpu: Gpu | None = None) -> Explanation:
-        """The engine for a request, or why there is none; one that failed its verification on this GPU is excluded."""
+        """The engine for this, or why there is none.
 
-        def failed(sidecar: Sidecar) -> bool:
-            return gpu is not None and sidecar.failed_on(gpu.name, gpu.driver)
-
-        return explain(wanted, source, self.entries(), damage=self.damage, failed=failed)
+        One that failed its verification on this GPU is none: where no other does, it is the nearest, and FAILED the
+        reason.
+        """
+        fitting = [
+            sidecar
+            for sidecar in self.entries(wanted.identity)
+            if not differences(sidecar.made, wanted) and not self.damage(sidecar)
+        ]
+        for sidecar in fitting:
+            if not sidecar.failed_on(gpu):
+                return Explanation(hit=sidecar, reason="built for this")
+        if fitting:
+            return Explanation(nearest=fitting[0], reason=FAILED)
+        return nearest(wanted, source, self.entries(), damage=self.damage)
 
     def damage(self, sidecar: Sidecar) -> str:
         """What is wrong with the size of an engine's file, or an empty string."""
@@ -94,7 +92,7 @@ class EngineCache:
             EngineError: when its file has changed since it was stored.
         """
         try:
-            engine = self._folder.read(f"{sidecar.key}.engine")
+            engine = self.read(f"{sidecar.key}.engine")
         except OSError:
             engine = b""
         if hashlib.sha256(engine).hexdigest() != sidecar.sha256:
@@ -111,7 +109,7 @@ class EngineCache:
         made: Wanted,
         source: Source,
         engine: bytes,
-        built: dict[str, object],
+        built: Mapping[str, object],
         *,
         max_bytes: int,
         keep: Collection[str] = (),
@@ -126,15 +124,15 @@ class EngineCache:
         digest = hashlib.sha256(engine).hexdigest()
         sidecar = Sidecar(made=made, source=source, size=len(engine), sha256=digest, built=built)
         self.remove(sidecar.key)
-        self._folder.write(f"{sidecar.key}.engine", engine)
-        self._write(sidecar)
+        self.write(f"{sidecar.key}.engine", engine)
+        self.write(f"{sidecar.key}.json", sidecar.to_text().encode())
         self._evict(max_bytes, {*keep, sidecar.key})
         return sidecar
 
     def load_beside(self, name: str) -> bytes:
         """Other data stored under that name next to the engines, if it exists and is complete."""
         try:
-            data = self._folder.read(name)
+            data = self.read(name)
         except OSError:
             return b""
         digest, blob = data[:32], data[32:]
@@ -143,25 +141,18 @@ class EngineCache:
     def store_beside(self, name: str, blob: bytes) -> None:
         """Store data that make the next run faster; a disk error only makes the next run slower."""
         with contextlib.suppress(EngineError):
-            self._folder.write(name, hashlib.sha256(blob).digest() + blob)
+            self.write(name, hashlib.sha256(blob).digest() + blob)
 
-    def _write(self, sidecar: Sidecar) -> None:
-        self._folder.write(f"{sidecar.key}.json", (json.dumps(sidecar.to_json(), indent=2) + "\n").encode())
-
-    def record_verification(self, sidecar: Sidecar, verification: Verification) -> Sidecar:
-        """Write the result of a verification into the sidecar; an engine that failed is refused from then on."""
+    def record_verification(self, sidecar: Sidecar, gpu: Gpu, *, passed: bool, facts: Mapping[str, Any]) -> Sidecar:
+        """Write into the sidecar what verification found; an engine that failed is refused from then on."""
         with self.lock(sidecar.key):
-            changed = (self._read(sidecar.key) or sidecar).verified(verification)
-            self._write(changed)
+            changed = (self._read(sidecar.key) or sidecar).verified(gpu, passed=passed, facts=facts)
+            self.write(f"{sidecar.key}.json", changed.to_text().encode())
         return changed
-
-    def lock(self, key: str, on_wait: Callable[[], object] | None = None) -> AbstractContextManager[None]:
-        """Hold the lock of one engine, so that only one process builds it."""
-        return self._folder.lock(key, on_wait)
 
     def remove(self, key: str) -> None:
         """Remove an engine, its sidecar first."""
-        self._folder.remove(f"{key}.json", f"{key}.engine")
+        self.unlink(f"{key}.json", f"{key}.engine")
 
     def nbytes(self, sidecar: Sidecar) -> int:
         """Size in bytes of an engine's files."""
@@ -174,11 +165,11 @@ class EngineCache:
             ours = _OURS.fullmatch(path.name)
             if ours is None or self._is_of_engine(path, ours["key"]):
                 continue
-            with self._folder.lock_if_free(ours["key"]) as free:
-                # Checked again, because the holder of the lock may have finished an engine.
+            with self.lock(ours["key"], wait=False) as free:
+                # Looked at again, for whoever held the lock may have finished an engine.
                 if free and path.exists() and not self._is_of_engine(path, ours["key"]):
                     freed += path.stat().st_size
-                    self._folder.remove(path.name)
+                    self.unlink(path.name)
                     leftovers.append(path.name)
         evicted, bytes_of_engines = self._evict(max_bytes, ())
         return Pruned(engines=evicted, leftovers=tuple(leftovers), nbytes=freed + bytes_of_engines)

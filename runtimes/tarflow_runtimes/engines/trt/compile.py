@@ -1,4 +1,4 @@
-"""`compile_engine`: a graph -> an engine as bytes, in this process; `build` runs it in a separate one."""
+"""`compile_engine`: a graph -> an engine as bytes, in this process; `build` runs it in one of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,21 @@ OnShare = Callable[[float], object]
 
 DROPPED: Final = "Unused Input"
 """TensorRT's warning that it drops an input, which changes the result."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What is built: an engine of a graph that takes these profiles.
+
+    `targets` are for packages that build ahead, the others ignore them. `workspace` bounds the scratch memory of a
+    layer, in bytes. `timing_cache` is a file read and written by packages that time kernels.
+    """
+
+    graph: Graph
+    profiles: tuple[Profile, ...]
+    targets: tuple[str, ...] = ()
+    workspace: int | None = None
+    timing_cache: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,37 +59,26 @@ def builder_flags(package: Package, precision: str) -> tuple[str, ...]:
     return ("STRICT_NANS", *own, *(("TF32",) if precision == "tf32" else ()))
 
 
-def compile_engine(
-    package: Package,
-    graph: Graph,
-    profiles: Sequence[Profile],
-    *,
-    targets: Sequence[str] = (),
-    workspace: int | None = None,
-    timing_cache: Path | None = None,
-    on_share: OnShare | None = None,
-) -> Built:
-    """Build an engine for these profiles; only packages that build ahead of time use `targets`.
-
-    `workspace` bounds the scratch memory of a layer, in bytes. `timing_cache` is read and written by packages that
-    time kernels.
+def compile_engine(package: Package, job: Job, on_share: OnShare | None = None) -> Built:
+    """Do a job.
 
     Raises:
         EngineError: when TensorRT cannot parse or build the graph, or is cancelled.
     """
+    graph = job.graph
     began = time.perf_counter()
     network = parse(package, graph)
     parsed = time.perf_counter()
-    config = _configured(package, graph, network, workspace)
-    add_profiles(package, graph, network, config, profiles)
+    config = _configured(package, graph, network, job.workspace)
+    add_profiles(package, graph, network, config, job.profiles)
     if package.ahead:
         known = package.targets()
-        config.num_compute_capabilities = len(targets)
-        for index, target in enumerate(targets):
+        config.num_compute_capabilities = len(job.targets)
+        for index, target in enumerate(job.targets):
             config.set_compute_capability(known[target], index)
     if on_share is not None:
         config.progress_monitor = _monitor(package.module)(on_share)
-    with _timings(package, config, timing_cache), listen() as heard:
+    with _timings(package, config, job.timing_cache), listen() as heard:
         engine = network.builder.build_serialized_network(network.network, config)
     dropped = [line for line in heard.warnings if DROPPED in line]
     if engine is None or dropped:

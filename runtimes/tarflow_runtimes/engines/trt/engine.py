@@ -1,4 +1,4 @@
-"""`TrtMaker`: TensorRT and TensorRT for RTX behind the device loop. One class for both; `_trt` knows the difference.
+"""`TrtMaker`: TensorRT and TensorRT for RTX behind the device loop. One class for both; `Package` knows the difference.
 
 The engine of a graph serves all shapes that its profiles allow, so that the weights lie on the GPU once. Every binding
 is an execution context of its own: a CUDA graph depends on the state of the context that it was captured from. They
@@ -26,7 +26,7 @@ from tarflow_runtimes.engines.trt.log import listen
 from tarflow_runtimes.engines.trt.package import import_package
 from tarflow_runtimes.engines.trt.profiles import Profile, shape_of
 from tarflow_runtimes.engines.trt.runtime import Kernels, LoadedEngine
-from tarflow_runtimes.engines.trt.sidecar import Sidecar, Verification
+from tarflow_runtimes.engines.trt.sidecar import Sidecar
 from tarflow_runtimes.engines.trt.supply import OnBuilding, Supply
 
 
@@ -48,7 +48,9 @@ def open_trt(
             for this GPU, or the bundle has no graphs for TensorRT.
         InputError: for tf32 on a bundle that is not of float32.
     """
-    return DeviceEngine(bundle, TrtMaker(bundle, engine, tf32=tf32, folder=folder, on_building=on_building))
+    package, device = import_package(engine), CudaDevice()
+    supply = Supply(package, bundle, gpu=gpu_of(device), tf32=tf32, folder=folder, on_building=on_building)
+    return DeviceEngine(bundle, TrtMaker(supply, device))
 
 
 def record_verification(engine: Engine, *, passed: bool, facts: Mapping[str, Any]) -> int:
@@ -61,39 +63,29 @@ def record_verification(engine: Engine, *, passed: bool, facts: Mapping[str, Any
         EngineError: when a sidecar cannot be written.
     """
     maker = engine.maker if isinstance(engine, DeviceEngine) else None
-    return maker.record_verification(passed=passed, facts=facts) if isinstance(maker, TrtMaker) else 0
+    if not isinstance(maker, TrtMaker):
+        return 0
+    for sidecar in maker.used.values():
+        maker.supply.cache.record_verification(sidecar, maker.gpu, passed=passed, facts=facts)
+    return len(maker.used)
 
 
 class TrtMaker:
-    """Programs of a bundle through TensorRT (`trt`) or TensorRT for RTX (`trt-rtx`), from the cache or built.
-
-    Raises as `open_trt`.
-    """
+    """Programs of a bundle through TensorRT (`trt`) or TensorRT for RTX (`trt-rtx`); `used` are its engines by key."""
 
     provider = PROVIDER
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        engine: str,
-        *,
-        tf32: bool = False,
-        folder: Path | None = None,
-        on_building: OnBuilding | None = None,
-    ) -> None:
-        self.name = engine
-        self._package = import_package(engine)
-        self._cuda = CudaDevice()
-        self.device: Device = self._cuda
-        self.gpu = gpu_of(self._cuda)
-        self._supply = Supply(self._package, bundle, gpu=self.gpu, tf32=tf32, folder=folder, on_building=on_building)
-        self.precision = self._supply.precision
-        self._kernels = Kernels(self._supply.cache, self._package, self.gpu.target)
+    def __init__(self, supply: Supply, device: CudaDevice) -> None:
+        self.supply, self.name, self.precision = supply, supply.package.engine, supply.precision
+        self.device: Device = device
+        self.gpu = gpu_of(device)
+        self.used: dict[str, Sidecar] = {}
+        self._cuda = device
+        self._kernels = Kernels(supply.cache, supply.package, self.gpu.target)
         self._loaded: weakref.WeakValueDictionary[str, LoadedEngine] = weakref.WeakValueDictionary()
         self._places: dict[tuple[int, str], set[str]] = {}
-        self._used: dict[str, Sidecar] = {}
         self._scratch: Buffer | None = None
-        self._patches = bundle.config.patches
+        self._patches = supply.bundle.config.patches
 
     def program(self, block: int, kind: str, *, images: int, branches: int = 1, window: int = 1) -> TrtProgram:
         """A graph of a block for B images, G branches and S = `window` patches at once."""
@@ -107,18 +99,11 @@ class TrtMaker:
     def report(self) -> Mapping[str, Any]:
         """The package, the GPU, and the engines in use."""
         return {
-            "package": self._package.name,
+            "package": self.supply.package.name,
             "gpu": dataclasses.asdict(self.gpu),
-            "engines": [sidecar.key for sidecar in self._used.values()],
-            "folder": str(self._supply.cache.path),
+            "engines": list(self.used),
+            "folder": str(self.supply.cache.path),
         }
-
-    def record_verification(self, *, passed: bool, facts: Mapping[str, Any]) -> int:
-        """Write the result of a verification into the sidecars of all engines used so far; failed ones are refused."""
-        verification = Verification(gpu=self.gpu.name, driver=self.gpu.driver, passed=passed, facts=facts)
-        for key, sidecar in self._used.items():
-            self._used[key] = self._supply.cache.record_verification(sidecar, verification)
-        return len(self._used)
 
     def _engine(self, block: int, kind: str, images: int, branches: int, patches: int) -> tuple[LoadedEngine, int]:
         """An engine that takes calls of these sizes, and the number of its profile: loaded, kept or built."""
@@ -128,12 +113,12 @@ class TrtMaker:
             if engine is not None and (index := engine.profile_for(images, branches, patches)) is not None:
                 return engine, index
         profile = Profile(least=images, most=images, branches=branches, patches=patches)
-        supplied = self._supply.get(block, kind, [profile], wider=[dataclasses.replace(profile, least=1)])
+        supplied = self.supply.get(block, kind, [profile], wider=[dataclasses.replace(profile, least=1)])
         key = supplied.sidecar.key
         self.device.synchronize()  # makes its GPU this thread's
-        loaded = LoadedEngine(self._package, supplied, self._kernels)
+        loaded = LoadedEngine(self.supply.package, supplied, self._kernels)
         self._loaded[key] = loaded
-        self._used[key] = supplied.sidecar
+        self.used[key] = supplied.sidecar
         keys.add(key)
         found = loaded.profile_for(images, branches, patches)
         assert found is not None  # the engine was chosen for it

@@ -1,14 +1,16 @@
-"""`explain`: which engine of a cache does for what is wanted, or what stands against each that nearly does."""
+"""Why an engine is not used: `differences` field by field, and `nearest`, the one that most nearly does."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from tarflow_runtimes.engines.trt.gpu import Gpu
-from tarflow_runtimes.engines.trt.profiles import joined, uncovered
-from tarflow_runtimes.engines.trt.sidecar import Sidecar, Source, Wanted, host
+from tarflow_runtimes.engines.trt.profiles import Profile, uncovered
+from tarflow_runtimes.engines.trt.sidecar import EQUAL, Sidecar, Source, Wanted, host
+
+FAILED: Final = "it failed its verification here"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,14 +27,10 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    """The engine that matches, if there is one; else the nearest one with its differences, and a one-line reason.
-
-    `barred` says that the nearest would do, had it not failed its verification.
-    """
+    """The engine that does, if there is one; else the nearest and its differences, and why in one line."""
 
     hit: Sidecar | None = None
     nearest: Sidecar | None = None
-    barred: bool = False
     differences: tuple[Difference, ...] = ()
     reason: str = ""
 
@@ -47,59 +45,38 @@ class Explanation:
 
 
 def differences(made: Wanted, wanted: Wanted) -> tuple[Difference, ...]:
-    """Every field that prevents the use of an engine for a request."""
-    have, want = made.identity.to_json(), wanted.identity.to_json()
-    if have["precision"] != want["precision"]:
-        del want["graph_digest"], want["flags"]  # they follow from the precision
-    found = [
-        Difference(field=field, built=_shown(have[field]), wanted=_shown(value))
-        for field, value in want.items()
-        if have[field] != value
-    ]
+    """Every field that stands against using an engine for what is wanted."""
+
+    def differ(field: str, built: object, wanted: object) -> Difference:
+        return Difference(field=field, built=_shown(built), wanted=_shown(wanted))
+
+    implied = {"graph_digest", "flags"} if made.precision != wanted.precision else set()
+    pairs = [(field, getattr(made, field), getattr(wanted, field)) for field in EQUAL if field not in implied]
+    found = [differ(*pair) for pair in pairs if pair[1] != pair[2]]
     if not set(wanted.targets) <= set(made.targets):
-        found.append(Difference(field="targets", built=_shown(made.targets), wanted=_shown(wanted.targets)))
-    missing = uncovered(wanted.profiles, made.profiles)
-    if missing:
-        found.append(
-            Difference(
-                field="profiles", built="; ".join(map(str, joined(made.profiles))), wanted="; ".join(map(str, missing))
-            )
-        )
+        found.append(differ("targets", made.targets, wanted.targets))
+    if missing := uncovered(wanted.profiles, made.profiles):
+        found.append(differ("profiles", made.profiles, missing))
     return tuple(found)
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
+def _shown(value: object) -> str:
+    if isinstance(value, tuple | list):
+        separator = "; " if value and isinstance(value[0], Profile) else ", "
+        return separator.join(map(str, value)) or "none"
     return str(value)[:16]  # of a digest, as much as a person compares
 
 
-def explain(
-    wanted: Wanted,
-    source: Source,
-    entries: Iterable[Sidecar],
-    *,
-    damage: Callable[[Sidecar], str],
-    failed: Callable[[Sidecar], bool],
+def nearest(
+    wanted: Wanted, source: Source, entries: Iterable[Sidecar], *, damage: Callable[[Sidecar], str]
 ) -> Explanation:
-    """Look among `entries`, the one used last first.
-
-    `damage` says what is wrong with an engine's file, `failed` whether it failed its verification here.
-    """
-    candidates: list[tuple[Sidecar, tuple[Difference, ...], str]] = []
-    barred: Sidecar | None = None
-    for sidecar in entries:
-        identity = sidecar.made.identity
-        found, broken = differences(sidecar.made, wanted), damage(sidecar)
-        if not found and not broken:
-            if not failed(sidecar):
-                return Explanation(hit=sidecar, reason="built for this")
-            barred = barred or sidecar
-        same_graph = identity.graph == wanted.identity.graph and sidecar.source.alike(source)
-        if (identity.engine == wanted.identity.engine and same_graph) or not found:
-            candidates.append((sidecar, found, broken))
-    if barred is not None:
-        return Explanation(nearest=barred, barred=True, reason="it failed its verification here")
+    """The engine of the same graph with the fewest differences; `damage` says what is wrong with an engine's file."""
+    candidates = [
+        (sidecar, differences(sidecar.made, wanted), damage(sidecar))
+        for sidecar in entries
+        if sidecar.made.identity == wanted.identity
+        or ((sidecar.made.engine, sidecar.made.graph) == (wanted.engine, wanted.graph) and sidecar.source.alike(source))
+    ]
     if not candidates:
         return Explanation(reason="never built")
     sidecar, found, broken = min(candidates, key=lambda one: len(one[1]) + bool(one[2]))
@@ -116,17 +93,11 @@ def _reason(made: Wanted, wanted: Wanted, found: Sequence[Difference], broken: s
 
 
 def _place(wanted: Wanted) -> str:
-    return f"{wanted.identity.version} for {_shown(wanted.targets)} on {wanted.identity.host}"
+    return f"{wanted.version} for {_shown(wanted.targets)} on {wanted.host}"
 
 
 def unusable(sidecar: Sidecar, version: str, gpu: Gpu, damage: str) -> str:
-    """Why an engine can never run with that version of its package on that GPU, or an empty string."""
-    here = dataclasses.replace(
-        sidecar.made,
-        identity=dataclasses.replace(sidecar.made.identity, version=version, host=host()),
-        targets=(gpu.target,),
-    )
-    reasons = [_reason(sidecar.made, here, differences(sidecar.made, here), damage)]
-    if sidecar.failed_on(gpu.name, gpu.driver):
-        reasons.append("it failed its verification here")
-    return "; ".join(filter(None, reasons))
+    """Why an engine cannot run with that version of its package on that GPU, whatever it is wanted for; or nothing."""
+    here = dataclasses.replace(sidecar.made, version=version, host=host(), targets=(gpu.target,))
+    failed = FAILED if sidecar.failed_on(gpu) else ""
+    return "; ".join(filter(None, [_reason(sidecar.made, here, differences(sidecar.made, here), damage), failed]))

@@ -84,8 +84,10 @@ class EngineFolder:
             raise EngineError(f"cannot write {self.path / name}: {error.strerror}") from error
 
     @contextlib.contextmanager
-    def lock(self, key: str, on_wait: Callable[[], object] | None = None) -> Iterator[None]:
-        """Hold the lock of that name across all processes; `on_wait` is called repeatedly while waiting.
+    def lock(self, key: str, on_wait: Callable[[], object] | None = None, *, wait: bool = True) -> Iterator[bool]:
+        """Hold the lock of that name, of this folder and all processes, and say whether: always, with `wait`.
+
+        While another one holds it, `on_wait` is called again and again; an error that it raises ends the wait.
 
         Raises:
             EngineError: when the folder cannot be written to.
@@ -100,41 +102,25 @@ class EngineFolder:
                 ) from error
             try:
                 while not _locked(descriptor):
+                    if not wait:
+                        yield False
+                        return
                     if on_wait is not None:
                         on_wait()
                     time.sleep(LOCK_SECONDS)
                 if _is_at(descriptor, path):  # else whoever held it before has removed it
                     try:
-                        yield
+                        yield True
                     finally:
                         path.unlink(missing_ok=True)
                     return
             finally:
                 os.close(descriptor)
 
-    @contextlib.contextmanager
-    def lock_if_free(self, key: str) -> Iterator[bool]:
-        """Take the lock of that name if it is free; yields whether it was."""
-
-        def give_up() -> None:
-            raise _HeldError
-
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(self.lock(key, give_up))
-            except _HeldError:
-                yield False
-            else:
-                yield True
-
-    def remove(self, *names: str) -> None:
+    def unlink(self, *names: str) -> None:
         """Remove files that may be there."""
         for name in names:
             (self.path / name).unlink(missing_ok=True)
-
-
-class _HeldError(Exception):
-    """Another process holds the lock."""
 
 
 def _locked(descriptor: int) -> bool:

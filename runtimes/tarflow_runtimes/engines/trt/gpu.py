@@ -18,6 +18,11 @@ class Gpu:
     target: str
     driver: str
 
+    @property
+    def place(self) -> str:
+        """GPU and driver, for which a verification holds."""
+        return f"{self.name}, {self.driver}"
+
 
 def gpu_of(device: CudaDevice) -> Gpu:
     """The GPU of a device."""

@@ -24,6 +24,9 @@ KINDS: Final = (*LOOPS, "forward", "gradient")
 def open_graph(bundle: Bundle, block: int, kind: str, precision: str) -> Graph:
     """The `kind` graph of a block, to be computed in the bundle's precision or in tf32.
 
+    Its digest is one of the manifest's digests of graph and weights. The bundle's reader has compared the files with
+    them, unless it was told not to: gigabytes are not read again.
+
     Raises:
         EngineError: when the bundle has no graphs for TensorRT.
         BundleError: when the graph has changed since the bundle was opened, or the manifest does not describe it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 Shape = tuple[int, ...]
 
@@ -43,15 +42,6 @@ class Profile:
             "L": kv_length,
         }
 
-    def to_json(self) -> dict[str, int]:
-        """The profile as JSON values for a sidecar."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_json(value: Any) -> Profile:
-        """The inverse of `to_json`; KeyError, TypeError or ValueError on invalid values."""
-        return Profile(**{field.name: int(value[field.name]) for field in dataclasses.fields(Profile)})
-
     def __str__(self) -> str:
         images = str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
         return f"B {images}, G {self.branches}, S {self.patches}"
@@ -76,29 +66,12 @@ def profiles_for(
     )
 
 
-def joined(profiles: Iterable[Profile]) -> tuple[Profile, ...]:
-    """The same shapes in as few ranges as possible."""
-    found: list[Profile] = []
-    for profile in sorted(profiles, key=lambda one: (one.branches, one.patches, one.least)):
-        if found:
-            last = found[-1]
-            together = (last.branches, last.patches) == (profile.branches, profile.patches)
-            if together and profile.least <= last.most + 1:
-                found[-1] = dataclasses.replace(last, most=max(last.most, profile.most))
-                continue
-        found.append(profile)
-    return tuple(found)
+def uncovered(wanted: Iterable[Profile], have: Sequence[Profile]) -> list[Profile]:
+    """Those of the wanted of which some shapes are in none of the others."""
 
+    def is_covered(one: Profile) -> bool:
+        # A gap begins where the range does, or after the end of another one.
+        starts = {one.least, *(other.most + 1 for other in have if one.least <= other.most < one.most)}
+        return all(any(other.takes(images, one.branches, one.patches) for other in have) for images in starts)
 
-def uncovered(wanted: Iterable[Profile], have: Iterable[Profile]) -> list[Profile]:
-    """The wanted profiles with shapes that the others do not cover."""
-    ranges = joined(have)
-    return [
-        profile
-        for profile in joined(wanted)
-        if not any(
-            one.takes(images=profile.least, branches=profile.branches, patches=profile.patches)
-            and profile.most <= one.most
-            for one in ranges
-        )
-    ]
+    return [one for one in wanted if not is_covered(one)]

@@ -1,4 +1,4 @@
-"""`Sidecar`: the JSON file next to an engine with its identity, its targets and facts about its build."""
+"""`Wanted`, which names an engine, and `Sidecar`: the JSON file beside it, which says whence it is and what it is."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
-from tarflow_runtimes.engines.trt.network import Graph
-from tarflow_runtimes.engines.trt.package import Package
+from tarflow_runtimes.engines.trt.gpu import Gpu
 from tarflow_runtimes.engines.trt.profiles import Profile
 
-SCHEMA: Final = "tarflow-engine"
-SCHEMA_VERSION: Final = 1
+SCHEMA: Final = ["tarflow-engine", 2]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Identity:
-    """The fields that must be equal for an engine to be reused; see `Graph` for the last three.
+class Wanted:
+    """An engine that is wanted. All but targets and profiles must be equal; those it must cover.
 
-    `engine` and `version` are those of the package, `host` is the operating system and processor.
+    `engine` and `version` are those of the package, `host` is the operating system and processor, `flags` are the
+    builder's; `graph` is the kind, `graph_digest` that of the graph and its weights.
     """
 
     engine: str
@@ -32,38 +31,28 @@ class Identity:
     precision: str
     graph: str
     graph_digest: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The identity as JSON values for a sidecar."""
-        return dataclasses.asdict(self) | {"flags": list(self.flags)}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
-    """A request for an engine: its identity, and the targets and profiles that it must cover."""
-
-    identity: Identity
     targets: tuple[str, ...]
     profiles: tuple[Profile, ...]
 
     @property
+    def identity(self) -> str:
+        """How the name of every engine begins that computes this, for whatever targets and shapes."""
+        return _digest({name: getattr(self, name) for name in EQUAL})
+
+    @property
     def key(self) -> str:
-        """Names the files of an engine made for exactly this."""
-        document = [self.identity.to_json(), self.targets, [profile.to_json() for profile in self.profiles]]
-        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
+        """The name, without a suffix, of the files of an engine made for exactly this."""
+        return self.identity + _digest(dataclasses.asdict(self))
 
 
-def identity_of(package: Package, graph: Graph, flags: tuple[str, ...]) -> Identity:
-    """The identity of an engine that this package makes of a graph here."""
-    return Identity(
-        engine=package.engine,
-        version=package.version,
-        host=host(),
-        flags=flags,
-        precision=graph.precision,
-        graph=graph.kind,
-        graph_digest=graph.digest,
-    )
+EQUAL: Final = tuple(
+    field.name for field in dataclasses.fields(Wanted) if field.name not in {"targets", "profiles"}
+)  # fmt: skip
+"""The fields of `Wanted` that must be equal."""
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def host() -> str:
@@ -85,21 +74,13 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Verification:
-    """The comparison of a bundle's reference outputs with those of this engine on one GPU and driver."""
-
-    gpu: str
-    driver: str
-    passed: bool
-    facts: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sidecar:
     """Everything known about an engine.
 
     `made` is what it was made for, `source` where its graph was first met, `size` and `sha256` are those of the file
-    of the engine, `built` holds facts for people: versions, GPU, driver, seconds, layers, warnings.
+    of the engine, `built` holds facts for people: versions, GPU, driver, seconds, layers, warnings. `verifications`
+    has for every GPU and driver (`Gpu.place`) whether the last comparison of a bundle's reference outputs with those of
+    this engine `passed`, and `facts` for people.
     """
 
     made: Wanted
@@ -107,7 +88,7 @@ class Sidecar:
     size: int
     sha256: str
     built: Mapping[str, Any]
-    verifications: tuple[Verification, ...] = ()
+    verifications: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -116,33 +97,21 @@ class Sidecar:
 
     @property
     def name(self) -> str:
-        """Description for people of what the engine computes."""
-        identity = self.made.identity
-        return f"{self.source.bundle} block {self.source.block} {identity.graph} {identity.precision}"
+        """For people: what it computes."""
+        return f"{self.source.bundle} block {self.source.block} {self.made.graph} {self.made.precision}"
 
-    def failed_on(self, gpu: str, driver: str) -> bool:
+    def failed_on(self, gpu: Gpu | None) -> bool:
         """Whether verification ran on that GPU with that driver, and failed."""
-        return any((one.gpu, one.driver, one.passed) == (gpu, driver, False) for one in self.verifications)
+        return gpu is not None and not self.verifications.get(gpu.place, {"passed": True})["passed"]
 
-    def verified(self, verification: Verification) -> Sidecar:
+    def verified(self, gpu: Gpu, *, passed: bool, facts: Mapping[str, Any]) -> Sidecar:
         """With this verification in place of an earlier one on the same GPU and driver."""
-        place = (verification.gpu, verification.driver)
-        others = tuple(one for one in self.verifications if (one.gpu, one.driver) != place)
-        return dataclasses.replace(self, verifications=(*others, verification))
+        found = {**self.verifications, gpu.place: {"passed": passed, "facts": facts}}
+        return dataclasses.replace(self, verifications=found)
 
-    def to_json(self) -> dict[str, Any]:
-        """The sidecar as JSON values for its file."""
-        return {
-            "schema": SCHEMA,
-            "schema_version": SCHEMA_VERSION,
-            "identity": self.made.identity.to_json(),
-            "targets": list(self.made.targets),
-            "profiles": [profile.to_json() for profile in self.made.profiles],
-            "source": dataclasses.asdict(self.source),
-            "file": {"size": self.size, "sha256": self.sha256},
-            "built": dict(self.built),
-            "verifications": [dataclasses.asdict(one) for one in self.verifications],
-        }
+    def to_text(self) -> str:
+        """What stands in the file."""
+        return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=2) + "\n"
 
 
 def read_sidecar(text: str) -> Sidecar:
@@ -153,31 +122,13 @@ def read_sidecar(text: str) -> Sidecar:
     """
     try:
         document = json.loads(text)
-        if (document["schema"], document["schema_version"]) != (SCHEMA, SCHEMA_VERSION):
-            raise ValueError(f"schema {document['schema']!r}, version {document['schema_version']!r}")
-        identity, source, file = document["identity"], document["source"], document["file"]
-        names = [field.name for field in dataclasses.fields(Identity) if field.name != "flags"]
-        return Sidecar(
-            made=Wanted(
-                identity=Identity(
-                    **{name: str(identity[name]) for name in names}, flags=tuple(map(str, identity["flags"]))
-                ),
-                targets=tuple(map(str, document["targets"])),
-                profiles=tuple(Profile.from_json(one) for one in document["profiles"]),
-            ),
-            source=Source(bundle=str(source["bundle"]), digest=str(source["digest"]), block=int(source["block"])),
-            size=int(file["size"]),
-            sha256=str(file["sha256"]),
-            built=dict(document["built"]),
-            verifications=tuple(
-                Verification(
-                    gpu=str(one["gpu"]),
-                    driver=str(one["driver"]),
-                    passed=one["passed"] is True,
-                    facts=dict(one["facts"]),
-                )
-                for one in document["verifications"]
-            ),
-        )
+        if document.pop("schema") != SCHEMA:
+            raise ValueError("another schema")
+        made = document["made"]
+        tuples = {name: tuple(made[name]) for name in ("flags", "targets")}
+        profiles = tuple(Profile(**one) for one in made["profiles"])
+        facts = {name: dict(document[name]) for name in ("built", "verifications")}
+        parts = {"made": Wanted(**made | tuples | {"profiles": profiles}), "source": Source(**document["source"])}
+        return Sidecar(**document | parts | facts)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not the sidecar of an engine: {error!r}") from error

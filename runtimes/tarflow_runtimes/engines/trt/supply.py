@@ -12,14 +12,14 @@ from tarflow_runtimes.bundle.reader import Bundle
 from tarflow_runtimes.engines.gpu.engine import density_images
 from tarflow_runtimes.engines.trt.build import build
 from tarflow_runtimes.engines.trt.cache import MAX_BYTES, EngineCache
-from tarflow_runtimes.engines.trt.compile import builder_flags
-from tarflow_runtimes.engines.trt.explain import Explanation
+from tarflow_runtimes.engines.trt.compile import Job, builder_flags
+from tarflow_runtimes.engines.trt.explain import FAILED, Explanation
 from tarflow_runtimes.engines.trt.gpu import Gpu
 from tarflow_runtimes.engines.trt.graphs import PROVIDER, open_graph
 from tarflow_runtimes.engines.trt.network import Graph
 from tarflow_runtimes.engines.trt.package import PORTABLE_TARGETS, Package
 from tarflow_runtimes.engines.trt.profiles import Profile
-from tarflow_runtimes.engines.trt.sidecar import Sidecar, Source, Wanted, identity_of
+from tarflow_runtimes.engines.trt.sidecar import Sidecar, Source, Wanted, host
 from tarflow_runtimes.errors import Cancelled, EngineError, InputError
 
 
@@ -106,16 +106,17 @@ class Supply:
             EngineError: when it cannot be built or kept, or failed its verification on this GPU.
             Cancelled: when `on_building` returned False.
         """
-        graph = open_graph(self.bundle, block, kind, self.precision)
-        wanted, source = self._wanted(graph, profiles), self._source(block)
+        graph, source = open_graph(self.bundle, block, kind, self.precision), self._source(block)
+        wanted = self._wanted(graph, profiles)
         made = wanted if wider is None else self._wanted(graph, wider)
 
         def find() -> Supplied | str:
             """The engine that is there and whole, or why there is none."""
             if rebuild:
                 return "asked to build it again"
-            found = self._unbarred(self.cache.explain(wanted, source, self.gpu))
+            found = self.cache.explain(wanted, source, self.gpu)
             if found.hit is None:
+                self._refuse_failed(found)
                 return found.reason
             try:
                 return self._supply(graph, found.hit, self.cache.load(found.hit), reason="")
@@ -124,40 +125,48 @@ class Supply:
                     self.cache.remove(found.hit.key)
                 return str(error)
 
+        def wait() -> None:
+            if self._tell(graph, 0.0, "another process builds it") is False:
+                raise Cancelled(f"the build of the {graph.name} was cancelled")
+
         if isinstance(found := find(), Supplied):
             return found
-        with self.cache.lock(made.key, lambda: self._tell(graph, 0.0, "another process builds it")):
+        with self.cache.lock(made.key, wait):
             found = find()  # that process may have built it
             return found if isinstance(found, Supplied) else self._build(graph, made, source, found)
 
     def _wanted(self, graph: Graph, profiles: Sequence[Profile]) -> Wanted:
-        flags = builder_flags(self.package, self.precision)
-        identity = identity_of(self.package, graph, flags)
-        return Wanted(identity=identity, targets=self.targets, profiles=tuple(profiles))
+        return Wanted(
+            engine=self.package.engine,
+            version=self.package.version,
+            host=host(),
+            flags=builder_flags(self.package, self.precision),
+            precision=self.precision,
+            graph=graph.kind,
+            graph_digest=graph.digest,
+            targets=self.targets,
+            profiles=tuple(profiles),
+        )
 
     def _source(self, block: int) -> Source:
         return Source(bundle=self.bundle.path.name, digest=self.bundle.digest, block=block)
 
     def _build(self, graph: Graph, wanted: Wanted, source: Source, reason: str) -> Supplied:
-        gpu = self.gpu
-        timing_cache = None
-        if not self.package.ahead:
-            timing_cache = self.cache.path / f"timing-{self.package.version}-{self.targets[0]}.bin"
-        built = build(
-            self.package,
-            graph,
-            wanted.profiles,
+        timings = self.cache.path / f"timing-{self.package.version}-{self.targets[0]}.bin"
+        job = Job(
+            graph=graph,
+            profiles=wanted.profiles,
             targets=self.targets,
             workspace=self._workspace,
-            timing_cache=timing_cache,
-            on_build=lambda share: self._heard(graph, share, reason),
+            timing_cache=None if self.package.ahead else timings,
         )
+        built = build(self.package, job, lambda share: self._tell(graph, share, reason))
         facts: dict[str, object] = {
             "tarflow_sdk": version("tarflow-sdk"),
             "package": self.package.name,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "gpu": None if gpu is None else gpu.name,
-            "driver": None if gpu is None else gpu.driver,
+            "gpu": None if self.gpu is None else self.gpu.name,
+            "driver": None if self.gpu is None else self.gpu.driver,
             "seconds": dict(built.seconds),
             "workspace": self._workspace,
             "layers": built.layers,
@@ -171,24 +180,19 @@ class Supply:
         self._supplied.add(sidecar.key)
         return Supplied(sidecar=sidecar, engine=engine, axes={**graph.inputs, **graph.outputs}, reason=reason)
 
-    def _heard(self, graph: Graph, share: float, reason: str) -> object:
+    def _tell(self, graph: Graph, share: float, reason: str) -> object:
         if self._on_building is None:
             return None
         return self._on_building(Building(block=graph.block, kind=graph.kind, share=share, reason=reason))
 
-    def _tell(self, graph: Graph, share: float, reason: str) -> None:
-        if self._heard(graph, share, reason) is False:
-            raise Cancelled(f"the build of the {graph.name} was cancelled")
-
-    def _unbarred(self, found: Explanation) -> Explanation:
-        """Refuse an engine that failed its verification here, instead of rebuilding it unasked."""
-        if found.barred and found.nearest is not None and self.gpu is not None:
+    def _refuse_failed(self, found: Explanation) -> None:
+        """Refuse rather than build what failed here once more, without being asked."""
+        if found.reason == FAILED and found.nearest is not None and self.gpu is not None:
             raise EngineError(
                 f"the engine of {found.nearest.name} failed its verification on this {self.gpu.name} with"
                 f" {self.gpu.driver}",
                 hint="build it again (tarflow build --rebuild) and run tarflow verify, or use another engine",
             )
-        return found
 
 
 def targets_of(package: Package, gpu: Gpu | None, targets: Sequence[str] | None) -> tuple[str, ...]:

@@ -14,11 +14,11 @@ import tarflow_runtimes as tfr
 from rooms import Bundle, open_bundle
 from tarflow_export import convert_bundle, export_bundle
 from tarflow_runtimes.engines.trt.build import build
-from tarflow_runtimes.engines.trt.compile import Built, compile_engine
+from tarflow_runtimes.engines.trt.compile import Built, Job, compile_engine
 from tarflow_runtimes.engines.trt.graphs import KINDS, LOOPS, open_graph
 from tarflow_runtimes.engines.trt.network import Graph, parse
 from tarflow_runtimes.engines.trt.package import PORTABLE_TARGETS, import_package
-from tarflow_runtimes.engines.trt.profiles import Profile, joined, profiles_for, shape_of, uncovered
+from tarflow_runtimes.engines.trt.profiles import Profile, profiles_for, shape_of, uncovered
 from tarflow_runtimes.engines.trt.supply import wanted_engines
 from tarflow_sdk.testing import random_model, tiny_config
 
@@ -43,9 +43,14 @@ def built(rtx) -> Callable[..., Built]:
         profiles: Sequence[Profile],
         targets: Sequence[str] = PORTABLE_TARGETS,
     ) -> Built:
-        return compile_engine(rtx, open_graph(bundle, block, kind, bundle.precision), profiles, targets=targets)
+        graph = open_graph(bundle, block, kind, bundle.precision)
+        return compile_engine(rtx, Job(graph=graph, profiles=tuple(profiles), targets=tuple(targets)))
 
     return run
+
+
+def job_of(graph: Graph, *profiles: Profile, targets: Sequence[str] = ("sm_89",)) -> Job:
+    return Job(graph=graph, profiles=profiles or profiles_for([2]), targets=tuple(targets))
 
 
 @pytest.fixture
@@ -136,7 +141,7 @@ def test_a_large_build_is_cancelled_within_two_seconds(rtx, photo_bundles):
     graph = open_graph(photo_bundles("float16"), 0, "gradient", "float16")
     began = time.monotonic()
     with pytest.raises(tfr.Cancelled):
-        build(rtx, graph, profiles_for([8]), targets=PORTABLE_TARGETS, on_build=on_build)
+        build(rtx, job_of(graph, *profiles_for([8]), targets=PORTABLE_TARGETS), on_build)
     assert time.monotonic() - asked[0] < 2.0
 
 
@@ -184,8 +189,9 @@ def test_an_operand_that_the_parser_leaves_out_is_an_error(rtx, graph):
     known = dict.fromkeys("qkv", shape)
     with pytest.raises(tfr.EngineError, match="without lengths"):
         parse(rtx, dataclasses.replace(changed(graph, attend), inputs={**known, "lengths": [4]}))
+    broken = dataclasses.replace(changed(graph, attend), inputs=known)
     with pytest.raises(tfr.EngineError, match="Unused Input: lengths"):
-        compile_engine(rtx, dataclasses.replace(changed(graph, attend), inputs=known), [], targets=["sm_89"])
+        compile_engine(rtx, Job(graph=broken, profiles=(), targets=("sm_89",)))
 
 
 def test_an_input_that_the_host_must_know_is_an_error(rtx, graph):
@@ -221,14 +227,14 @@ def test_missing_weights_are_an_error_with_a_reason(rtx, graph, tmp_path):
 
 def test_a_profile_that_the_graph_cannot_have_is_an_error(rtx, graph):
     with pytest.raises(tfr.EngineError, match=r"refuses B 5 to 2, G 1, S 1 of the forward graph .* MIN<=OPT<=MAX"):
-        compile_engine(rtx, graph, [Profile(least=5, most=2)], targets=["sm_89"])
+        compile_engine(rtx, job_of(graph, Profile(least=5, most=2)))
 
 
 def test_progress_rises_and_is_heard_in_the_callers_thread(rtx, graph):
     import threading
 
     heard: list[tuple[float, int]] = []
-    build(rtx, graph, profiles_for([2]), targets=["sm_89"], on_build=lambda s: heard.append((s, threading.get_ident())))
+    build(rtx, job_of(graph), lambda share: heard.append((share, threading.get_ident())))
     shares = [share for share, _ in heard]
     assert shares == sorted(shares)
     assert 0.0 < shares[-1] <= 1.0
@@ -238,9 +244,9 @@ def test_progress_rises_and_is_heard_in_the_callers_thread(rtx, graph):
 def test_a_callback_cancels(rtx, graph):
     began = time.monotonic()
     with pytest.raises(tfr.Cancelled, match="forward graph of block 0"):
-        build(rtx, graph, profiles_for([2]), targets=PORTABLE_TARGETS, on_build=lambda _: False)
+        build(rtx, job_of(graph, targets=PORTABLE_TARGETS), lambda _: False)
     assert time.monotonic() - began < 2.0
-    build(rtx, graph, profiles_for([2]), targets=["sm_89"])
+    build(rtx, job_of(graph))
 
 
 def test_an_interrupt_ends_the_build_and_is_raised(rtx, graph):
@@ -248,16 +254,16 @@ def test_an_interrupt_ends_the_build_and_is_raised(rtx, graph):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(rtx, graph, profiles_for([2]), targets=["sm_89"], on_build=interrupt)
+        build(rtx, job_of(graph), interrupt)
 
 
 def test_what_another_process_builds_is_what_this_one_would(rtx, exported):
     graph = open_graph(open_bundle(exported("class", "float16").path), 0, "step", "float16")
-    options = {"targets": ["sm_89"], "workspace": 1 << 28}
-    there, here = (run(rtx, graph, profiles_for([2]), **options) for run in (build, compile_engine))
+    job = dataclasses.replace(job_of(graph), workspace=1 << 28)
+    there, here = (run(rtx, job) for run in (build, compile_engine))
     for run in (build, compile_engine):
         with pytest.raises(tfr.EngineError, match="refuses B 5 to 2, G 1, S 1 of the step graph"):
-            run(rtx, graph, [Profile(least=5, most=2)], targets=["sm_89"])
+            run(rtx, job_of(graph, Profile(least=5, most=2)))
     assert len(there.engine) == len(here.engine)  # two builds of one graph differ in some bytes
     assert (there.layers, there.warnings) == (here.layers, here.warnings)
     assert there.seconds.keys() == here.seconds.keys()
@@ -267,8 +273,8 @@ ENDS = {
     "import os; os.abort()": "exit code -6",
     "pass": "exit code 0",
     "raise MemoryError": "MemoryError",
-    """print('{"share": 0.5}')""": "exit code 0",
-    """print('{"built": {}, "nbytes": 5}')""": "exit code 0",
+    "print('so long')": "so long",
+    "import os, sys; os.write(int(sys.argv[1]), b'half')": "exit code 0",
 }
 """What a process might do instead of answering, and how the error says so."""
 
@@ -279,7 +285,7 @@ def test_a_process_that_ends_without_an_answer_is_an_error(rtx, graph, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("tarflow_runtimes.engines.trt.build.WORKER", "worker_that_ends")
     with pytest.raises(tfr.EngineError, match=f"ended while it built the forward graph.*: {ENDS[code]}") as caught:
-        build(rtx, graph, profiles_for([2]), targets=["sm_89"])
+        build(rtx, job_of(graph))
     assert "memory" in caught.value.hint
 
 
@@ -323,8 +329,6 @@ def test_profiles():
         "B 9 to 32, G 1, S 1",
         "B 1, G 1, S 16",
     ]
-    assert str(joined(profiles)[0]) == "B 1 to 32, G 1, S 1"
-    assert len(joined(profiles)) == 4
     assert uncovered([Profile(least=3, most=20, branches=2, patches=16)], profiles) == []
     too_much = Profile(least=1, most=33)
     assert uncovered([too_much], profiles) == [too_much]
@@ -336,4 +340,3 @@ def test_profiles():
     assert shape_of(["G", "B", 5], guided.sizes(7, 10)) == (2, 7, 5)
     assert guided.takes(2, 2, 16)
     assert not guided.takes(9, 2, 16)
-    assert Profile.from_json(guided.to_json()) == guided

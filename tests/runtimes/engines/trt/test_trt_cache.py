@@ -23,9 +23,9 @@ from tarflow_runtimes.engines.trt.folder import EngineFolder, default_folder
 from tarflow_runtimes.engines.trt.gpu import Gpu
 from tarflow_runtimes.engines.trt.package import import_package
 from tarflow_runtimes.engines.trt.profiles import Profile
-from tarflow_runtimes.engines.trt.sidecar import Identity, Sidecar, Source, Verification, Wanted, host, read_sidecar
+from tarflow_runtimes.engines.trt.sidecar import Sidecar, Source, Wanted, host, read_sidecar
 
-IDENTITY = Identity(
+WANTED = Wanted(
     engine="trt-rtx",
     version="1.7.1",
     host=host(),
@@ -33,8 +33,9 @@ IDENTITY = Identity(
     precision="float32",
     graph="step",
     graph_digest="a" * 64,
+    targets=("sm_89",),
+    profiles=(Profile(least=1, most=8),),
 )
-WANTED = Wanted(identity=IDENTITY, targets=("sm_89",), profiles=(Profile(least=1, most=8),))
 SOURCE = Source(bundle="digits.tarflow", digest="b" * 64, block=2)
 GPU = Gpu(name="GPU", target="sm_89", driver="CUDA 13.0")
 
@@ -49,10 +50,6 @@ def store(cache: EngineCache, made: Wanted = WANTED, engine: bytes = b"engine", 
     return cache.store(made, SOURCE, engine, {"package": "TensorRT for RTX 1.7.1"}, **options)
 
 
-def identity(**changes: object) -> Wanted:
-    return dataclasses.replace(WANTED, identity=dataclasses.replace(IDENTITY, **changes))
-
-
 def test_what_is_stored_is_found_and_loaded(cache):
     assert cache.explain(WANTED, SOURCE).reason == "never built"
     sidecar = store(cache)
@@ -60,7 +57,7 @@ def test_what_is_stored_is_found_and_loaded(cache):
     assert found.hit == sidecar
     assert cache.load(found.hit) == b"engine"
     assert cache.entries() == [sidecar]
-    assert read_sidecar(json.dumps(sidecar.to_json())) == sidecar
+    assert read_sidecar(sidecar.to_text()) == sidecar
     assert {path.name for path in cache.path.iterdir()} == {f"{WANTED.key}.engine", f"{WANTED.key}.json"}
     assert cache.path.stat().st_mode & 0o777 == 0o700
 
@@ -95,7 +92,7 @@ def test_an_engine_for_more_does_for_less_and_not_the_other_way(cache):
 )
 def test_every_field_of_the_identity_counts_and_is_named(cache, changes, reason):
     store(cache)
-    wanted = identity(**changes)
+    wanted = dataclasses.replace(WANTED, **changes)
     found = cache.explain(wanted, SOURCE)
     assert found.hit is None
     assert found.reason == reason
@@ -105,14 +102,14 @@ def test_every_field_of_the_identity_counts_and_is_named(cache, changes, reason)
 
 
 def test_the_nearest_engine_is_that_of_the_same_block(cache):
-    store(cache, identity(graph_digest="c" * 64))
+    store(cache, dataclasses.replace(WANTED, graph_digest="c" * 64))
     other = dataclasses.replace(SOURCE, block=3)
     assert cache.explain(WANTED, other).reason == "never built"
     renamed = dataclasses.replace(SOURCE, bundle="other.tarflow")
     assert cache.explain(WANTED, renamed).nearest is not None
     assert cache.explain(WANTED, dataclasses.replace(renamed, digest="d" * 64)).reason == "never built"
-    store(cache, identity(graph_digest="c" * 64, version="1.6"))
-    assert cache.explain(WANTED, SOURCE).nearest.made.identity.version == "1.7.1"
+    store(cache, dataclasses.replace(WANTED, graph_digest="c" * 64, version="1.6"))
+    assert cache.explain(WANTED, SOURCE).nearest.made.version == "1.7.1"
 
 
 @pytest.mark.parametrize(
@@ -142,11 +139,11 @@ def test_an_engine_behind_a_link_is_not_loaded(cache, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda document: document.update(schema_version=2),
-        lambda document: document.update(schema="other"),
-        lambda document: document["identity"].update(version="1.8.0"),
-        lambda document: document.pop("file"),
-        lambda document: document.update(profiles=7),
+        lambda document: document.update(schema=["tarflow-engine", 1]),
+        lambda document: document["made"].update(version="1.8.0"),
+        lambda document: document["made"].update(targets=["sm_80"]),
+        lambda document: document["made"].update(profiles=7),
+        lambda document: document.pop("size"),
         lambda document: document.clear(),
     ],
 )
@@ -162,7 +159,7 @@ def test_a_sidecar_that_does_not_fit_is_no_engine(cache, change):
 
 def many(cache: EngineCache, count: int, nbytes: int = 1000) -> list[Sidecar]:
     """Engines of which the first was used longest ago."""
-    made = [store(cache, identity(graph_digest=f"{i:064}"), bytes(nbytes)) for i in range(count)]
+    made = [store(cache, dataclasses.replace(WANTED, graph_digest=f"{i:064}"), bytes(nbytes)) for i in range(count)]
     for i, sidecar in enumerate(made):
         os.utime(cache.path / f"{sidecar.key}.json", (i, i))
     return made
@@ -220,13 +217,13 @@ def test_an_engine_that_is_finished_meanwhile_is_not_pruned(cache, monkeypatch):
     path = cache.path / f"{sidecar.key}.json"
     written = path.read_bytes()
     path.unlink()  # it is written last
-    lock = EngineFolder.lock_if_free
+    lock = EngineFolder.lock
 
-    def finished_before(folder, key):
+    def finished_before(folder, key, **options):
         path.write_bytes(written)
-        return lock(folder, key)
+        return lock(folder, key, **options)
 
-    monkeypatch.setattr(EngineFolder, "lock_if_free", finished_before)
+    monkeypatch.setattr(EngineFolder, "lock", finished_before)
     assert cache.prune().leftovers == ()
     assert cache.load(sidecar) == b"engine"
 
@@ -288,27 +285,25 @@ def test_an_engine_that_is_removed_while_it_is_loaded_is_whole(cache, monkeypatc
 
 
 def test_verifications_are_kept_by_gpu_and_driver(cache):
+    def gpu(name: str, driver: str) -> Gpu:
+        return Gpu(name=name, target="sm_89", driver=driver)
+
     sidecar = store(cache)
-    for gpu, driver, passed in (("A", "1", True), ("B", "1", False), ("A", "1", False), ("A", "2", True)):
-        verification = Verification(gpu=gpu, driver=driver, passed=passed, facts={"worst": 1.5})
-        sidecar = cache.record_verification(sidecar, verification)
+    for place, passed in ((gpu("A", "1"), True), (gpu("B", "1"), False), (gpu("A", "1"), False), (gpu("A", "2"), True)):
+        sidecar = cache.record_verification(sidecar, place, passed=passed, facts={"worst": 1.5})
     assert cache.entries() == [sidecar]
-    assert [(one.gpu, one.driver, one.passed) for one in sidecar.verifications] == [
-        ("B", "1", False),
-        ("A", "1", False),
-        ("A", "2", True),
-    ]
-    assert sidecar.failed_on("A", "1")
-    assert not sidecar.failed_on("A", "2")
-    assert not sidecar.failed_on("C", "1")
+    found = {place: one["passed"] for place, one in sidecar.verifications.items()}
+    assert found == {"A, 1": False, "B, 1": False, "A, 2": True}
+    assert sidecar.failed_on(gpu("A", "1"))
+    assert not any(sidecar.failed_on(place) for place in (gpu("A", "2"), gpu("C", "1"), None))
     assert cache.load(sidecar) == b"engine"
 
 
 def test_an_engine_that_failed_is_found_only_elsewhere(cache):
-    sidecar = cache.record_verification(store(cache), Verification(gpu="GPU", driver="1", passed=False, facts={}))
     here = Gpu(name="GPU", target="sm_89", driver="1")
+    sidecar = cache.record_verification(store(cache), here, passed=False, facts={})
     found = cache.explain(WANTED, SOURCE, here)
-    assert (found.hit, found.nearest, found.barred) == (None, sidecar, True)
+    assert (found.hit, found.nearest) == (None, sidecar)
     assert found.reason == "it failed its verification here"
     assert cache.explain(WANTED, SOURCE, dataclasses.replace(here, driver="2")).hit == sidecar
     assert cache.explain(WANTED, SOURCE).hit == sidecar
@@ -323,7 +318,7 @@ def test_why_an_engine_cannot_be_used_here(cache):
     assert unusable(sidecar, "1.7.1", GPU, "its file is missing") == "its file is missing"
     there = f"built with 1.7.1 for sm_89 on {host()}, this is 1.8.0 for sm_120 on {host()}"
     assert unusable(sidecar, "1.8.0", dataclasses.replace(GPU, target="sm_120"), "") == there
-    failed = sidecar.verified(Verification(gpu=GPU.name, driver=GPU.driver, passed=False, facts={}))
+    failed = sidecar.verified(GPU, passed=False, facts={})
     assert unusable(failed, "1.7.1", GPU, "") == "it failed its verification here"
 
 
