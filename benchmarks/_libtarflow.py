@@ -10,7 +10,7 @@ import numpy as np
 
 
 class ModelOptions(ctypes.Structure):
-    """`tarflow_model_options`."""
+    """`tarflow_model_options`: how a bundle is opened."""
 
     _fields_ = (
         ("struct_size", ctypes.c_size_t),
@@ -24,7 +24,7 @@ class ModelOptions(ctypes.Structure):
 
 
 class EngineReport(ctypes.Structure):
-    """`tarflow_engine`."""
+    """`tarflow_engine`: which engine runs."""
 
     _fields_ = (
         ("struct_size", ctypes.c_size_t),

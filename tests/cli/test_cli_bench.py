@@ -29,8 +29,8 @@ def test_tables_and_files(tarflow: Callable, class_bundle: Path) -> None:
         assert picture.format == "PNG"
     lines = result.out.splitlines()
     facts = {line.split()[0] for line in lines[: lines.index("")]}
-    assert facts == {"bundle", "machine", "ort-cpu", "memory", "measured"}
-    rows = [line.split() for line in lines if line.startswith("  ort-cpu")]
+    assert facts == {"bundle", "machine", "cpu", "memory", "measured"}
+    rows = [line.split() for line in lines if line.startswith("  cpu")]
     decodes = ("sequential", "parallel:2", "auto")
     cases = [(weight, "1", decode) for weight in ("0", "1.5") for decode in decodes]
     sequential = [case for case in cases if case[2] != "parallel:2"]  # nothing is tuned beside this bundle
@@ -50,7 +50,7 @@ def test_ceilings_stand_beside(tarflow: Callable, class_bundle: Path) -> None:
     ceilings = [line for line in result.out.splitlines() if line.startswith("ceilings")]
     assert [int(line.split()[1]) for line in ceilings] == [1, measured["threads"]]
     assert all(measured["blas"] in line for line in ceilings)
-    row = [line for line in result.out.splitlines() if line.startswith("  ort-cpu")][1]
+    row = [line for line in result.out.splitlines() if line.startswith("  cpu")][1]
     rates = measured["all_threads"]
     shares = (case["gflops"] / rates["gemm_gflops"], case["gbs"] / rates["gemv_gbs"])
     assert re.findall(r"\((\d+)%\)", row) == [f"{100 * share:.0f}" for share in shares]

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import tarflow_runtimes as tfr
+from rooms import CPU_ENGINE
 
 
 def picture(path: str | Path) -> Image.Image:
@@ -56,7 +57,7 @@ def test_encode_and_back(tarflow: Callable, class_bundle: Path, files: list[str]
     assert [row["label"] for row in report["images"]] == ["bee"] * 5
     assert np.allclose([row["log_det"] for row in report["images"]], log_det, atol=1e-4)
     assert report["files"] == ["z.npz"]
-    assert (report["engine"], report["precision"]) == ("ort-cpu", "float32")
+    assert (report["engine"], report["precision"]) == (CPU_ENGINE, "float32")
     np.save("z.npy", saved["z"])
     back = tarflow("infer", class_bundle, "--labels", "bee", "--noise", "z.npy", "--no-denoise", "-o", "x.npy")
     assert back.code == 0

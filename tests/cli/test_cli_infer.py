@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import tarflow_runtimes as tfr
+from rooms import CPU_ENGINE
 from tarflow_runtimes.cli.infer import grid_columns
 from tarflow_runtimes.cli.progress import StepClock
 
@@ -38,7 +39,7 @@ def test_a_grid(tarflow: Callable, class_bundle: Path) -> None:
         "infer", class_bundle, "--labels", "all", "-n", 7, "--seed", 3, "--guidance", 1.5, "-o", "grid.png"
     )
     assert (result.code, result.out) == (0, "")
-    assert result.err.startswith("wrote grid.png: 7 images, seed 3, ort-cpu, ")
+    assert result.err.startswith(f"wrote grid.png: 7 images, seed 3, {CPU_ENGINE}, ")
     grid = picture("grid.png")
     with tfr.load(class_bundle) as flow:
         assert grid.size == (3 * 8 + 2 * 2, 3 * 8 + 2 * 2)  # a row of the grid is one round of the labels
@@ -48,7 +49,7 @@ def test_a_grid(tarflow: Callable, class_bundle: Path) -> None:
             top, left = index // 3 * 10, index % 3 * 10
             assert (pixels[top : top + 8, left : left + 8] == image[..., 0]).all()
         assert grid.text["tarflow:digest"] == flow.bundle.digest
-        assert grid.text["tarflow:engine"] == "ort-cpu"
+        assert grid.text["tarflow:engine"] == CPU_ENGINE
         assert grid.text["tarflow:seed"] == "3"
         assert grid.text["tarflow:guidance"] == "1.5"
 
@@ -114,7 +115,7 @@ def test_a_job_cut_into_parts_draws_what_the_whole_draws(tarflow: Callable, clas
 def test_tokens(tarflow: Callable, token_bundle: Path) -> None:
     result = tarflow("infer", token_bundle, "--labels", "all", "--seed", 3, "--save-latents", "u.npy", "--json")
     assert result.code == 0, result.err
-    assert result.err.startswith("wrote samples.npy: 3 samples, seed 3, ort-cpu, ")
+    assert result.err.startswith(f"wrote samples.npy: 3 samples, seed 3, {CPU_ENGINE}, ")
     assert json.loads(result.out)["files"] == ["samples.npy"]
     with tfr.load(token_bundle) as flow:
         expected = flow.sample(3, labels=[0, 1, 2], seed=3).images
@@ -154,7 +155,7 @@ def test_arrays_and_json(tarflow: Callable, class_bundle: Path) -> None:
     assert saved["labels"].tolist() == [2, -1]
     assert saved["seed"] == 1
     assert (same.images == sample.images).all()
-    assert (report["engine"], report["precision"]) == ("ort-cpu", "float32")
+    assert (report["engine"], report["precision"]) == (CPU_ENGINE, "float32")
     assert (report["seed"], report["labels"]) == (1, ["cat", "null"])
     assert (report["files"], report["latents"]) == (["images.npz"], "u.npy")
     assert report["steps"] > 0
@@ -305,7 +306,9 @@ def test_a_signal_while_sampling_leaves_nothing(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(StepClock, "on_step", on_step)
     try:
-        result = tarflow("infer", class_bundle, "-n", 4, "-o", "folder/", "--save-latents", "u.npy")
+        result = tarflow(
+            "infer", class_bundle, "--engine", "ort-cpu", "-n", 4, "-o", "folder/", "--save-latents", "u.npy"
+        )
     finally:
         signal.signal(signal.SIGINT, before[0])
     assert (result.code, result.out, result.err) == (130, "", "interrupted; nothing was written\n")

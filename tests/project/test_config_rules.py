@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from tarflow_runtimes import ModelConfig
-from tarflow_runtimes.errors import InputError
+from tarflow_runtimes import InputError, ModelConfig
 from tarflow_sdk import ConfigError, FlowConfig
 
 COMMON: dict[str, Any] = {

@@ -81,13 +81,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported
 
 @pytest.fixture(scope="session")
 def flows(exported: Callable[..., Exported]) -> Iterator[Callable[..., tfr.Flow]]:
-    """`flows(name, precision)`: an open flow that the tests share."""
-    opened: dict[tuple[str, str], tfr.Flow] = {}
+    """`flows(name, precision, engine)`: an open flow that the tests share."""
+    opened: dict[tuple[str, str, str], tfr.Flow] = {}
 
-    def get(name: str, precision: str = "float32") -> tfr.Flow:
-        if (name, precision) not in opened:
-            opened[name, precision] = tfr.load(exported(name, precision).path)
-        return opened[name, precision]
+    def get(name: str, precision: str = "float32", engine: str = "cpu") -> tfr.Flow:
+        if (name, precision, engine) not in opened:
+            opened[name, precision, engine] = tfr.load(exported(name, precision).path, engine)
+        return opened[name, precision, engine]
 
     yield get
     for flow in opened.values():

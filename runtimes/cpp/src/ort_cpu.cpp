@@ -18,7 +18,7 @@ constexpr std::int64_t kOperatorThreadsBytes = 16 << 20;         // weights of a
 constexpr std::int64_t kAloneThreadsBytes = 4 << 20;             // the same for a part that runs alone
 constexpr std::int64_t kCacheBytes = std::int64_t{1} << 30;      // attention caches of one part at most
 constexpr std::int64_t kActivationBytes = 128 << 20;             // of one run of a forward or gradient graph
-constexpr std::int64_t kVjpBytes = 256 << 20;                    // what the ways back of all blocks may keep
+constexpr std::int64_t kVjpBytes = 256 << 20;                    // activations kept for backward passes
 constexpr std::int64_t kSessionsBytes = std::int64_t{3} << 30;   // weights of the open sessions
 
 std::size_t size(std::int64_t count) { return static_cast<std::size_t>(count); }

@@ -25,7 +25,7 @@ struct Part {
   std::int64_t count() const { return stop - start; }
 };
 
-/// z of a block for some images, and what the way back needs.
+/// z of a block for some images, and the activations for its backward pass.
 struct ForwardHalf {
   Floats z;
   Shape shape;  // [B, N, D]

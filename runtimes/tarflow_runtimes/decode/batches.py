@@ -7,7 +7,7 @@ import math
 from typing import Final
 
 BATCH_SIZE: Final = 64
-"""Images that run together unless told otherwise; it bounds memory, engines cut further where that is faster."""
+"""Default number of images that run together. It bounds memory; engines split further where that is faster."""
 
 
 def cut(images: int, most: int, *, parts: int = 1) -> list[slice]:

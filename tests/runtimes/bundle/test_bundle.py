@@ -309,7 +309,7 @@ def use(flow: tfr.Flow, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_graph_that_is_no_onnx(copied, kind):
-    flow = tfr.load(rewritten(copied, GRAPHS[kind], b"not a graph"))
+    flow = tfr.load(rewritten(copied, GRAPHS[kind], b"not a graph"), "ort-cpu")
     with pytest.raises(tfr.EngineError, match="cannot open") as caught:
         use(flow, kind)
     assert GRAPHS[kind] in str(caught.value)
@@ -326,7 +326,7 @@ def test_what_a_graph_returns_is_checked(copied, kind):
     model.graph.initializer.extend(bounds)
     model.graph.node.append(onnx.helper.make_node("Slice", ["whole", "cut_0", "cut_1", "cut_1"], ["z"]))
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
-    flow = tfr.load(rewritten(copied, name, model.SerializeToString()))
+    flow = tfr.load(rewritten(copied, name, model.SerializeToString()), "ort-cpu")
     images = np.zeros((2, *flow.config.shape), np.float32)
     with pytest.raises(tfr.EngineError, match=r"returned z as float32 \[\d, 1, 16\], expected float32 \[\d, 4, 16\]"):
         flow.encode(images) if kind == "forward" else flow.denoise(images)

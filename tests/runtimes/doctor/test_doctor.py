@@ -70,7 +70,7 @@ def test_a_machine_that_has_everything() -> None:
 def test_every_engine_has_its_place() -> None:
     with pytest.raises(tfr.EngineError) as caught:
         tfr.load(engine="none")
-    assert caught.value.hint == f"valid are {', '.join(CHECKS)}, auto"
+    assert caught.value.hint == f"valid are {', '.join(CHECKS)}, cpu, auto"
     assert set(CHECKS) == set(PREFERENCE) == set(INSTALL) == set(verdicts(machine()))
 
 

@@ -27,14 +27,14 @@ from tarflow_runtimes.engines.ort_cpu.session import Session, aligned_zeros
 
 def test_tf32_is_of_gpus_and_float32(exported):
     with pytest.raises(tfr.InputError, match="tf32 needs an engine on a GPU and a float32 bundle, not ort-cpu"):
-        tfr.load(exported("class").path, tf32=True)
+        tfr.load(exported("class").path, "ort-cpu", tf32=True)
     with pytest.raises(tfr.InputError, match="not trt and float16"):
         tfr.load(exported("class", "float16").path, engine="trt", tf32=True)
 
 
 def test_no_cpu_computes_in_bfloat16(exported):
     with pytest.raises(tfr.EngineError, match="is of bfloat16 and has no graphs for ort-cpu") as caught:
-        tfr.load(exported("class", "bfloat16").path)
+        tfr.load(exported("class", "bfloat16").path, "ort-cpu")
     assert "convert" in caught.value.hint
 
 
@@ -54,7 +54,7 @@ def test_a_missing_onnxruntime_names_the_command(exported):
     code = f"""
 import tarflow_runtimes as tfr
 try:
-    tfr.load({str(exported("class").path)!r})
+    tfr.load({str(exported("class").path)!r}, "ort-cpu")
 except tfr.EngineError as error:
     print(error, "|", error.hint)
 """
@@ -87,7 +87,7 @@ def test_two_packages_in_one_folder_are_named(exported, monkeypatch):
     ]
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: installed)
     with pytest.raises(tfr.EngineError, match=r"onnxruntime 1\.2\.3, onnxruntime-gpu 1\.2\.3") as caught:
-        tfr.load(exported("class").path)
+        tfr.load(exported("class").path, "ort-cpu")
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in caught.value.hint
 
 
@@ -97,7 +97,7 @@ def test_an_old_onnxruntime_is_refused(exported, monkeypatch):
 
     monkeypatch.setattr(onnxruntime, "__version__", "1.20.1")
     with pytest.raises(tfr.EngineError, match=r"1\.20\.1 is too old"):
-        tfr.load(exported("class").path)
+        tfr.load(exported("class").path, "ort-cpu")
     monkeypatch.setattr(onnxruntime, "__version__", "1.30.0")
     with pytest.raises(tfr.EngineError, match=r"1\.30\.0 is too old for engine ort-cuda, 1\.31 is needed"):
         tfr.load(exported("class").path, engine="ort-cuda")
@@ -202,7 +202,7 @@ def test_parts_keep_their_caches_small(on_cpus, rows, monkeypatch):
 
 def test_large_batches_run_in_pieces(exported, monkeypatch):
     source = exported("class")
-    with tfr.load(source.path) as flow:
+    with tfr.load(source.path, "ort-cpu") as flow:
         whole = flow.encode(source.images(7), source.labels(7))
         gradient = flow.denoise(source.images(7), source.labels(7))
         monkeypatch.setattr(cpu_engine, "ACTIVATION_BYTES", 1)
@@ -271,7 +271,7 @@ def sessions(monkeypatch) -> weakref.WeakSet[Session]:
 
 
 def test_few_sessions_stay_open(exported, sessions):
-    with tfr.load(exported("three_blocks").path) as flow:
+    with tfr.load(exported("three_blocks").path, "ort-cpu") as flow:
         expected = flow.sample(2, seed=0).images
         assert len(sessions) == 9
     assert len(sessions) == 0
@@ -284,7 +284,7 @@ def test_few_sessions_stay_open(exported, sessions):
 def test_a_gradient_that_is_recomputed_is_the_same(exported, sessions, name):
     source = exported(name)
     options = {"images": source.images(5), "labels": source.labels(5), "sigma": 0.5}
-    with tfr.load(source.path) as flow:
+    with tfr.load(source.path, "ort-cpu") as flow:
         expected = flow.denoise(**options)
     with tfr.Flow(flow.bundle, OrtCpuEngine(flow.bundle, Limits(activations=1))) as flow:
         found = flow.denoise(**options)
@@ -294,7 +294,7 @@ def test_a_gradient_that_is_recomputed_is_the_same(exported, sessions, name):
 
 def test_a_closed_flow_is_an_error(exported):
     source = exported("class")
-    with tfr.load(source.path) as flow:
+    with tfr.load(source.path, "ort-cpu") as flow:
         flow.sample(1, seed=0)
     flow.close()
     for call in (

@@ -13,6 +13,7 @@ import pytest
 
 import host_device
 import tarflow_runtimes as tfr
+from rooms import CPU_ENGINE
 from tarflow_runtimes.measure.bench import PROFILES, bench, parallel_of, settled_curve, slope, step_times
 from tarflow_runtimes.measure.bench_plot import BAR, COLOURS, WIDTH, draw_plot, round_ticks
 from tarflow_runtimes.measure.bench_results import BenchResult, Case, sequential_work
@@ -88,7 +89,7 @@ def test_parallel_of() -> None:
 
 def test_every_case_is_measured(result: BenchResult) -> None:
     expected = [
-        Case(engine="ort-cpu", guidance=weight, batch=batch, decode=decode)
+        Case(engine="cpu", guidance=weight, batch=batch, decode=decode)
         for weight in (0.0, 1.5)
         for batch in (1, 3)
         for decode in DECODES
@@ -145,7 +146,7 @@ def test_the_report_is_json_with_a_header(result: BenchResult, exported: Callabl
     assert (head["rounds"], head["seed"], head["patches"]) == (3, 0, 16)
     assert document["ceilings"] is None
     assert document["memory"]["weights"] > 0
-    assert document["engines"][0]["report"]["onnxruntime"]
+    assert document["engines"][0]["report"]["engine"] == CPU_ENGINE
     assert document["engines"][0]["load_ms"] > 0
     assert document["engines"][0]["first_image_ms"] > 0
     assert len(document["cases"]) == 16

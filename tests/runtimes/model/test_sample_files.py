@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 
 import tarflow_runtimes as tfr
+from rooms import CPU_ENGINE
 from tarflow_runtimes import Sample
 
 
 def sample(n: int = 5, channels: int = 1, **fields: object) -> Sample:
     images = np.random.default_rng(0).uniform(-1.2, 1.2, (n, channels, 6, 6)).astype(np.float32)
-    return Sample(images=images, seed=7, metadata={"digest": "d" * 64, "engine": "ort-cpu", "seed": "7"}, **fields)
+    return Sample(images=images, seed=7, metadata={"digest": "d" * 64, "engine": CPU_ENGINE, "seed": "7"}, **fields)
 
 
 def listed(folder: Path) -> list[str]:
@@ -162,7 +163,7 @@ def test_a_flow_says_how_its_images_were_made(flows):
     made = flow.sample(2, labels=[0, 1], seed=3, guidance=1.5, first_index=4, denoise=False)
     assert made.metadata == {
         "digest": flow.bundle.digest,
-        "engine": "ort-cpu",
+        "engine": CPU_ENGINE,
         "precision": "float32",
         "seed": "3",
         "first_index": "4",

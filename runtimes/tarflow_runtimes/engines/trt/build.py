@@ -93,7 +93,7 @@ def work(descriptor: int) -> None:
         try:
             pipe.send(share)
         except OSError:
-            os._exit(1)  # nobody listens any more
+            os._exit(1)  # the parent process has ended
 
     with contextlib.suppress(ConnectionError):
         try:

@@ -87,7 +87,7 @@ class EngineFolder:
     def lock(self, key: str, on_wait: Callable[[], object] | None = None, *, wait: bool = True) -> Iterator[bool]:
         """Hold the lock of that name, of this folder and all processes, and say whether: always, with `wait`.
 
-        While another one holds it, `on_wait` is called again and again; an error that it raises ends the wait.
+        While another one holds it, `on_wait` is called repeatedly; an error that it raises ends the wait.
 
         Raises:
             EngineError: when the folder cannot be written to.

@@ -33,7 +33,7 @@ def test_an_inverse_leaves_its_caches_to_the_next(exported, monkeypatch):
     given: list[list[np.ndarray]] = []
     give = CachePool.give
     monkeypatch.setattr(CachePool, "give", lambda pool, arrays: (given.append(list(arrays)), give(pool, given[-1])))
-    with tfr.load(exported("class_n16").path) as flow:
+    with tfr.load(exported("class_n16").path, "ort-cpu") as flow:
         for seed in (0, 1):
             flow.sample(1, seed=seed)
         assert len(given) == 2 * flow.config.blocks
