@@ -16,7 +16,7 @@ from tarflow_runtimes import Sample
 
 def sample(n: int = 5, channels: int = 1, **fields: object) -> Sample:
     images = np.random.default_rng(0).uniform(-1.2, 1.2, (n, channels, 6, 6)).astype(np.float32)
-    return Sample(images=images, seed=7, metadata={"digest": "d" * 64, "engine": CPU_ENGINE, "seed": "7"}, **fields)
+    return Sample(images=images, seed=7, metadata={"digest": "d" * 64, "engine": "ort-cpu", "seed": "7"}, **fields)
 
 
 def listed(folder: Path) -> list[str]:
