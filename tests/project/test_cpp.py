@@ -21,8 +21,8 @@ import pytest
 from PIL import Image
 
 import tarflow_runtimes as tfr
+from rooms import native_library
 from tarflow_export import convert_bundle, export_bundle
-from tarflow_runtimes.doctor.requirements import NATIVE_BUILD, native_library  # whether Python has the kernel
 from tarflow_sdk import FlowConfig
 from tarflow_sdk.testing import random_model, tiny_config
 
@@ -68,7 +68,7 @@ golden = _module(SOURCE / "tests" / "golden.py")
 
 def _load(bundle: Path, engine: str) -> tfr.Flow:
     if engine == "native" and native_library() is None:
-        pytest.skip(f"Python's native kernel was not built: {NATIVE_BUILD}")
+        pytest.skip("Python's native kernel was not built: make native")
     return tfr.load(bundle, engine)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -30,10 +31,8 @@ PACKED_BYTES: Final = 4 << 30
 LOOK: Final = 0.02
 """Seconds between two checks of the progress of a call."""
 
-WATCHED_FLOPS: Final = 20e9
-"""Products of a forward pass from which its call is watched from another thread, so that Ctrl-C ends it at once; those
-below take a few LOOKs at most. The 0.3 ms of one digit became 0.5 ms by the thread."""
-
+MOMENT: Final = 0.03
+"""Seconds of a call that need not be watched: an interrupt may wait for so long."""
 
 Made = TypeVar("Made")
 
@@ -61,6 +60,7 @@ class NativeEngine:
         self._lock = threading.Lock()
         self._closed = False
         self._blocks: dict[int, Block] = {}
+        self._seconds: dict[tuple[str, int, int], float] = {}  # of the last call, by what, rows and steps
         self._rest: OrtCpuEngine | None = None
 
     def to_host(self, given: object) -> object:
@@ -87,8 +87,7 @@ class NativeEngine:
         packed, is_reversed = self._block(block), self.bundle.blocks[block].is_reversed
         ordered = patches[:, ::-1] if is_reversed else patches
         run = functools.partial(self._library.forward, packed, ordered, labels=labels, threads=self._threads)
-        flops = 24 * self.bundle.config.layers * self.bundle.config.width**2 * patches.shape[0] * patches.shape[1]
-        z, log_det = run() if flops < WATCHED_FLOPS else _watched(run, len(patches), lambda _: None)
+        z, log_det = self._run(run, ("forward", len(patches), patches.shape[1]), len(patches), lambda _: None)
         return np.ascontiguousarray(z[:, ::-1]) if is_reversed else z, log_det
 
     def vjp(
@@ -151,12 +150,26 @@ class NativeEngine:
                 if on_done is not None:
                     on_done(before + int(of_group * share))
 
-            ordered[images] = _watched(run, len(images), tell)
+            ordered[images] = self._run(run, ("invert", branches * len(images), steps), len(images), tell)
             done += int(steps * share)
         if on_done is not None and done < steps:
             on_done(steps)
         x = np.ascontiguousarray(ordered[:, ::-1]) if is_reversed else ordered
         return x, BlockReport(block=turn.block, strategy=turn.strategy, calls=(steps,) * len(noise))
+
+    def _run(
+        self, run: Callable[..., Made], size: tuple[str, int, int], images: int, on_done: Callable[[int], object]
+    ) -> Made:
+        """Run a call of the kernel: in this thread if the last call of that size took a moment, else watched.
+
+        In a thread of its own the kernel starts its other threads while this one falls asleep, and often on the same
+        processor: one digit then takes 7 ms instead of 4.
+        """
+        started = time.perf_counter()
+        watched = self._seconds.get(size, MOMENT) >= MOMENT
+        made = _watched(run, images, on_done) if watched else run()
+        self._seconds[size] = time.perf_counter() - started
+        return made
 
     def _block(self, number: int) -> Block:
         """A packed block; the least recently used are dropped when many are kept."""
