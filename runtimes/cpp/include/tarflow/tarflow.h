@@ -128,9 +128,9 @@ TARFLOW_API void tarflow_model_options_defaults(tarflow_model_options *options, 
  * TARFLOW_ERROR_BUNDLE: it is missing, damaged, unsafe, or of another version. TARFLOW_ERROR_ENGINE: the engine is
  * unknown or does not read the bundle's precision, or ort-cpu cannot load ONNX Runtime; no other engine is used instead.
  *
- * Engine native needs ONNX Runtime only for the denoiser (also that of sample), encode, log_prob and classify, and loads
- * it when one of them is called: without it they return TARFLOW_ERROR_ENGINE. The process keeps the first ONNX Runtime
- * that it loads: requesting another file later fails with TARFLOW_ERROR_ENGINE. */
+ * Engine native needs ONNX Runtime only for the denoiser, also that of sample, and loads it when it is first called:
+ * without it the call returns TARFLOW_ERROR_ENGINE. The process keeps the first ONNX Runtime that it loads: requesting
+ * another file later fails with TARFLOW_ERROR_ENGINE. */
 TARFLOW_API tarflow_status tarflow_model_open(const char *path, const tarflow_model_options *options,
                                               tarflow_model **model);
 
