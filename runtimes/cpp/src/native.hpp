@@ -32,8 +32,8 @@ class AlignedBytes {
 
 class NativeEngine final : public Engine {
  public:
-  /// `library` is where ONNX Runtime is loaded from when the denoiser needs it. Throws Error (ENGINE) when the kernel does
-  /// not read the bundle.
+  /// `library` is where ONNX Runtime is loaded from when the denoiser needs it. Throws Error (ENGINE) when the kernel
+  /// does not read the bundle.
   NativeEngine(std::shared_ptr<const Bundle> bundle, int threads, Logger logger, std::string library);
   /// Whether the kernel reads weights of that precision.
   static bool reads(const std::string& precision);

@@ -1,5 +1,5 @@
-// The measurements behind the limits here are in tarflow_runtimes/engines/ort_cpu/engine.py; they are the same numbers, so
-// that both runtimes cut a batch at the same places and draw the same bits.
+// The measurements behind the limits here are in tarflow_runtimes/engines/ort_cpu/engine.py; they are the same numbers,
+// so that both runtimes cut a batch at the same places and draw the same bits.
 #include "ort_cpu.hpp"
 
 #include <algorithm>

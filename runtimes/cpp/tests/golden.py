@@ -41,7 +41,7 @@ LIMITS = {"log_det": 1e-5, "log_prob": 1e-5, "log_posteriors": 1e-4}
 
 
 def cases(config: tfr.ModelConfig, *, small: bool, denoises: bool = True) -> list[Case]:
-    """Calls that make sense for a model; the later ones take the images of the first. `denoises`: of the denoiser, too."""
+    """Calls that make sense for a model; the later ones take the images of the first. `denoises`: also to denoise."""
     found: list[Case] = [{"name": "noise", "call": "noise", "arguments": {"seed": 7, "first_index": 3, "n": 2}}]
     for n in (2,) if small else (17, 3, 1):
         labels = [-1 if i % 3 == 1 else i % config.classes for i in range(n)] if config.classes else None

@@ -125,8 +125,9 @@ TARFLOW_API void tarflow_model_options_defaults(tarflow_model_options *options, 
 
 /* Open and check the bundle directory at `path`; `options` may be NULL. The caller frees *model with
  * tarflow_model_free(); it is NULL on failure. Any thread.
- * TARFLOW_ERROR_BUNDLE: it is missing, damaged, unsafe, or of another version. TARFLOW_ERROR_ENGINE: the engine is
- * unknown or does not read the bundle's precision, or ort-cpu cannot load ONNX Runtime; no other engine is used instead.
+ * TARFLOW_ERROR_BUNDLE: it is missing, damaged, unsafe, or of another version.
+ * TARFLOW_ERROR_ENGINE: the engine is unknown or does not read the bundle's precision, or ort-cpu cannot load ONNX
+ * Runtime; no other engine is used instead.
  *
  * Engine native needs ONNX Runtime only for the denoiser, also that of sample, and loads it when it is first called:
  * without it the call returns TARFLOW_ERROR_ENGINE. The process keeps the first ONNX Runtime that it loads: requesting
