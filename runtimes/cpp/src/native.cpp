@@ -42,7 +42,7 @@ Floats repeated(const Floats& values, std::int64_t batch) {
   return all;
 }
 
-/// Runs the kernel: in a thread, where somebody is to be told of the steps in this one.
+/// Runs the kernel: in this thread, or where `on_step` is to be called here meanwhile, in another.
 std::int32_t run_watched(tarflow_native_run& run, const Turn& turn) {
   if (!turn.on_step) return tarflow_native_invert(&run);
   std::int64_t progress = 0, told = 0;

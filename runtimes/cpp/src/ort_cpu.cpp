@@ -18,7 +18,7 @@ constexpr std::int64_t kOperatorThreadsBytes = 16 << 20;         // weights of a
 constexpr std::int64_t kAloneThreadsBytes = 4 << 20;             // the same for a part that runs alone
 constexpr std::int64_t kCacheBytes = std::int64_t{1} << 30;      // attention caches of one part at most
 constexpr std::int64_t kActivationBytes = 128 << 20;             // of one run of a forward or gradient graph
-constexpr std::int64_t kVjpBytes = 256 << 20;                    // what the ways back of all blocks may keep
+constexpr std::int64_t kVjpBytes = 256 << 20;                    // what the backward passes of all blocks may keep
 constexpr std::int64_t kSessionsBytes = std::int64_t{3} << 30;   // weights of the open sessions
 
 std::size_t size(std::int64_t count) { return static_cast<std::size_t>(count); }
@@ -140,7 +140,7 @@ Floats OrtCpuEngine::vjp(const Floats& patches, const Labels& labels, const Cota
     Floats upstream = cotangent(std::move(x));
     for (; !halves.empty(); halves.pop_back()) {
       call.check();
-      upstream = halves.back().way_back(upstream);
+      upstream = halves.back().backpropagate(upstream);
     }
     std::copy(upstream.begin(), upstream.end(), result.begin() + start * dims);
   };
@@ -191,7 +191,7 @@ ForwardHalf OrtCpuEngine::forward_half(std::int64_t block, const Floats& patches
   return half;
 }
 
-Floats ForwardHalf::way_back(const Floats& cotangent) {
+Floats ForwardHalf::backpropagate(const Floats& cotangent) {
   const Ort::Value upstream = borrowed(cotangent.data(), shape);
   std::map<std::string, const OrtValue*> given = {{"cotangent", upstream}};
   for (const auto& [name, value] : kept) given.emplace(name, value);

@@ -25,7 +25,7 @@ struct Part {
   std::int64_t count() const { return stop - start; }
 };
 
-/// z of a block for some images, and what the way back needs.
+/// z of a block for some images, and what the backward pass needs.
 struct ForwardHalf {
   Floats z;
   Shape shape;  // [B, N, D]
@@ -33,7 +33,7 @@ struct ForwardHalf {
   std::shared_ptr<Session> backward;
 
   /// The gradient of these images for a cotangent [B, N, D], once; frees what was kept.
-  Floats way_back(const Floats& cotangent);
+  Floats backpropagate(const Floats& cotangent);
 };
 
 class OrtCpuEngine final : public Engine {
