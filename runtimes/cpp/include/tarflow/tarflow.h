@@ -177,9 +177,9 @@ TARFLOW_API tarflow_status tarflow_model_engine(const tarflow_model *model, tarf
 TARFLOW_API tarflow_status tarflow_sampler_create(const tarflow_model *model, tarflow_sampler **sampler);
 TARFLOW_API void tarflow_sampler_free(tarflow_sampler *sampler); /* NULL is allowed */
 
-/* Cancel the call that is running on the sampler: it returns TARFLOW_ERROR_CANCELLED within one step of sampling, or one
- * block of another call, and the sampler stays usable. No effect if no call is running. Any thread, or a signal handler;
- * NULL is allowed. */
+/* Cancel the call that is running on the sampler: within one step of sampling, or one block of another call, it returns
+ * TARFLOW_ERROR_CANCELLED, and the sampler stays usable. No effect if no call is running. Any thread, or a signal
+ * handler; NULL is allowed. */
 TARFLOW_API void tarflow_sampler_cancel(tarflow_sampler *sampler);
 
 typedef struct tarflow_step {
