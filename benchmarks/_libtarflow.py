@@ -10,7 +10,7 @@ import numpy as np
 
 
 class ModelOptions(ctypes.Structure):
-    """`tarflow_model_options`: how a bundle is opened."""
+    """The C struct `tarflow_model_options`."""
 
     _fields_ = (
         ("struct_size", ctypes.c_size_t),
@@ -24,7 +24,7 @@ class ModelOptions(ctypes.Structure):
 
 
 class EngineReport(ctypes.Structure):
-    """`tarflow_engine`: which engine runs."""
+    """The C struct `tarflow_engine`."""
 
     _fields_ = (
         ("struct_size", ctypes.c_size_t),

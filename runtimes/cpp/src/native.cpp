@@ -132,15 +132,43 @@ void NativeEngine::invert(const Turn& turn, Floats& patches) const {
 
 Floats NativeEngine::forward(std::int64_t block, const Floats& patches, const Labels& labels, const Call& call,
                              std::vector<double>& log_det) const {
-  return ort_cpu("the density").forward(block, patches, labels, call, log_det);
+  const Config& c = config();
+  const tarflow_native_shape shape = shape_of(c);
+  const std::shared_ptr<const AlignedBytes> weights = packed(block);
+  const bool reversed = bundle().blocks[static_cast<std::size_t>(block)].reversed;
+  const std::int64_t batch = batch_of(patches);
+  AlignedBytes workspace = take_workspace(tarflow_native_forward_bytes(&shape, batch, threads()));
+  Floats x = patches, z(patches.size());
+  if (reversed) reverse(x, c);
+  std::vector<double> added(static_cast<std::size_t>(batch));
+  tarflow_native_pass pass{};
+  pass.struct_size = sizeof pass;
+  pass.packed = weights->data();
+  pass.packed_bytes = weights->size();
+  pass.batch = batch;
+  pass.threads = threads();
+  pass.x = x.data();
+  pass.z = z.data();
+  pass.log_det = added.data();
+  pass.labels = labels.empty() ? nullptr : labels.data();
+  pass.workspace = workspace.data();
+  pass.workspace_bytes = workspace.size();
+  pass.cancel = call.word();
+  const std::int32_t status = tarflow_native_forward(&pass);
+  give_workspace(std::move(workspace));
+  call.check();
+  check(status);
+  if (reversed) reverse(z, c);
+  for (std::size_t i = 0; i < log_det.size(); ++i) log_det[i] += added[i];
+  return z;
 }
 
 Floats NativeEngine::vjp(const Floats& patches, const Labels& labels, const Cotangent& cotangent,
                          const Call& call) const {
-  return ort_cpu("the denoiser").vjp(patches, labels, cotangent, call);
+  return ort_cpu().vjp(patches, labels, cotangent, call);
 }
 
-void NativeEngine::prepare_vjp() const { ort_cpu("the denoiser"); }
+void NativeEngine::prepare_vjp() const { ort_cpu(); }
 
 std::shared_ptr<const AlignedBytes> NativeEngine::packed(std::int64_t block) const {
   return blocks_.get(block, [&] {
@@ -162,10 +190,12 @@ std::shared_ptr<const AlignedBytes> NativeEngine::packed(std::int64_t block) con
   });
 }
 
-/// What runs the rest, opened when it is first needed.
-const Engine& NativeEngine::ort_cpu(const char* user) const {
+/// What runs the denoiser, opened when it is first needed.
+const Engine& NativeEngine::ort_cpu() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (!ort_cpu_) ort_cpu_ = std::make_unique<const OrtCpuEngine>(shared_bundle(), threads(), logger(), library_, user);
+  if (!ort_cpu_)
+    ort_cpu_ =
+        std::make_unique<const OrtCpuEngine>(shared_bundle(), threads(), logger(), library_, "the denoiser");
   return *ort_cpu_;
 }
 

@@ -1,5 +1,5 @@
-// NativeEngine: sequential decoding in the native kernel (runtimes/native), one call a block.
-// The rest runs on ONNX Runtime.
+// NativeEngine: sequential decoding and encoding in the native kernel (runtimes/native), one call a block.
+// The denoiser runs on ONNX Runtime.
 #pragma once
 
 #include <memory>
@@ -32,8 +32,8 @@ class AlignedBytes {
 
 class NativeEngine final : public Engine {
  public:
-  /// `library` is where ONNX Runtime is loaded from when something needs it. Throws Error (ENGINE) when the kernel does
-  /// not read the bundle.
+  /// `library` is where ONNX Runtime is loaded from when the denoiser needs it. Throws Error (ENGINE) when the kernel
+  /// does not read the bundle.
   NativeEngine(std::shared_ptr<const Bundle> bundle, int threads, Logger logger, std::string library);
   /// Whether the kernel reads weights of that precision.
   static bool reads(const std::string& precision);
@@ -49,7 +49,7 @@ class NativeEngine final : public Engine {
 
  private:
   std::shared_ptr<const AlignedBytes> packed(std::int64_t block) const;
-  const Engine& ort_cpu(const char* user) const;
+  const Engine& ort_cpu() const;
   AlignedBytes take_workspace(std::size_t size) const;
   void give_workspace(AlignedBytes workspace) const;
 

@@ -1,5 +1,5 @@
-// The measurements behind the limits here are in tarflow_runtimes/engines/ort_cpu/engine.py; they are the same numbers, so
-// that both runtimes cut a batch at the same places and draw the same bits.
+// The measurements behind the limits here are in tarflow_runtimes/engines/ort_cpu/engine.py; they are the same numbers,
+// so that both runtimes cut a batch at the same places and draw the same bits.
 #include "ort_cpu.hpp"
 
 #include <algorithm>
@@ -140,7 +140,7 @@ Floats OrtCpuEngine::vjp(const Floats& patches, const Labels& labels, const Cota
     Floats upstream = cotangent(std::move(x));
     for (; !halves.empty(); halves.pop_back()) {
       call.check();
-      upstream = halves.back().way_back(upstream);
+      upstream = halves.back().backpropagate(upstream);
     }
     std::copy(upstream.begin(), upstream.end(), result.begin() + start * dims);
   };
@@ -191,7 +191,7 @@ ForwardHalf OrtCpuEngine::forward_half(std::int64_t block, const Floats& patches
   return half;
 }
 
-Floats ForwardHalf::way_back(const Floats& cotangent) {
+Floats ForwardHalf::backpropagate(const Floats& cotangent) {
   const Ort::Value upstream = borrowed(cotangent.data(), shape);
   std::map<std::string, const OrtValue*> given = {{"cotangent", upstream}};
   for (const auto& [name, value] : kept) given.emplace(name, value);

@@ -33,7 +33,7 @@ struct ForwardHalf {
   std::shared_ptr<Session> backward;
 
   /// The gradient of these images for a cotangent [B, N, D], once; frees what was kept.
-  Floats way_back(const Floats& cotangent);
+  Floats backpropagate(const Floats& cotangent);
 };
 
 class OrtCpuEngine final : public Engine {

@@ -40,8 +40,8 @@ LIMITS = {"log_det": 1e-5, "log_prob": 1e-5, "log_posteriors": 1e-4}
 """Of |difference| / max(1, |value|), for sums over all dimensions; elsewhere 1e-4 of |difference|."""
 
 
-def cases(config: tfr.ModelConfig, *, small: bool, scores: bool = True) -> list[Case]:
-    """Calls that make sense for a model; the later ones take the images of the first. `scores`: of the density, too."""
+def cases(config: tfr.ModelConfig, *, small: bool, denoises: bool = True) -> list[Case]:
+    """Calls that make sense for a model; the later ones take the images of the first. `denoises`: also to denoise."""
     found: list[Case] = [{"name": "noise", "call": "noise", "arguments": {"seed": 7, "first_index": 3, "n": 2}}]
     for n in (2,) if small else (17, 3, 1):
         labels = [-1 if i % 3 == 1 else i % config.classes for i in range(n)] if config.classes else None
@@ -51,15 +51,14 @@ def cases(config: tfr.ModelConfig, *, small: bool, scores: bool = True) -> list[
             arguments = {"n": n, "labels": labels, "seed": 7 + n, "first_index": 2**40, "denoise": False, **given}
             found.append({"name": f"{kind}_{n}", "call": "sample", "arguments": arguments})
     images, first = found[1]["name"], found[1]["arguments"]
-    cut = {"n": 5, "labels": None, "seed": 9, "batch_size": 2, "denoise": scores and config.noise_std is not None}
+    cut = {"n": 5, "labels": None, "seed": 9, "batch_size": 2, "denoise": denoises and config.noise_std is not None}
     found.append({"name": "cut", "call": "sample", "arguments": cut})
-    if not scores:
-        return found
     on = {"n": first["n"], "labels": first["labels"], "images": images}
     found += [{"name": call, "call": call, "arguments": on} for call in ("encode", "log_prob")]
     if config.classes:
         found.append({"name": "classify", "call": "classify", "arguments": on})
-    found.append({"name": "denoise", "call": "denoise", "arguments": {**on, "sigma": 0.2, "strength": 0.5}})
+    if denoises:
+        found.append({"name": "denoise", "call": "denoise", "arguments": {**on, "sigma": 0.2, "strength": 0.5}})
     return found
 
 
@@ -116,7 +115,7 @@ def write(flow: tfr.Flow, target: Path, *, small: bool) -> None:
     """Compute all cases and their floors; a small batch shares the floor of the larger ones of its kind."""
     tensors: dict[str, Floats] = {}
     known: dict[str, float] = {}
-    listed = cases(flow.config, small=small, scores=flow.bundle.precision != "bfloat16")
+    listed = cases(flow.config, small=small, denoises=flow.bundle.precision != "bfloat16")
     for case in listed:
         images = tensors.get(case["arguments"].get("images", ""))
         arrays = compute(flow, case, images)

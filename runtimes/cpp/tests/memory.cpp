@@ -2,8 +2,8 @@
 //
 // This program replaces operator new and calloc, which libtarflow and ONNX Runtime then call, and tells them apart by
 // the module of the caller. It shows that libtarflow allocates nothing from step to step, that the heap does not grow
-// over SAMPLES samples, and that any one of its allocations may fail: the call says so, nothing leaks, and the next call
-// works.
+// over SAMPLES samples, and that any one of its allocations may fail: the call says so, nothing leaks, and the next
+// call works.
 #include <execinfo.h>
 #include <link.h>
 #include <malloc.h>

@@ -80,12 +80,14 @@ static void test_arguments(const tarflow::Model& model) {
   CHECK_FAILS(sampled([](auto& o) { o.batch_size = -1; }, nullptr), TARFLOW_ERROR_INPUT, "batch_size");
   CHECK_FAILS(sampled([](auto& o) { o.struct_size += 8; }, nullptr), TARFLOW_ERROR_INPUT, "struct_size");
   CHECK_FAILS(sampled([](auto& o) { o.struct_size = 0; }, nullptr), TARFLOW_ERROR_INPUT, "struct_size");
-  CHECK_FAILS(tarflow_sampler_sample(sampler, 1, nullptr, nullptr, images.data(), 3), TARFLOW_ERROR_INPUT, "images_length");
+  CHECK_FAILS(tarflow_sampler_sample(sampler, 1, nullptr, nullptr, images.data(), 3), TARFLOW_ERROR_INPUT,
+              "images_length");
   CHECK_FAILS(tarflow_sampler_sample(sampler, 0, nullptr, nullptr, images.data(), 0), TARFLOW_ERROR_INPUT, "n must be");
   CHECK_FAILS(tarflow_sampler_sample(sampler, 1, nullptr, nullptr, nullptr, 0), TARFLOW_ERROR_INPUT, "images must not");
   double log_prob = 0.0;
   images[5] = INFINITY;
-  CHECK_FAILS(tarflow_sampler_log_prob(sampler, 1, images.data(), nullptr, &log_prob), TARFLOW_ERROR_INPUT, "not finite");
+  CHECK_FAILS(tarflow_sampler_log_prob(sampler, 1, images.data(), nullptr, &log_prob), TARFLOW_ERROR_INPUT,
+              "not finite");
   const char* name = nullptr;
   CHECK_FAILS(tarflow_model_label(model.get(), 10, &name), TARFLOW_ERROR_INPUT, "class 10");
   CHECK(model.label(3) == "3");

@@ -62,6 +62,27 @@ void test_cancel(const tarflow::Model& model) {
   tarflow_sampler_cancel(nullptr);
 }
 
+/// While it encodes: from a thread that cancels until a call has ended by it.
+void test_cancel_encoding(const tarflow::Model& model) {
+  tarflow::Sampler sampler(model);
+  const std::vector<float> images(64 * model.dims(), 0.25F);
+  const std::vector<float> expected = sampler.encode(images).z;
+  std::atomic<bool> cancelled{false};
+  std::thread other([&] {
+    while (!cancelled) sampler.cancel();
+  });
+  while (!cancelled) {
+    try {
+      sampler.encode(images);
+    } catch (const tarflow::Error& error) {
+      CHECK(error.code() == TARFLOW_ERROR_CANCELLED);
+      cancelled = true;
+    }
+  }
+  other.join();
+  CHECK(sampler.encode(images).z == expected);
+}
+
 /// A sampler is in one call at a time, and says so: also from its own callback.
 void test_busy(const tarflow::Model& model) {
   tarflow::Sampler sampler(model);
@@ -219,6 +240,7 @@ int main(int argc, char** argv) {
     test_overflow(argv[1], argv[2]);
     const tarflow::Model model = open_on(argv[2], argv[1]);
     test_cancel(model);
+    test_cancel_encoding(model);
     test_busy(model);
     test_classes(model);
     test_statuses(model, argv[1]);

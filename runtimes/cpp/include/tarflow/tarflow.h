@@ -125,12 +125,13 @@ TARFLOW_API void tarflow_model_options_defaults(tarflow_model_options *options, 
 
 /* Open and check the bundle directory at `path`; `options` may be NULL. The caller frees *model with
  * tarflow_model_free(); it is NULL on failure. Any thread.
- * TARFLOW_ERROR_BUNDLE: it is missing, damaged, unsafe, or of another version. TARFLOW_ERROR_ENGINE: the engine is
- * unknown or does not read the bundle's precision, or ort-cpu cannot load ONNX Runtime; no other engine is used instead.
+ * TARFLOW_ERROR_BUNDLE: it is missing, damaged, unsafe, or of another version.
+ * TARFLOW_ERROR_ENGINE: the engine is unknown or does not read the bundle's precision, or ort-cpu cannot load ONNX
+ * Runtime; no other engine is used instead.
  *
- * Engine native needs ONNX Runtime only for the denoiser (also that of sample), encode, log_prob and classify, and loads
- * it when one of them is called: without it they return TARFLOW_ERROR_ENGINE. The process keeps the first ONNX Runtime
- * that it loads: requesting another file later fails with TARFLOW_ERROR_ENGINE. */
+ * Engine native needs ONNX Runtime only for the denoiser, also that of sample, and loads it when it is first called:
+ * without it the call returns TARFLOW_ERROR_ENGINE. The process keeps the first ONNX Runtime that it loads: requesting
+ * another file later fails with TARFLOW_ERROR_ENGINE. */
 TARFLOW_API tarflow_status tarflow_model_open(const char *path, const tarflow_model_options *options,
                                               tarflow_model **model);
 
@@ -176,8 +177,9 @@ TARFLOW_API tarflow_status tarflow_model_engine(const tarflow_model *model, tarf
 TARFLOW_API tarflow_status tarflow_sampler_create(const tarflow_model *model, tarflow_sampler **sampler);
 TARFLOW_API void tarflow_sampler_free(tarflow_sampler *sampler); /* NULL is allowed */
 
-/* Cancel the call that is running on the sampler: it returns TARFLOW_ERROR_CANCELLED within one step, and the sampler
- * stays usable. No effect if no call is running. Any thread, or a signal handler; NULL is allowed. */
+/* Cancel the call that is running on the sampler: within one step of sampling, or one block of another call, it returns
+ * TARFLOW_ERROR_CANCELLED, and the sampler stays usable. No effect if no call is running. Any thread, or a signal
+ * handler; NULL is allowed. */
 TARFLOW_API void tarflow_sampler_cancel(tarflow_sampler *sampler);
 
 typedef struct tarflow_step {

@@ -194,7 +194,7 @@ class Sampler {
     return images;
   }
 
-  /// Cancel the call that another thread is making: within one step it throws Error (TARFLOW_ERROR_CANCELLED) there.
+  /// Cancel the call that another thread is making: within a step or block it throws Error (TARFLOW_ERROR_CANCELLED).
   void cancel() noexcept { tarflow_sampler_cancel(handle_.get()); }
 
   /// How the last sample() went.
