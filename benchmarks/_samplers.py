@@ -150,21 +150,28 @@ def serve_selective_jacobi(work: Work, _: str, *, tight: bool) -> None:
     serve_torch(work, build)
 
 
-def serve_ours(work: Work, _: str, plan: str = "sequential") -> None:
-    """This SDK on `ort-cpu`: "sequential", "auto" (the plans beside the bundle) or the window of `Parallel`."""
+def serve_ours(work: Work, engine: str, plan: Any = None) -> None:
+    """This SDK on an engine, with that plan."""
     import tarflow_runtimes as tfr
 
-    flow = tfr.load(work.bundle, engine="ort-cpu")
-    chosen = {"sequential": None, "auto": "auto"}[plan] if not plan.isdigit() else tfr.Parallel(window=int(plan))
+    flow = tfr.load(work.bundle, engine=engine)
 
     def decode(noise: str, labels: list[int] | None, guidance: float) -> tuple[np.ndarray, Any]:
         z = np.load(noise)
         sample = flow.sample(
-            len(z), noise=z, labels=labels, guidance=guidance, denoise=False, plan=chosen, batch_size=len(z)
+            len(z), noise=z, labels=labels, guidance=guidance, denoise=False, plan=plan, batch_size=len(z)
         )
-        return sample.images, None if chosen is None else {"blocks": [_said(block) for block in sample.report.blocks]}
+        return sample.images, None if plan is None else {"blocks": [_said(block) for block in sample.report.blocks]}
 
-    serve(decode, runtime=f"onnxruntime {version('onnxruntime')}")
+    runtime = f"onnxruntime {version('onnxruntime')}" if engine == "ort-cpu" else flow.engine.report()["kernel"]
+    serve(decode, runtime=runtime)
+
+
+def serve_windows(work: Work, window: int) -> None:
+    """This SDK, parallel decoding: ONNX Runtime evaluates windows on every CPU engine."""
+    from tarflow_runtimes import Parallel
+
+    serve_ours(work, "ort-cpu", Parallel(window=window))
 
 
 def _said(block: Any) -> str:
@@ -185,9 +192,10 @@ SAMPLERS: dict[str, Sampler] = {
     "gs-jacobi-tight": Sampler("GS-Jacobi, tight", lambda w, r: serve_gs_jacobi(w, r, tight=True)),
     "selective": Sampler("selective Jacobi", lambda w, r: serve_selective_jacobi(w, r, tight=False)),
     "selective-tight": Sampler("selective Jacobi, tight", lambda w, r: serve_selective_jacobi(w, r, tight=True)),
-    "sequential": Sampler("ours, sequential", serve_ours),
-    "window": Sampler("ours, windows of 16", lambda w, r: serve_ours(w, r, "16")),
-    "whole": Sampler("ours, whole blocks", lambda w, r: serve_ours(w, r, "0")),
-    "auto": Sampler("ours, auto", lambda w, r: serve_ours(w, r, "auto")),
+    "ort-cpu": Sampler("ours, ort-cpu", lambda w, _: serve_ours(w, "ort-cpu")),
+    "native": Sampler("ours, native", lambda w, _: serve_ours(w, "native")),
+    "window": Sampler("ours, windows of 16", lambda w, _: serve_windows(w, 16)),
+    "whole": Sampler("ours, whole blocks", lambda w, _: serve_windows(w, 0)),
+    "auto": Sampler("ours, auto", lambda w, _: serve_ours(w, "native", "auto")),
 }
 """The keys name the processes."""
