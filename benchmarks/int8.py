@@ -5,8 +5,8 @@
 
 The shape is that of the published AFHQ model, 256 x 256 x 3, patch 8, width 768, 8 layers, with random weights, and by
 default 2 of its 8 blocks. Of the CPU engines only `native` reads bfloat16. Each side lives in a process of its own and
-is called in turn; times are those of the first steps of every block, where the original's caches, which it copies at each
-step, are still short.
+is called in turn; times are those of the first steps of every block, where the caches that the original copies at each
+step are still short.
 
 `--effect` times nothing: what int8 does to images of the trained models, from the same noise, without guidance and
 without the denoiser. The density is the float32 model's for both.
