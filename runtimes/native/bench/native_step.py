@@ -117,11 +117,11 @@ def timed(reference: Callable[[], object], native: Callable[[], object], rounds:
 
 
 def shares(bundle: Bundle, row: dict[str, Any], measured: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """What the native side reached of the machine's ceilings, which are the means of these."""
+    """What the native side reached of the machine's ceilings, which are the largest of these."""
     rows = row["batch"] * (2 if row["guidance"] else 1)
     work = sequential_work(bundle.config, rows=rows, weight_bytes=WEIGHT_BYTES[bundle.precision])
     gflops, gbs = (1e-6 * amount / row["native_ms"] for amount in (work.operations, work.bytes))
-    ceilings = {name: statistics.mean(one[name] for one in measured) for name in measured[0]}
+    ceilings = {name: max(one[name] for one in measured) for name in measured[0]}
     reached = {
         "fma": gflops / ceilings["fma_gflops"],
         "l3": gbs / ceilings["l3_gbs"],
