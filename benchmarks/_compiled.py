@@ -109,17 +109,17 @@ def ahead_of_time(folder: Path) -> Step:
             super().__init__()
             self.nvp, self.guided = nvp, guided
 
-        def forward(self, weights: _Weights, state: _State, position: Tensor) -> Tensor:
-            _step(weights, state, position, self.nvp, self.guided)
+        def forward(self, weights: tuple[Any, ...], state: tuple[Any, ...], position: Tensor) -> Tensor:
+            _step(_Weights(*weights), _State(*state), position, self.nvp, self.guided)
             return position.clone()
 
     def step(weights: _Weights, state: _State, position: Tensor, nvp: bool, guided: bool) -> object:
-        key = (len(state.x), nvp, guided)
+        key, given = (len(state.x), nvp, guided), (tuple(weights), tuple(state), position)
         if key not in libraries:
-            exported = torch.export.export(Module(nvp, guided), (weights, state, position), strict=False)
+            exported = torch.export.export(Module(nvp, guided), given, strict=False)
             path = str(folder / f"step-{len(libraries)}.pt2")
             libraries[key] = aoti_load_package(aoti_compile_and_package(exported, package_path=path))
-        return libraries[key](weights, state, position)
+        return libraries[key](*given)
 
     return step
 
