@@ -7,10 +7,11 @@ Every tensor of a step keeps its shape and address, the position is a tensor, an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tarflow_sdk import NULL_LABEL, FlowBlock, Guidance, TarFlow
@@ -89,13 +90,47 @@ def _step(weights: _Weights, state: _State, position: Tensor, nvp: bool, guided:
     x.index_copy_(1, following, z)
 
 
-class StaticSampler:
-    """`decode` of a model with one step function, compiled unless `compiled=False`."""
+Step = Callable[[_Weights, _State, Tensor, bool, bool], object]
 
-    def __init__(self, model: TarFlow, *, compiled: bool = True) -> None:
+
+def just_in_time() -> Step:
+    """The step, compiled by `torch.compile` when it is first called."""
+    return torch.compile(_step, dynamic=False, fullgraph=True)  # type: ignore[no-any-return]
+
+
+def ahead_of_time(folder: Path) -> Step:
+    """The step, compiled by AOTInductor to a library in `folder` for each number of rows and guidance."""
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    libraries: dict[tuple[int, bool, bool], Any] = {}
+
+    class Module(nn.Module):
+        def __init__(self, nvp: bool, guided: bool) -> None:
+            super().__init__()
+            self.nvp, self.guided = nvp, guided
+
+        def forward(self, weights: tuple[Any, ...], state: tuple[Any, ...], position: Tensor) -> Tensor:
+            _step(_Weights(*weights), _State(*state), position, self.nvp, self.guided)
+            return position.clone()
+
+    def step(weights: _Weights, state: _State, position: Tensor, nvp: bool, guided: bool) -> object:
+        key, given = (len(state.x), nvp, guided), (tuple(weights), tuple(state), position)
+        if key not in libraries:
+            exported = torch.export.export(Module(nvp, guided), given, strict=False)
+            path = str(folder / f"step-{len(libraries)}.pt2")
+            libraries[key] = aoti_load_package(aoti_compile_and_package(exported, package_path=path))
+        return libraries[key](*given)
+
+    return step
+
+
+class StaticSampler:
+    """`decode` of a model with this step."""
+
+    def __init__(self, model: TarFlow, *, step: Step = _step) -> None:
         self.model = model.eval()
         self.weights = [_stacked(block) for block in model.flow_blocks]
-        self.step: Callable[..., None] = torch.compile(_step, dynamic=False, fullgraph=True) if compiled else _step
+        self.step = step
 
     @torch.no_grad()
     def __call__(self, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None) -> Tensor:

@@ -71,19 +71,58 @@ def serve_compiled(work: Work, _: str) -> None:
 
     def build(model: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
         import torch
-        from _compiled import StaticSampler
+        from _compiled import StaticSampler, just_in_time
 
         try:
             torch.compile(lambda x: torch.tanh(x) + 1)(torch.zeros(8))
         except Exception as error:  # noqa: BLE001 - whatever the compiler's reason, the row names it
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            eager = StaticSampler(model, compiled=False)
+            eager = StaticSampler(model)
             title = f"PyTorch, static cache, eager (torch.compile failed: {reason[:60]})"
             return lambda *given: (eager(*given),), {"title": title}
-        compiled = StaticSampler(model)
+        compiled = StaticSampler(model, step=just_in_time())
         return lambda *given: (compiled(*given),), {}
 
     serve_torch(work, build)
+
+
+def serve_aot(work: Work, _: str) -> None:
+    """The step of `serve_compiled`, compiled ahead of time to a library: AOTInductor."""
+
+    def build(model: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+        from _compiled import StaticSampler, ahead_of_time
+
+        sampler = StaticSampler(model, step=ahead_of_time(work.folder))
+        return lambda *given: (sampler(*given),), {}
+
+    serve_torch(work, build)
+
+
+def serve_jax(work: Work, _: str) -> None:
+    """PyPI's transformer-flows, of these sizes: other weights, no bias of q, k, v and GELU by tanh, so other images."""
+    import jax
+    import jax.numpy as jnp
+    from equinox.nn import make_with_state
+    from transformer_flows.transformer_flow import TransformerFlow, sample_model
+
+    config = work.config
+    shape = {
+        "n_channels": config["image_channels"],
+        "img_size": config["image_size"],
+        "patch_size": config["patch_size"],
+        "channels": config["width"],
+        "n_blocks": config["blocks"],
+        "layers_per_block": config["layers"],
+    }
+    if config["classes"]:
+        shape |= {"n_classes": config["classes"], "conditioning_type": "embed"}
+    model, state = make_with_state(TransformerFlow)(**shape, key=jax.random.key(0))
+
+    def decode(noise: str, labels: list[int] | None, guidance: float) -> np.ndarray:
+        y = None if labels is None else jnp.array(labels, jnp.int32)[:, None]
+        return np.asarray(sample_model(model, jnp.asarray(np.load(noise)), y, state, guidance=guidance))
+
+    serve(decode, runtime=f"jax {jax.__version__}, transformer-flows {version('transformer-flows')}")
 
 
 def serve_gs_jacobi(work: Work, _: str, *, tight: bool) -> None:
@@ -150,21 +189,28 @@ def serve_selective_jacobi(work: Work, _: str, *, tight: bool) -> None:
     serve_torch(work, build)
 
 
-def serve_ours(work: Work, _: str, plan: str = "sequential") -> None:
-    """This SDK on `ort-cpu`: "sequential", "auto" (the plans beside the bundle) or the window of `Parallel`."""
+def serve_ours(work: Work, engine: str, plan: Any = None) -> None:
+    """This SDK on an engine, with that plan."""
     import tarflow_runtimes as tfr
 
-    flow = tfr.load(work.bundle, engine="ort-cpu")
-    chosen = {"sequential": None, "auto": "auto"}[plan] if not plan.isdigit() else tfr.Parallel(window=int(plan))
+    flow = tfr.load(work.bundle, engine=engine)
 
     def decode(noise: str, labels: list[int] | None, guidance: float) -> tuple[np.ndarray, Any]:
         z = np.load(noise)
         sample = flow.sample(
-            len(z), noise=z, labels=labels, guidance=guidance, denoise=False, plan=chosen, batch_size=len(z)
+            len(z), noise=z, labels=labels, guidance=guidance, denoise=False, plan=plan, batch_size=len(z)
         )
-        return sample.images, None if chosen is None else {"blocks": [_said(block) for block in sample.report.blocks]}
+        return sample.images, None if plan is None else {"blocks": [_said(block) for block in sample.report.blocks]}
 
-    serve(decode, runtime=f"onnxruntime {version('onnxruntime')}")
+    runtime = f"onnxruntime {version('onnxruntime')}" if engine == "ort-cpu" else flow.engine.report()["kernel"]
+    serve(decode, runtime=runtime)
+
+
+def serve_windows(work: Work, window: int) -> None:
+    """This SDK, parallel decoding: ONNX Runtime evaluates windows on every CPU engine."""
+    from tarflow_runtimes import Parallel
+
+    serve_ours(work, "ort-cpu", Parallel(window=window))
 
 
 def _said(block: Any) -> str:
@@ -181,13 +227,16 @@ SAMPLERS: dict[str, Sampler] = {
     "original": Sampler("original, float32", serve_original),
     "original-bf16": Sampler("original, bfloat16 autocast", lambda w, r: serve_original(w, r, bfloat16=True)),
     "compiled": Sampler("PyTorch, torch.compile, static cache", serve_compiled),
+    "aot": Sampler("PyTorch, AOTInductor, static cache", serve_aot),
+    "jax": Sampler("transformer-flows, JAX, other weights", serve_jax),
     "gs-jacobi": Sampler("GS-Jacobi", lambda w, r: serve_gs_jacobi(w, r, tight=False)),
     "gs-jacobi-tight": Sampler("GS-Jacobi, tight", lambda w, r: serve_gs_jacobi(w, r, tight=True)),
     "selective": Sampler("selective Jacobi", lambda w, r: serve_selective_jacobi(w, r, tight=False)),
     "selective-tight": Sampler("selective Jacobi, tight", lambda w, r: serve_selective_jacobi(w, r, tight=True)),
-    "sequential": Sampler("ours, sequential", serve_ours),
-    "window": Sampler("ours, windows of 16", lambda w, r: serve_ours(w, r, "16")),
-    "whole": Sampler("ours, whole blocks", lambda w, r: serve_ours(w, r, "0")),
-    "auto": Sampler("ours, auto", lambda w, r: serve_ours(w, r, "auto")),
+    "ort-cpu": Sampler("ours, ort-cpu", lambda w, _: serve_ours(w, "ort-cpu")),
+    "native": Sampler("ours, native", lambda w, _: serve_ours(w, "native")),
+    "window": Sampler("ours, windows of 16", lambda w, _: serve_windows(w, 16)),
+    "whole": Sampler("ours, whole blocks", lambda w, _: serve_windows(w, 0)),
+    "auto": Sampler("ours, auto", lambda w, _: serve_ours(w, "native", "auto")),
 }
 """The keys name the processes."""

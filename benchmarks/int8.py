@@ -1,11 +1,12 @@
-"""Steps of a wide model: the original eager PyTorch sampler, this SDK in float32, and an int8 bundle of it.
+"""Steps of a wide model: the original eager PyTorch sampler, and this SDK with float32, bfloat16 and int8 weights.
 
     python benchmarks/int8.py --reference PATH/TO/ml-tarflow [--batch 1,4,16] [--blocks 2] [--json FILE]
     python benchmarks/int8.py --effect [--json FILE]
 
 The shape is that of the published AFHQ model, 256 x 256 x 3, patch 8, width 768, 8 layers, with random weights, and by
-default 2 of its 8 blocks. Each side runs in a separate process and is called in turn; times are those of the first
-steps of every block, where the original's caches, which it copies at each step, are still short.
+default 2 of its 8 blocks. Of the CPU engines only `native` reads bfloat16. Each side runs in a separate process and is
+called in turn; times are those of the first steps of every block, where the original's caches, which it copies at each
+step, are still short.
 
 `--effect` measures the effect of int8 on images of the trained models, from the same noise, without guidance, denoising
 or timing. The density of both is computed with the float32 model.
@@ -16,13 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 import tempfile
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +37,9 @@ ORIGINAL_SHAPE = {
 }  # fmt: skip
 
 
+SIDES = ["original", "ort-cpu float32", "ort-cpu int8", "native float32", "native bfloat16", "native int8"]
+
+
 def prepare(folder: Path, blocks: int) -> None:
     """Write the original checkpoint and the bundles, unless they are there."""
     from tarflow_export import convert_bundle, export_bundle
@@ -51,18 +51,18 @@ def prepare(folder: Path, blocks: int) -> None:
     model = random_model(FlowConfig(**SHAPE, blocks=blocks, noise_std=0.07))
     save_checkpoint(model, folder / "wide.pth")
     export_bundle(model, folder / "float32.tarflow", verify=False)
-    convert_bundle(folder / "float32.tarflow", folder / "int8.tarflow", precision="int8", verify=False)
+    for precision in ("bfloat16", "int8"):
+        made = folder / f"{precision}.tarflow"
+        convert_bundle(folder / "float32.tarflow", made, precision=precision, verify=False)
 
 
-def serve_ours(folder: str, precision: str) -> None:
-    """This SDK on `ort-cpu`, block by block."""
-    import onnxruntime as ort
-
+def serve_ours(folder: str, engine: str, precision: str) -> None:
+    """This SDK on that engine, block by block."""
     import tarflow_runtimes as tfr
     from tarflow_runtimes.decode.turn import Conditions, Turn
 
     imported = resident("VmRSS")
-    flow = tfr.load(Path(folder) / f"{precision}.tarflow", verify_digests=False)
+    flow = tfr.load(Path(folder) / f"{precision}.tarflow", engine=engine, verify_digests=False)
 
     def first_patches(block: int, z: np.ndarray, steps: int) -> np.ndarray:
         given = Conditions(
@@ -79,7 +79,7 @@ def serve_ours(folder: str, precision: str) -> None:
         return np.stack(x), resident("VmHWM")
 
     weights = flow.bundle.block_bytes * flow.config.blocks / 1e6
-    serve(work, runtime=f"onnxruntime {ort.__version__}", imported=imported, weights=weights)
+    serve(work, imported=imported, weights=weights)
 
 
 def serve_original(folder: str, reference: str, blocks: str) -> None:
@@ -105,12 +105,7 @@ def serve_original(folder: str, reference: str, blocks: str) -> None:
             x.append(found if index % 2 == 0 else found.flip(1))
         return torch.stack(x).numpy(), resident("VmHWM")
 
-    serve(
-        work,
-        runtime=f"torch {torch.__version__}, {torch.get_num_threads()} threads",
-        imported=imported,
-        weights=weights,
-    )
+    serve(work, imported=imported, weights=weights)
 
 
 def compare(
@@ -189,6 +184,7 @@ def main() -> None:
     parser.add_argument("--effect", action="store_true", help="images of trained models in int8 against float32")
     parser.add_argument("--images", type=int, default=16, help="--effect: images")
     parser.add_argument("--batch", default="1", help="as 1,4,16")
+    parser.add_argument("--samplers", default=",".join(SIDES), help=f"of {', '.join(SIDES)}; ratios are to the first")
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=32, help="of each block")
     parser.add_argument("--rounds", type=int, default=9)
@@ -206,21 +202,13 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         prepare(folder, arguments.blocks)
         peers = [
-            Peer("original", script, str(folder), reference, str(arguments.blocks)),
-            Peer("float32", script, str(folder)),
-            Peer("int8", script, str(folder)),
+            Peer(name, script, str(folder), reference, str(arguments.blocks)) for name in arguments.samplers.split(",")
         ]
-        head = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs",
-            "shape": SHAPE | {"blocks": arguments.blocks},
-            "steps": arguments.steps,
-            "rounds": arguments.rounds,
-            "numpy": version("numpy"),
-            "runtimes": {peer.name: peer.ready["runtime"] for peer in peers},
-        }
+        head = header(shape=SHAPE | {"blocks": arguments.blocks}, steps=arguments.steps, rounds=arguments.rounds)
         print(json.dumps(head))
-        print("batch  sampler   ms/step  speed-up  (low..high)  relative diff  peak MB  weights MB  growth/weights")
+        print(
+            "batch  sampler          ms/step  speed-up  (low..high)  relative diff  peak MB  weights MB  growth/weights"
+        )
         rows = []
         for batch in map(int, arguments.batch.split(",")):
             for row in compare(
@@ -228,7 +216,7 @@ def main() -> None:
             ):
                 rows.append(row)
                 print(
-                    f"{row['batch']:5d}  {row['sampler']:8s} {row['ms_per_step']:8.2f} {row['speedup']:8.2f}x"
+                    f"{row['batch']:5d}  {row['sampler']:15s} {row['ms_per_step']:8.2f} {row['speedup']:8.2f}x"
                     f" {row['speedup_low']:5.2f}..{row['speedup_high']:.2f} {row['relative_difference']:14.1e}"
                     f" {row['peak_mb']:8.0f} {row['weights_mb']:11.0f} {row['growth_over_weights']:15.2f}",
                     flush=True,
@@ -236,14 +224,15 @@ def main() -> None:
         for peer in peers:
             peer.close()
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"header": head, "rows": rows}, indent=2) + "\n")
+        write_json(arguments.json, {"header": head, "rows": rows})
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        if sys.argv[2] == "original":
-            serve_original(*sys.argv[3:])
+        side, folder, *given = sys.argv[2:]
+        if side == "original":
+            serve_original(folder, *given)
         else:
-            serve_ours(sys.argv[3], sys.argv[2])
+            serve_ours(folder, *side.split())
     else:
         main()

@@ -151,4 +151,4 @@ def test_measured_strategy_takes_the_slow_block_for_tough() -> None:
 @every_guidance
 def test_static_sampler(config: FlowConfig, guidance: Guidance) -> None:
     model, z, labels = work(config)
-    close(StaticSampler(model, compiled=False)(z, labels, guidance), decode(model, z, labels, guidance))
+    close(StaticSampler(model)(z, labels, guidance), decode(model, z, labels, guidance))
