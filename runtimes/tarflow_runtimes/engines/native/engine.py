@@ -60,7 +60,7 @@ class NativeEngine:
         self._lock = threading.Lock()
         self._closed = False
         self._blocks: dict[int, Block] = {}
-        self._seconds: dict[tuple[str, int, int], float] = {}  # of the last call, by what, rows and steps
+        self._seconds: dict[tuple[str, int, int], float] = {}  # of the last call, by kind, steps and rows
         self._rest: OrtCpuEngine | None = None
 
     def to_host(self, given: object) -> object:
@@ -87,7 +87,7 @@ class NativeEngine:
         packed, is_reversed = self._block(block), self.bundle.blocks[block].is_reversed
         ordered = patches[:, ::-1] if is_reversed else patches
         run = functools.partial(self._library.forward, packed, ordered, labels=labels, threads=self._threads)
-        z, log_det = self._run(run, ("forward", len(patches), patches.shape[1]), len(patches), lambda _: None)
+        z, log_det = self._run(run, "forward", steps=patches.shape[1], rows=len(patches), images=len(patches))
         return np.ascontiguousarray(z[:, ::-1]) if is_reversed else z, log_det
 
     def vjp(
@@ -150,7 +150,9 @@ class NativeEngine:
                 if on_done is not None:
                     on_done(before + int(of_group * share))
 
-            ordered[images] = self._run(run, ("invert", branches * len(images), steps), len(images), tell)
+            ordered[images] = self._run(
+                run, "invert", steps=steps, rows=branches * len(images), images=len(images), on_done=tell
+            )
             done += int(steps * share)
         if on_done is not None and done < steps:
             on_done(steps)
@@ -158,17 +160,26 @@ class NativeEngine:
         return x, BlockReport(block=turn.block, strategy=turn.strategy, calls=(steps,) * len(noise))
 
     def _run(
-        self, run: Callable[..., Made], size: tuple[str, int, int], images: int, on_done: Callable[[int], object]
+        self,
+        run: Callable[..., Made],
+        kind: str,
+        *,
+        steps: int,
+        rows: int,
+        images: int,
+        on_done: Callable[[int], object] = lambda _: None,
     ) -> Made:
         """Run a call of the kernel: in this thread if the last call of that size took a moment, else watched.
 
         In a thread of its own the kernel starts its other threads while this one falls asleep, and often on the same
         processor: one digit then takes 7 ms instead of 4.
         """
-        started = time.perf_counter()
+        size, started = (kind, steps, rows), time.perf_counter()
         watched = self._seconds.get(size, MOMENT) >= MOMENT
         made = _watched(run, images, on_done) if watched else run()
         self._seconds[size] = time.perf_counter() - started
+        if not watched:
+            on_done(steps)
         return made
 
     def _block(self, number: int) -> Block:
