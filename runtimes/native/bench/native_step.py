@@ -96,7 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--forward", action="store_true", help="the forward pass, which has no guidance")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--kernel", help="x86-64-v4, x86-64-v3, aarch64, portable; by default the best")
+    parser.add_argument("--kernel", help="x86-64-v4-vnni, x86-64-v4, x86-64-v3, aarch64, portable; by default the best")
     parser.add_argument("--ceilings", action="store_true", help="measure the machine beside each row; needs a compiler")
     parser.add_argument("--json", type=Path, help="write the results here")
     return parser.parse_args()

@@ -18,8 +18,8 @@
 namespace tarflow_native::TARFLOW_NATIVE_TARGET {
 namespace {
 
-/// Pointers into the workspace, and values shared by all steps of a group of images. `normed`, `logits` and `room` belong
-/// to one thread.
+/// Pointers into the workspace, and values shared by all steps of a group of images. `normed`, `logits` and `room`
+/// belong to one thread.
 struct Run {
   const Images &images;
   const Shape &shape;

@@ -11,7 +11,7 @@
 ///
 ///     float32   float  [inputs][32]
 ///     bfloat16  uint32 [inputs][16]                output c in the lower half of word c, output c + 16 in the upper
-///     int8      uint32 [ceil(inputs / 4)][2][16]   bytes of word c: q + 128 of inputs k .. k + 3, output c; 0 past the last
+///     int8      uint32 [ceil(inputs / 4)][2][16]   bytes of word c: q + 128 of inputs k .. k + 3, output c
 ///               scales float [ceil(inputs / 128)][32], one set a panel
 #pragma once
 
@@ -72,8 +72,8 @@ struct Header {
 
 constexpr char MAGIC[8] = {'T', 'F', 'N', 'A', 'T', 'I', 'V', 'E'};
 
-/// Offsets from the start of a workspace, for `rows` = G * images; strides are in floats. What each member of a team has
-/// for itself, from `normed` on, lies `member_bytes` after that of the one before.
+/// Offsets from the start of a workspace, for `rows` = G * images; strides are in floats. Each member of a team has its
+/// own room from `normed` on, `member_bytes` after that of the one before.
 ///
 /// Keys and values are filled patch by patch and never cleared:
 ///

@@ -12,8 +12,8 @@
 ///         s = s + t
 ///       y[r][n] = s, or y[r][n] + s
 ///
-/// int8 weights W = q scale meet inputs that are rounded to int8 as well, each group of 128 by its largest, so that a sum
-/// is one of integers, which is exact however it is computed:
+/// With int8 weights W = q scale, inputs are rounded to int8 too, each group of 128 by its largest, so that a sum is one of
+/// integers, which is exact however it is computed:
 ///
 ///         u = max |x[r][k]| / 127 of the group;  p[k] = round(x[r][k] / u)
 ///         t = sum_k p[k] q[n][k];  s = fma(t, u scale[n], s)
@@ -45,7 +45,8 @@ struct Rows {
   bool add; ///< y += instead of y =
 };
 
-// How a tile reads weight vector v of input k, the first, second .. of those read together. `base` is where the first of its panels begins,
+// How a tile reads weight vector v of input k, the first, second .. of those read together. `base` is where the first of
+// its panels begins,
 // `stride` leads to the next one.
 
 struct Float32Panels {
@@ -133,7 +134,8 @@ TARFLOW_NATIVE_INLINE void end_group(const Job &job, i64 row, i64 first, i64 gro
     for (int r = 0; r < ROWS; ++r) {
       const Floats before = load(from + r * from_stride + v * LANES);
       if constexpr (IS_INT8<Panels>)
-        sum[r][v] = fma(sum[r][v], broadcast(*unit_of(job, row + r, group)) * load(scales_of(job, first + v, group)), before);
+        sum[r][v] = fma(sum[r][v],
+                        broadcast(*unit_of(job, row + r, group)) * load(scales_of(job, first + v, group)), before);
       else
         sum[r][v] = sum[r][v] + before;
     }
@@ -291,8 +293,8 @@ static void product(const Linear &linear, i64 first, i64 last, const unsigned ch
     const i64 vectors = 2 * smaller(together, last - panel);
     const unsigned char *base = packed + linear.panels + panel * bytes;
     const auto *words = reinterpret_cast<const uint32_t *>(base);
-    Job job{rows, integers, linear.inputs, reinterpret_cast<const float *>(packed + linear.bias) + panel * PANEL, nullptr,
-            scale_stride, room.sums};
+    const float *bias = reinterpret_cast<const float *>(packed + linear.bias) + panel * PANEL;
+    Job job{rows, integers, linear.inputs, bias, nullptr, scale_stride, room.sums};
     job.rows.y += panel * PANEL;
     if (linear.format == Format::int8)
       job.scales = reinterpret_cast<const float *>(packed + linear.scales) + panel * scale_stride;

@@ -198,8 +198,8 @@ TARFLOW_NATIVE_INLINE void store_bytes(int8_t *to, Ints a) {
 #if defined(__AVX512VNNI__)
 constexpr bool HAS_DOT = true;
 TARFLOW_NATIVE_INLINE Ints dot(Ints sum, Ints a, int32_t b) {
-  sum.part[0] = reinterpret_cast<IntPart>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum.part[0]),
-                                                              reinterpret_cast<__m512i>(a.part[0]), _mm512_set1_epi32(b)));
+  const auto before = reinterpret_cast<__m512i>(sum.part[0]), bytes = reinterpret_cast<__m512i>(a.part[0]);
+  sum.part[0] = reinterpret_cast<IntPart>(_mm512_dpbusd_epi32(before, bytes, _mm512_set1_epi32(b)));
   return sum;
 }
 #else

@@ -1,9 +1,9 @@
 /// Threads that share the columns of one group of images: a leader, and members that help it.
 ///
-/// The work is a sequence of phases, each cut into one part a thread. A part belongs to whoever takes it first: a member
-/// takes its own as soon as the phase opens, and the leader takes what nobody has begun when it is through with its own.
-/// A member that the system does not run therefore costs nothing, unless it is interrupted in the middle of a part: then
-/// the leader waits for it once, and goes on alone.
+/// The work is a sequence of phases, each cut into one part per thread. A part belongs to the thread that takes it first:
+/// a member takes its own as soon as the phase opens, and the leader takes what nobody has begun when it has finished its
+/// own. A member that the system does not run therefore costs nothing, unless it is interrupted in the middle of a part:
+/// then the leader waits for it, and goes on alone if that takes too long.
 ///
 ///     leader                                      member t
 ///     opened = p - 1                              wait for opened >= p - 1

@@ -1,5 +1,5 @@
-/* tarflow_native.h: one TarFlow block on the CPU, inverse and forward pass. Pack the weights of a block once, then invert
- * it for any batch of noise z:
+/* tarflow_native.h: one TarFlow block on the CPU, inverse and forward pass. Pack the weights of a block once, then
+ * invert it for any batch of noise z:
  *
  *   #include <stdlib.h>
  *   #include <tarflow_native.h>
@@ -34,7 +34,7 @@
  *
  * The caller provides all memory: the library allocates only the stacks of threads. The only state between calls is a
  * note of when threads last had to wait for each other; they then stop sharing columns for a while. Any function may be
- * called from any number of threads at once; concurrent calls need separate workspaces and may share the packed weights.
+ * called from any number of threads at once; concurrent calls need separate workspaces and may share packed weights.
  * `packed` and `workspace` must be aligned to TARFLOW_NATIVE_ALIGNMENT bytes.
  */
 #ifndef TARFLOW_NATIVE_H
@@ -61,7 +61,7 @@ extern "C" {
 
 typedef enum tarflow_native_status {
   TARFLOW_NATIVE_OK = 0,
-  TARFLOW_NATIVE_CANCELLED = 1,      /* x holds the patches finished so far, and noise for the others; z is unfinished */
+  TARFLOW_NATIVE_CANCELLED = 1,      /* x: the patches finished so far, noise for the others; z is unfinished */
   TARFLOW_NATIVE_BAD_SHAPE = 2,      /* a size is not positive, too large, or W is not a multiple of E */
   TARFLOW_NATIVE_BAD_PRECISION = 3,  /* not float32, bfloat16 or int8 */
   TARFLOW_NATIVE_BAD_TENSOR = 4,     /* a tensor is missing, has the wrong dtype or shape, or exceeds the file */
@@ -134,8 +134,8 @@ typedef struct tarflow_native_pass {
 /* TARFLOW_NATIVE_ABI of the library. */
 TARFLOW_NATIVE_API int32_t tarflow_native_abi(void);
 
-/* Names of the kernels that run on this machine, fastest first: x86-64-v4-vnni, x86-64-v4, x86-64-v3, aarch64, portable;
- * NULL after the last. Number 0 is the default. */
+/* Names of the kernels that run on this machine, fastest first: x86-64-v4-vnni, x86-64-v4, x86-64-v3, aarch64,
+ * portable; NULL after the last. Number 0 is the default. */
 TARFLOW_NATIVE_API const char *tarflow_native_kernel(int64_t number);
 
 /* The meaning of a status, in English; a static string. */

@@ -22,8 +22,8 @@ constexpr i64 MOST_THREADS = 256;
 
 #if defined(TARFLOW_NATIVE_NO_THREADS)
 #elif defined(__GLIBC__)
-/// A thread that starts on another processor than its creator's. The system often places it on the same one and moves it
-/// only after milliseconds, which is longer than a block of a small model takes.
+/// A thread that starts on another processor than its creator's. The system often places it on the same one and moves
+/// it only after milliseconds, which is longer than a block of a small model takes.
 template <class Work>
 class Thread {
 public:
@@ -106,8 +106,8 @@ inline i64 now() {
 }
 
 /// Whether threads may share columns: not for a while after one had to be waited for, since others then want its
-/// processor. The while doubles from 50 ms to 1.6 s as long as that goes on. This is all that outlives a call; it has no
-/// influence on results.
+/// processor. The while doubles from 50 ms to 1.6 s as long as that goes on. This is all that outlives a call;
+/// it has no influence on results.
 class Crowd {
 public:
   bool is_near() const { return now() < __atomic_load_n(&until_, __ATOMIC_RELAXED); }
