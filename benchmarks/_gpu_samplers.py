@@ -118,7 +118,7 @@ def open_flow(work: Work, engine: str, dtype: str, device: str) -> Any:
         return tfr.load(bundle, engine=engine)
     if engine != "ort-cuda":
         raise ValueError(f"nothing stands in for engine {engine!r} on a CPU")
-    sys.path.append(str(ROOT / "tests" / "runtimes"))
+    sys.path.append(str(ROOT / "tests" / "helpers"))
     import host_device
 
     return host_device.open_flow(bundle)

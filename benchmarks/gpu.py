@@ -86,7 +86,7 @@ def engines_of(options: argparse.Namespace, facts: doctor.Facts) -> list[str]:
     for name, fault in verdicts.items():
         if fault is not None:
             say(f"engine {name} is left out: {fault.problem}; {fault.remedy}")
-    return [name for name, fault in verdicts.items() if fault is None and name != "ort-cpu"]
+    return [name for name, fault in verdicts.items() if fault is None and name not in ("native", "ort-cpu")]
 
 
 def samplers_of(options: argparse.Namespace, engines: Sequence[str], dtype: str) -> list[str]:
