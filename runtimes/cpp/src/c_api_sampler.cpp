@@ -33,6 +33,9 @@ tarflow_status on_sampler(tarflow_sampler* sampler, Work work) noexcept {
   });
 }
 
+/// How many chunks of n images, equal to within one, have at most `size` each; chunk i begins at image n * i / chunks.
+int64_t chunks_of(int64_t n, int64_t size) { return (n - 1) / size + 1; }
+
 /// Calls work(first image, count, patches, labels) for a few images at a time; the arguments are checked first.
 template <typename Work>
 void each_chunk(const Engine& engine, int64_t n, const float* images, const int64_t* labels, Work work) {
@@ -41,8 +44,9 @@ void each_chunk(const Engine& engine, int64_t n, const float* images, const int6
   need(images, "images");
   check_finite("images", images, n * config.dims());
   const Labels numbers = class_numbers(labels, n, config);
-  for (int64_t start = 0; start < n; start += kBatchSize) {
-    const int64_t count = std::min(kBatchSize, n - start);
+  const int64_t chunks = chunks_of(n, kBatchSize);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t start = n * chunk / chunks, count = n * (chunk + 1) / chunks - start;
     work(start, count, patchify(images + start * config.dims(), count, config), part(numbers, start, count));
   }
 }
@@ -100,9 +104,9 @@ void sample(const Engine& engine, int64_t n, const int64_t* labels, const tarflo
   check_first_index(options.first_index, n);
   if (options.denoise != 0) engine.prepare_vjp();
   const int64_t size = options.batch_size != 0 ? options.batch_size : kBatchSize;
-  const int64_t chunks = (n - 1) / size + 1, steps = config.blocks * (config.patches - 1);
-  for (int64_t start = 0, chunk = 0; start < n; start += size, ++chunk) {
-    const int64_t count = std::min(size, n - start);
+  const int64_t chunks = chunks_of(n, size), steps = config.blocks * (config.patches - 1);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t start = n * chunk / chunks, count = n * (chunk + 1) / chunks - start;
     Floats latents(static_cast<size_t>(count * dims));
     for (int64_t image = 0; image < count; ++image) {
       float* out = latents.data() + image * dims;

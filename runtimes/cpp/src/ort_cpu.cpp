@@ -31,8 +31,10 @@ void append(Floats& values, const Ort::Value& value) {
   values.insert(values.end(), added, added + value.GetTensorTypeAndShapeInfo().GetElementCount());
 }
 
-/// `count` equal parts of the images, in order.
-std::vector<Part> cut(std::int64_t images, std::int64_t count) {
+/// The images in order, in parts of equal size to within one: as few as have at most `most` images each, but at least
+/// `least` parts as far as there are images. The rule of `decode/batches.py`.
+std::vector<Part> cut(std::int64_t images, std::int64_t most, std::int64_t least) {
+  const std::int64_t count = std::min(images, std::max(least, divided_up(images, most)));
   std::vector<Part> parts;
   for (std::int64_t i = 0; i < count; ++i) parts.push_back({images * i / count, images * (i + 1) / count});
   return parts;
@@ -73,13 +75,13 @@ std::vector<Part> OrtCpuEngine::parts(std::int64_t images, std::int64_t branches
   const Config& c = config();
   const std::int64_t rows = images * branches;
   const std::int64_t row_bytes = 8 * c.layers * c.patches * c.width;
-  std::int64_t count = divided_up(images, std::max<std::int64_t>(1, kCacheBytes / (branches * row_bytes)));
+  std::int64_t least = 1;
   if (!wide_) {
     const std::int64_t limit = std::min(kRowsPerPart, std::max(kLeastRowsPerPart, kPartCacheBytes / row_bytes));
     const std::int64_t rounds = divided_up(rows, limit * workers_);
-    count = std::max(count, std::min({rounds * workers_, rows / kLeastRowsPerPart, images}));
+    least = std::min(rounds * workers_, rows / kLeastRowsPerPart);
   }
-  return cut(images, count);
+  return cut(images, std::max<std::int64_t>(1, kCacheBytes / (branches * row_bytes)), least);
 }
 
 void OrtCpuEngine::invert(const Turn& turn, Floats& patches) const {
@@ -124,8 +126,8 @@ Floats OrtCpuEngine::vjp(const Floats& patches, const Labels& labels, const Cota
   const std::int64_t most = vjp_images();
   if (most == 0) return vjp_recomputed(patches, labels, cotangent, call);
   const std::int64_t batch = batch_of(patches), dims = config().dims();
-  const std::int64_t limit = std::min(most, divided_up(batch, workers_)), count = divided_up(batch, limit);
-  const std::vector<Part> pieces = cut(batch, count);
+  const std::vector<Part> pieces = cut(batch, most, workers_);
+  const std::int64_t count = static_cast<std::int64_t>(pieces.size());
   Floats result(patches.size());
   const auto work = [&](std::int64_t number) {
     const auto [start, stop] = pieces[size(number)];
@@ -212,13 +214,14 @@ std::map<std::string, Floats> OrtCpuEngine::run(std::int64_t block, const char* 
   const Config& c = config();
   const std::int64_t batch = batch_of(*arrays[0].second);
   const std::int64_t image_bytes = 4 * c.patches * (4 * c.heads() * c.patches + 20 * c.width);
-  const std::int64_t size = std::max<std::int64_t>(
-      1, std::min(kActivationBytes / (image_bytes * workers_), divided_up(batch, workers_)));
-  const std::int64_t pieces = divided_up(batch, size);
+  const std::vector<Part> parts =
+      cut(batch, std::max<std::int64_t>(1, kActivationBytes / (image_bytes * workers_)), workers_);
+  const auto pieces = static_cast<std::int64_t>(parts.size());
   const std::shared_ptr<Session> opened = session(block, kind, threads_of(pieces == 1));
   std::vector<std::map<std::string, Ort::Value>> made(static_cast<std::size_t>(pieces));
   const auto run_piece = [&](std::int64_t piece) {
-    const std::int64_t start = piece * size, count = std::min(size, batch - start);
+    const auto [start, stop] = parts[size(piece)];
+    const std::int64_t count = stop - start;
     std::map<std::string, Ort::Value> values;
     for (const auto& [name, array] : arrays)
       values.emplace(name, borrowed(array->data() + start * c.dims(), {count, c.patches, c.patch_values}));
