@@ -6,14 +6,12 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tarflow_runtimes as tfr
-from tarflow_export import export_bundle
+from hard_cases import export_hard_model
 from tarflow_runtimes.decode.parallel import settle
-from tarflow_sdk.testing import random_model, tiny_config
 
 
 class Toy:
@@ -214,14 +212,7 @@ def test_nothing_is_said_when_all_went_well(flows):
 
 @pytest.fixture(scope="module")
 def hard_flow(tmp_path_factory):
-    """A model on whose iterates exp(a) overflows, also for an image that the sequential path draws."""
-    model = random_model(tiny_config(patch_size=2), seed=0)
-    with torch.no_grad():
-        for block in model.flow_blocks:
-            block.proj_out.weight.mul_(6.0)
-    path = tmp_path_factory.mktemp("hard") / "hard.tarflow"
-    export_bundle(model, path, verify=False)
-    with tfr.load(path) as flow:
+    with tfr.load(export_hard_model(tmp_path_factory.mktemp("hard") / "hard.tarflow")) as flow:
         yield flow
 
 

@@ -14,6 +14,7 @@ import torch
 
 import tarflow_runtimes as tfr
 import tarflow_sdk
+from hard_cases import closed_while_sampling
 from rooms import CPU_ENGINE
 from tarflow_runtimes.model.noise import standard_normal
 
@@ -418,21 +419,7 @@ def test_threads_may_share_a_flow(exported):
 def test_closing_while_another_thread_runs(exported):
     source = exported("class_n16")
     flow = tfr.load(source.path)
-    started = threading.Event()
-    outcome: list[object] = []
-
-    def run() -> None:
-        try:
-            outcome.append(flow.sample(4, seed=0, on_step=lambda _: started.set()).images)
-        except tfr.EngineError as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert started.wait(60)
-    flow.close()
-    thread.join(60)
-    assert not thread.is_alive()
+    outcome = closed_while_sampling(flow)
     assert len(outcome) == 1
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +15,13 @@ import pytest
 import torch
 
 import tarflow_runtimes as tfr
+from hard_cases import closed_while_sampling, export_hard_model
 from host_device import HostDevice, HostMaker, HostReplay, ReachMaker, open_flow
 from rooms import Turn, conditions_of
-from tarflow_export import export_bundle
 from tarflow_runtimes.engines.gpu import ort as ort_programs
 from tarflow_runtimes.engines.gpu.loop import LOOK, SHAPES
 from tarflow_runtimes.engines.gpu.ort import OrtProgram
 from tarflow_runtimes.engines.gpu.workspace import Workspace
-from tarflow_sdk.testing import random_model, tiny_config
 
 MODELS = ["class", "class_n16", "unconditional", "three_blocks", "no_nvp", "no_nvp_unconditional", "one_head", "tokens"]
 ANNEALED = tfr.Guidance(weight=1.3, attention_temperature=0.7, anneal=True)
@@ -380,14 +378,7 @@ def test_a_cache_that_is_not_updated_in_place_is_refused(exported, monkeypatch):
 
 @pytest.fixture(scope="module")
 def hard_path(tmp_path_factory):
-    """A model on whose iterates exp(a) overflows, also for an image that the sequential path draws."""
-    model = random_model(tiny_config(patch_size=2), seed=0)
-    with torch.no_grad():
-        for block in model.flow_blocks:
-            block.proj_out.weight.mul_(6.0)
-    path = tmp_path_factory.mktemp("hard") / "hard.tarflow"
-    export_bundle(model, path, verify=False)
-    return path
+    return export_hard_model(tmp_path_factory.mktemp("hard") / "hard.tarflow")
 
 
 def test_values_that_are_not_finite_lead_to_the_sequential_answer(hard_path):
@@ -544,18 +535,5 @@ def test_a_closed_flow_is_an_error(exported):
 
 def test_closing_while_another_thread_runs(exported):
     flow = open_flow(exported("class_n16").path)
-    started, outcome = threading.Event(), []
-
-    def run() -> None:
-        try:
-            outcome.append(flow.sample(4, seed=0, on_step=lambda _: started.set()).images)
-        except tfr.EngineError as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert started.wait(60)
-    flow.close()
-    thread.join(60)
-    assert not thread.is_alive()
+    outcome = closed_while_sampling(flow)
     assert len(outcome) == 1
