@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def test_a_machine_with_a_gpu(tarflow: Callable, found: Callable) -> None:
     assert "GPU 1               NVIDIA H200, sm_90, 150.0 GB\n" in result.out
     assert "driver              580.65.06, runs CUDA up to 13.1\n" in result.out
     assert "CUDA provider       of onnxruntime, for CUDA 13.0, loads\n" in result.out
+    assert re.search(r"^native kernel       (none: \S.*|[a-z]\S+)$", result.out, re.MULTILINE)
     assert "ort-cuda            ready (experimental)\n" in result.out
     assert result.out.endswith("auto                takes ort-cuda\n")
 

@@ -71,6 +71,7 @@ def _print_facts(facts: Facts) -> None:
     if facts.provider.built:
         state = f"does not load: {facts.provider.problem}" if facts.provider.problem else "loads"
         _line("CUDA provider", f"of onnxruntime, for CUDA {facts.provider.cuda or 'of an unknown version'}, {state}")
+    _line("native kernel", facts.native.kernel or f"none: {facts.native.problem}")
     for name, library in facts.libraries.items():
         _line(file_name(name), library.file or f"does not load: {library.problem}")
 
